@@ -1,0 +1,329 @@
+"""One typed model of every setting, and one order in which its values are found.
+
+Flag > `--set section.key=value` > environment > `nothing-dpo.toml` (`--config`, TOML or YAML) > preset > default.
+Every default, description and bound is written once, here; flags and `inspect config` take theirs from it. Secrets
+are no settings: they are read from the environment where they are used and enter no file, argument or log.
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
+
+import msgspec
+from msgspec import Meta, Struct
+
+from dpo_cli.errors import UserError
+
+SEED = 42
+
+Count = Annotated[int, Meta(ge=1)]
+Seconds = Annotated[float, Meta(gt=0)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+NonNegative = Annotated[float, Meta(ge=0)]
+
+
+def _doc(text: str) -> Meta:
+    return Meta(description=text)
+
+
+class ModelSection(Struct, kw_only=True):
+    """The base model, its adapters and their served names."""
+
+    base: Annotated[str, _doc("Base model: a folder or a Hub id.")] = "meta-llama/Llama-3.2-3B-Instruct"
+    adapter: Annotated[str, _doc("SFT adapter folder.")] = "adapters/nothing-gpt"
+    dpo_adapter: Annotated[str, _doc("DPO adapter folder: what train writes.")] = "adapters/nothing-gpt-dpo"
+    name: Annotated[str, _doc("Name under which the SFT adapter is served.")] = "seinfeld"
+    dpo_name: Annotated[str, _doc("Name under which the DPO adapter is served.")] = "seinfeld-dpo"
+
+
+class GenerateSection(Struct, kw_only=True):
+    """Prompts to completions."""
+
+    prompts: Annotated[str, _doc("Prompts: a JSONL file, or a folder that holds val.jsonl.")] = "data"
+    engine: Annotated[str, _doc("Where completions come from.")] = "endpoint"
+    url: Annotated[str | None, _doc("OpenAI-compatible endpoint that serves the SFT adapter.")] = None
+    n: Annotated[Count, _doc("Completions a prompt.")] = 3
+    temperature: Annotated[NonNegative, _doc("Sampling temperature.")] = 0.9
+    top_p: Annotated[Share, _doc("Nucleus mass; always sent, since servers have other defaults.")] = 1.0
+    max_tokens: Annotated[Count, _doc("Longest completion, in tokens.")] = 256
+    frequency_penalty: Annotated[float, _doc("Penalty for tokens that already stand in the completion.")] = 0.5
+    seed: Annotated[int, _doc("Seed; completion i of a prompt is the same on every run.")] = SEED
+    keep_lines: Annotated[str | None, _doc("Keep only the lines that match this pattern.")] = None
+    concurrency: Annotated[Count, _doc("Most requests in flight; it adapts below that.")] = 256
+    timeout: Annotated[Seconds, _doc("Seconds to wait for one reply.")] = 300.0
+    batch_size: Annotated[Count, _doc("Sequences at once, engine transformers.")] = 32
+
+
+class JudgeSection(Struct, kw_only=True):
+    """Completions to judgments."""
+
+    judge: Annotated[str, _doc("Who ranks the completions.")] = "llm"
+    model: Annotated[str, _doc("Judge model.")] = "gpt-5.4-mini"
+    url: Annotated[str, _doc("OpenAI-compatible endpoint of the judge.")] = "https://api.openai.com/v1"
+    function: Annotated[str | None, _doc("module:callable for --judge function.")] = None
+    rubric: Annotated[str | None, _doc("File that replaces the default rubric.")] = None
+    orders: Annotated[int, Meta(ge=1, le=8), _doc("Orders in which the candidates are shown.")] = 2
+    seed: Annotated[int, _doc("Seed of the orders.")] = SEED
+    reasoning_effort: Annotated[str | None, _doc("Reasoning effort, for judges that reason.")] = "low"
+    max_tokens: Annotated[Count, _doc("Longest reply, reasoning included, in tokens.")] = 2048
+    price: Annotated[str | None, _doc("IN,CACHED,OUT in dollars per million tokens.")] = None
+    concurrency: Annotated[Count, _doc("Most requests in flight; it adapts below that.")] = 64
+    timeout: Annotated[Seconds, _doc("Seconds to wait for one reply.")] = 300.0
+
+
+class PairSection(Struct, kw_only=True):
+    """Judgments to preference pairs."""
+
+    min_gap: Annotated[NonNegative, _doc("Least score gap between chosen and rejected.")] = 1.0
+    require_consistent: Annotated[bool, _doc("Drop a pair that any order inverts.")] = True
+    val_share: Annotated[Share, _doc("Share of the prompts that go to val.jsonl.")] = 0.1
+    seed: Annotated[int, _doc("Seed of the split.")] = SEED
+
+
+class TrainSection(Struct, kw_only=True):
+    """Preferences to the DPO adapter; TRL's and PEFT's own names."""
+
+    learning_rate: Annotated[NonNegative, _doc("Peak learning rate.")] = 5e-6
+    beta: Annotated[NonNegative, _doc("Strength of the pull towards the reference.")] = 0.1
+    loss_type: Annotated[str, _doc("TRL loss type.")] = "sigmoid"
+    label_smoothing: Annotated[Share, _doc("Assumed share of flipped labels.")] = 0.0
+    num_train_epochs: Annotated[NonNegative, _doc("Passes over the pairs.")] = 1.0
+    max_steps: Annotated[int, _doc("Most optimizer steps; -1: as num_train_epochs says.")] = -1
+    per_device_train_batch_size: Annotated[Count, _doc("Pairs a forward.")] = 4
+    per_device_eval_batch_size: Annotated[Count, _doc("Pairs a forward in evaluation.")] = 2
+    gradient_accumulation_steps: Annotated[Count, _doc("Forwards an optimizer step.")] = 4
+    max_length: Annotated[Count, _doc("Longest prompt plus completion, in tokens.")] = 2048
+    bf16: Annotated[bool | None, _doc("bfloat16 compute; unset: where the hardware has it.")] = None
+    gradient_checkpointing: Annotated[bool, _doc("Trade time for memory; the loss is the same.")] = True
+    lr_scheduler_type: Annotated[str, _doc("Learning rate schedule.")] = "cosine"
+    warmup_steps: Annotated[int, Meta(ge=0), _doc("Warmup, in optimizer steps.")] = 20
+    weight_decay: Annotated[NonNegative, _doc("Weight decay.")] = 0.0
+    max_grad_norm: Annotated[NonNegative, _doc("Gradient clipping norm.")] = 1.0
+    logging_steps: Annotated[Count, _doc("Steps between two metric lines.")] = 10
+    eval_steps: Annotated[Count, _doc("Steps between two evaluations.")] = 25
+    save_steps: Annotated[Count, _doc("Steps between two checkpoints.")] = 25
+    seed: Annotated[int, _doc("Seed of shuffling and initialisation.")] = SEED
+    r: Annotated[Count, _doc("LoRA rank of a fresh adapter.")] = 32
+    lora_alpha: Annotated[NonNegative, _doc("LoRA alpha of a fresh adapter.")] = 64
+    lora_dropout: Annotated[Share, _doc("LoRA dropout of a fresh adapter.")] = 0.0
+    target_modules: Annotated[str | list[str], _doc("LoRA targets of a fresh adapter.")] = "all-linear"
+
+
+class SftSection(TrainSection, kw_only=True):
+    """`train --stage sft`: the adapter that DPO starts from."""
+
+    learning_rate: Annotated[NonNegative, _doc("Peak learning rate.")] = 3e-5
+
+
+class EvaluateSection(Struct, kw_only=True):
+    """Policy against reference on held-out prompts."""
+
+    prompts: Annotated[str | None, _doc("Held-out prompts; unset: the prompts of val.jsonl.")] = None
+    samples: Annotated[Count, _doc("Completions a prompt and adapter.")] = 1
+    bootstrap: Annotated[Count, _doc("Bootstrap resamples, by prompt.")] = 2000
+    seed: Annotated[int, _doc("Seed of sampling and bootstrap.")] = SEED
+
+
+class ServeSection(Struct, kw_only=True):
+    """The vLLM server that serves both adapters."""
+
+    host: Annotated[str, _doc("Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=1, le=65535), _doc("Port to listen on.")] = 8000
+    dtype: Annotated[str, _doc("vLLM's weight type.")] = "auto"
+    max_model_len: Annotated[Count, _doc("Longest context, in tokens.")] = 4096
+    gpu_memory_utilization: Annotated[Share, _doc("Share of the card that vLLM may take.")] = 0.9
+
+
+class Config(Struct, kw_only=True):
+    """Every setting of every stage."""
+
+    data: Annotated[str, _doc("Folder of completions, judgments and pairs.")] = "data/dpo"
+    runs: Annotated[str, _doc("Folder of training runs.")] = "runs"
+    model: ModelSection = msgspec.field(default_factory=ModelSection)
+    generate: GenerateSection = msgspec.field(default_factory=GenerateSection)
+    judge: JudgeSection = msgspec.field(default_factory=JudgeSection)
+    pair: PairSection = msgspec.field(default_factory=PairSection)
+    train: TrainSection = msgspec.field(default_factory=TrainSection)
+    sft: SftSection = msgspec.field(default_factory=SftSection)
+    evaluate: EvaluateSection = msgspec.field(default_factory=EvaluateSection)
+    serve: ServeSection = msgspec.field(default_factory=ServeSection)
+
+
+ENVIRONMENT = {
+    "DATA_PATH": "generate.prompts",
+    "DPO_DATA_PATH": "data",
+    "ADAPTER_PATH": "model.adapter",
+    "DPO_ADAPTER_PATH": "model.dpo_adapter",
+    "BASE_MODEL": "model.base",
+    "SERVE_URL": "generate.url",
+    "SERVE_MODEL": "model.name",
+    "SERVE_DPO_MODEL": "model.dpo_name",
+    "OPENAI_BASE_URL": "judge.url",
+    "JUDGE_MODEL": "judge.model",
+}
+
+# `l4` is the recipe of the defaults: one L4, an SFT adapter of rank 32 on a 3B model.
+PRESETS: dict[str, dict[str, Any]] = {"l4": {}}
+
+DEFAULT_FILE = "nothing-dpo.toml"
+DEFAULT_PRESET = "l4"
+
+
+class Resolved(Struct):
+    """A configuration and, for each dotted key, where its value came from."""
+
+    config: Config
+    sources: dict[str, str]
+
+
+def fields() -> dict[str, Any]:
+    """Dotted key -> annotated type of every setting, in the order in which they are documented."""
+    found: dict[str, Any] = {}
+    for name, kind in get_type_hints(Config, include_extras=True).items():
+        if isinstance(kind, type) and issubclass(kind, Struct):
+            hints = get_type_hints(kind, include_extras=True)
+            found |= {f"{name}.{key}": hints[key] for key in kind.__struct_fields__}
+        else:
+            found[name] = kind
+    return found
+
+
+def describe(key: str) -> str:
+    """The one-line description of a setting."""
+    kind = fields()[key]
+    metas = [part for part in get_args(kind)[1:] if isinstance(part, Meta) and part.description]
+    return str(metas[-1].description)
+
+
+def default(key: str) -> Any:
+    """The default of a setting."""
+    return get(Config(), key)
+
+
+def get(config: Config, key: str) -> Any:
+    """The value of a dotted key."""
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain values, for config.json."""
+    plain: dict[str, Any] = msgspec.to_builtins(config)
+    return plain
+
+
+def resolve(
+    flags: Mapping[str, Any] | None = None,
+    sets: list[str] | None = None,
+    file: Path | None = None,
+    preset: str | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Resolved:
+    """Find every value, by the one order.
+
+    Args:
+        flags: dotted key -> value given as a flag; None values were not given.
+        sets: `section.key=value` strings.
+        file: configuration file; unset: nothing-dpo.toml, if there is one.
+        preset: preset name, before the file's own `preset` key.
+        environment: defaults to the process's.
+
+    Raises:
+        UserError: unknown key, preset or file, or a value that does not fit.
+    """
+    environment = os.environ if environment is None else environment
+    file_name, from_file = _read_file(file)
+    from_preset = from_file.pop("preset", None)
+    preset = preset or from_preset or DEFAULT_PRESET
+    if preset not in PRESETS:
+        raise UserError(f"unknown preset '{preset}'", hint=f"one of: {', '.join(PRESETS)}")
+    layers = [
+        (f"preset {preset}", PRESETS[preset]),
+        (file_name, from_file),
+        *((f"env {name}", {key: environment[name]}) for name, key in ENVIRONMENT.items() if environment.get(name)),
+        ("--set", dict(map(_parse_set, sets or []))),
+        ("flag", {key: value for key, value in (flags or {}).items() if value is not None}),
+    ]
+    known = fields()
+    values: dict[str, Any] = {}
+    sources = dict.fromkeys(known, "default")
+    for source, layer in layers:
+        for key, value in layer.items():
+            if key not in known:
+                raise _unknown(key, source, known)
+            values[key] = _convert(key, value, known[key], source)
+            sources[key] = source
+    return Resolved(_build(values), sources)
+
+
+def _build(values: dict[str, Any]) -> Config:
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        section, _, name = key.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[name] = value
+    return msgspec.convert(nested, Config)
+
+
+def _convert(key: str, value: Any, kind: Any, source: str) -> Any:
+    try:
+        return msgspec.convert(value, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{key} = {value!r} (from {source}): {error}", hint=describe(key)) from None
+
+
+def _unknown(key: str, source: str, known: Mapping[str, Any]) -> UserError:
+    name = key.rpartition(".")[2]
+    if name.lower().endswith(("api_key", "token", "secret", "password")):
+        hint = "secrets come from the environment only: OPENAI_API_KEY, HF_TOKEN, WANDB_API_KEY"
+        return UserError(f"'{key}' is not a setting", where=source, hint=hint)
+    same = [candidate for candidate in known if candidate.rpartition(".")[2] == name]
+    close = same or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    hint = f"did you mean '{close[0]}'?" if close else "nothing-dpo inspect config lists them"
+    return UserError(f"unknown setting '{key}'", where=source, hint=hint)
+
+
+def _parse_set(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise UserError(f"--set {text}: no '='", hint="--set section.key=value")
+    if value[:1] in "[{\"'":  # lists and quoted strings as in the file; the rest is converted by its type
+        try:
+            return key.strip(), tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError as error:
+            raise UserError(f"--set {text}: {error}") from None
+    return key.strip(), None if value == "none" else value
+
+
+def _read_file(path: Path | None) -> tuple[str, dict[str, Any]]:
+    """Name and dotted keys of the configuration file."""
+    if path is None:
+        path = Path(DEFAULT_FILE)
+        if not path.exists():
+            return DEFAULT_FILE, {}
+    try:
+        text = path.read_text("utf-8")
+        if path.suffix in (".yaml", ".yml"):
+            import yaml
+
+            try:
+                content = yaml.safe_load(text) or {}
+            except yaml.YAMLError as error:
+                raise UserError(" ".join(str(error).split()), where=str(path)) from None
+        else:
+            content = tomllib.loads(text)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(str(getattr(error, "strerror", None) or error), where=str(path)) from None
+    if not isinstance(content, dict):
+        raise UserError("not a table of settings", where=str(path))
+    flat: dict[str, Any] = {}
+    for name, value in content.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": inner for key, inner in value.items()}
+        else:
+            flat[name] = value
+    return str(path), flat

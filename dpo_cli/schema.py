@@ -1,0 +1,186 @@
+"""The records that the stages hand to each other: prompts, completions, judgments, preferences.
+
+Ids are hashes of content, so that files are joined by key and never by position. Rows from other tools are read in
+the forms that the field uses (prompt-only, `messages`, prompt-completion, preference); what is written has one form.
+Messages with images or tool calls are not covered and are refused.
+"""
+
+import hashlib
+from typing import Any, TypedDict
+
+import msgspec
+
+
+class Message(TypedDict):
+    """One chat message with text content."""
+
+    role: str
+    content: str
+
+
+class Usage(msgspec.Struct, omit_defaults=True):
+    """Tokens that an endpoint counted; `input` includes `cached`, `output` includes `reasoning`."""
+
+    input: int = 0
+    cached: int = 0
+    output: int = 0
+    reasoning: int = 0
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(
+            self.input + other.input,
+            self.cached + other.cached,
+            self.output + other.output,
+            self.reasoning + other.reasoning,
+        )
+
+
+class Completions(msgspec.Struct, kw_only=True):
+    """One line of completions.jsonl: what the SFT adapter answered to one prompt."""
+
+    id: str
+    prompt: list[Message]
+    completions: list[str]
+    finish_reasons: list[str]
+    model: str
+    sampling: dict[str, Any]
+    usage: Usage = msgspec.field(default_factory=Usage)
+
+
+class Order(msgspec.Struct):
+    """One order in which a judge saw the candidates.
+
+    `order` holds completion indices as they were shown; `scores` maps label (`A` = first shown) to score; `raw` is
+    the judge's reply as it came.
+    """
+
+    order: list[int]
+    scores: dict[str, float]
+    raw: str
+
+
+class Judgment(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """One line of judgments.jsonl: scores and ranking, or `skipped` with a reason, or an `error` to retry.
+
+    `completions_id` names the completions that were judged, so that scores never meet other texts.
+    """
+
+    id: str
+    completions_id: str
+    scores: list[float] | None = None
+    ranking: list[int] | None = None
+    orders: list[Order] | None = None
+    consistent: bool | None = None
+    skipped: str | None = None
+    error: str | None = None
+    judge: dict[str, Any] = msgspec.field(default_factory=dict)
+    usage: Usage = msgspec.field(default_factory=Usage)
+    usd: float = 0.0
+
+
+class Preference(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """One line of train.jsonl or val.jsonl: TRL's conversational preference format, with the scores."""
+
+    id: str
+    prompt: list[Message]
+    chosen: list[Message]
+    rejected: list[Message]
+    chosen_score: float | None = None
+    rejected_score: float | None = None
+    score_gap: float | None = None
+    chosen_finish_reason: str | None = None
+    rejected_finish_reason: str | None = None
+
+
+def content_id(*parts: Any) -> str:
+    """Hash of JSON-able content: 16 hexadecimal digits, the same on every machine."""
+    return hashlib.sha256(msgspec.json.encode(parts, order="sorted")).hexdigest()[:16]
+
+
+def prompt_id(messages: list[Message]) -> str:
+    """Id of a prompt: a hash of its roles and texts."""
+    return content_id([[message["role"], message["content"]] for message in messages])
+
+
+def completions_id(texts: list[str]) -> str:
+    """Id of one prompt's completions, in their order."""
+    return content_id(texts)
+
+
+def read_messages(value: Any, field: str, role: str = "user") -> list[Message]:
+    """Read a list of chat messages; a bare string is one message of `role`.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    try:
+        messages = msgspec.convert(value, list[Message])
+    except msgspec.ValidationError:
+        raise ValueError(f'"{field}" is not a string or a list of {{"role", "content"}} messages') from None
+    if not messages:
+        raise ValueError(f'"{field}" is empty')
+    return messages
+
+
+def read_prompt(row: dict[str, Any]) -> list[Message]:
+    """The prompt of a row: `prompt`, or `messages` without the answer that ends them.
+
+    Raises:
+        ValueError: if the row holds no usable prompt.
+    """
+    if "prompt" in row:
+        prompt = read_messages(row["prompt"], "prompt")
+    elif "messages" in row:
+        prompt = read_messages(row["messages"], "messages")
+        if prompt[-1]["role"] == "assistant":
+            prompt = prompt[:-1]
+    else:
+        raise ValueError('no "prompt" and no "messages"')
+    if not any(message["content"].strip() for message in prompt):
+        raise ValueError("the prompt has no text")
+    return prompt
+
+
+def read_demonstration(row: dict[str, Any]) -> tuple[list[Message], list[Message]]:
+    """Prompt and completion of a row for supervised fine-tuning.
+
+    Raises:
+        ValueError: if the row holds no completion.
+    """
+    prompt = read_prompt(row)
+    if "completion" in row:
+        return prompt, read_messages(row["completion"], "completion", role="assistant")
+    if "messages" in row and len(row["messages"]) > len(prompt):
+        return prompt, read_messages(row["messages"][-1:], "messages")
+    raise ValueError('no "completion", and "messages" does not end with an assistant message')
+
+
+def read_preference(row: dict[str, Any]) -> Preference:
+    """A preference from TRL's format, conversational or plain text, with or without our scores.
+
+    Raises:
+        ValueError: naming the field that is wrong.
+    """
+    prompt = read_prompt(row)
+    sides = []
+    for side in ("chosen", "rejected"):
+        if side not in row:
+            raise ValueError(f'no "{side}"')
+        sides.append(read_messages(row[side], side, role="assistant"))
+    chosen, rejected = sides
+    extra = {name: row.get(name) for name in Preference.__struct_fields__[4:]}
+    try:
+        return msgspec.convert(
+            {"id": row.get("id") or preference_id(prompt, chosen, rejected), "prompt": prompt, "chosen": chosen,
+             "rejected": rejected, **extra},
+            Preference,
+        )  # fmt: skip
+    except msgspec.ValidationError as error:
+        raise ValueError(str(error)) from None
+
+
+def preference_id(prompt: list[Message], chosen: list[Message], rejected: list[Message]) -> str:
+    """Id of a pair: a hash of its three texts."""
+    return content_id(prompt, chosen, rejected)

@@ -1,0 +1,239 @@
+"""Append-only JSONL files that survive kill -9, full disks and two commands at once.
+
+One record is one line and one `write()`. A line that was torn by a crash is cut when the file is next opened for
+writing. The last line of a key wins; `Journal.compact` drops the superseded ones. A lock file beside the journal
+keeps a second writer out; on file systems without locks (GCS FUSE) there is none.
+"""
+
+import errno
+import fcntl
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import msgspec
+
+from dpo_cli.errors import Exit, UserError
+
+T = TypeVar("T")
+
+SYNC_SECONDS = 0.5  # what a power cut may lose; a killed process loses nothing
+_encode = msgspec.json.Encoder().encode
+
+
+def read_rows(path: Path, kind: type[T]) -> Iterator[tuple[int, T]]:
+    """Yield (line number, row) of our own records; a torn last line is passed over.
+
+    Raises:
+        UserError: `file:line` of the first line that is not such a record.
+    """
+    decode = msgspec.json.Decoder(kind).decode
+    for number, line, whole in _lines(path):
+        try:
+            yield number, decode(line)
+        except msgspec.ValidationError as error:
+            raise UserError(_explain(error), where=f"{path}:{number}") from None
+        except msgspec.DecodeError as error:
+            if not whole:
+                return
+            raise UserError(f"not a JSON object: {error}", where=f"{path}:{number}") from None
+
+
+def parse_rows(path: Path, parse: Callable[[dict[str, Any]], T]) -> Iterator[tuple[int, T]]:
+    """Yield (line number, parsed row) of a file that others may have written.
+
+    Raises:
+        UserError: `file:line` of the first line that is no JSON object or that `parse` refuses with ValueError.
+    """
+    decode = msgspec.json.Decoder(dict[str, Any]).decode
+    for number, line, _ in _lines(path):
+        try:
+            yield number, parse(decode(line))
+        except msgspec.MsgspecError as error:
+            raise UserError(f"not a JSON object: {error}", where=f"{path}:{number}") from None
+        except ValueError as error:
+            raise UserError(str(error), where=f"{path}:{number}") from None
+
+
+def read_latest(path: Path, kind: type[T]) -> dict[str, T]:
+    """Rows by their `id`, the last line of an id winning; empty if there is no such file."""
+    if not path.exists():
+        return {}
+    return {row.id: row for _, row in read_rows(path, kind)}  # type: ignore[attr-defined]
+
+
+def write_rows(path: Path, rows: Iterable[Any]) -> None:
+    """Replace a file by these rows, all or nothing: readers see the old file or the new one."""
+    write_file(path, b"".join(_encode(row) + b"\n" for row in rows))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a file by one indented JSON value, all or nothing."""
+    write_file(path, msgspec.json.format(_encode(value), indent=2) + b"\n")
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Replace a file, all or nothing, through a temporary file beside it.
+
+    Raises:
+        UserError: the disk is full or the folder can't be written; the old file is as it was.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+        raise _disk_error(error, path) from error
+
+
+class Journal:
+    """A JSONL file open for appending, by one process.
+
+    Use as a context manager. Records must be msgspec structs or dicts with an `id`.
+
+    Raises:
+        UserError: another process writes to it, or the disk is full.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = -1
+        self._lock = -1
+        self._synced = 0.0
+
+    def __enter__(self) -> Self:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            _repair_tail(self._file)
+        except OSError as error:
+            self.close()
+            raise _disk_error(error, self.path) from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def append(self, row: Any) -> None:
+        """Append one record durably against a kill; against a power cut within half a second.
+
+        Raises:
+            UserError: the disk is full; what was written of the record is taken back.
+        """
+        line = _encode(row) + b"\n"
+        start = os.lseek(self._file, 0, os.SEEK_END)
+        try:
+            written = os.write(self._file, line)
+            while written < len(line):  # a nearly full disk takes a part, then refuses the rest
+                written += os.write(self._file, line[written:])
+            if time.monotonic() - self._synced > SYNC_SECONDS:
+                os.fsync(self._file)
+                self._synced = time.monotonic()
+        except OSError as error:
+            os.ftruncate(self._file, start)
+            raise _disk_error(error, self.path) from error
+
+    def compact(self) -> None:
+        """Drop the lines that a later line of the same id supersedes; the rest keeps its bytes and its order."""
+        id_of = msgspec.json.Decoder(_Identified).decode
+        last: dict[str, bytes] = {}
+        count = 0
+        for _, line, _ in _lines(self.path):
+            last[id_of(line).id] = line
+            count += 1
+        if count == len(last):
+            return
+        write_file(self.path, b"".join(line + b"\n" for line in last.values()))
+        os.close(self._file)
+        self._file = os.open(self.path, os.O_RDWR | os.O_APPEND)
+
+    def close(self) -> None:
+        """Sync and let go; safe to call twice."""
+        if self._file >= 0:
+            os.fsync(self._file)
+            os.close(self._file)
+            self._file = -1
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _take_lock(self) -> None:
+        # Beside the journal, not on it: compacting replaces the journal's inode.
+        self._lock = os.open(self.path.with_name(f".{self.path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                "another nothing-dpo command is writing to it", where=str(self.path), hint="wait for it, or stop it"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP):
+                raise
+
+
+class _Identified(msgspec.Struct):
+    id: str
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes, bool]]:
+    """Yield (number, line, ends with a newline); blank lines are passed over."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        raise UserError("no such file", where=str(path)) from None
+    except OSError as error:
+        raise UserError(error.strerror or str(error), where=str(path)) from None
+    with file:
+        for number, line in enumerate(file, 1):
+            text = line.strip()
+            if text:
+                yield number, text, line.endswith(b"\n")
+
+
+def _repair_tail(file: int) -> None:
+    """Cut a torn last line; end with a newline one that is whole (no prefix of a JSON object is JSON)."""
+    size = os.lseek(file, 0, os.SEEK_END)
+    start, tail = size, b""
+    while start > 0 and b"\n" not in tail:
+        step = min(1 << 16, start)
+        start -= step
+        tail = os.pread(file, step, start) + tail
+    last = tail.rpartition(b"\n")[2]
+    if not last:
+        return
+    try:
+        msgspec.json.decode(last)
+        os.write(file, b"\n")
+    except msgspec.DecodeError:
+        os.ftruncate(file, size - len(last))
+
+
+def _explain(error: msgspec.ValidationError) -> str:
+    """msgspec's 'Expected `str`, got `int` - at `$.completions[0]`', said as the field is named in the file."""
+    text, _, place = str(error).partition(" - at `$.")
+    text = text.replace("Object missing required field", "missing field")
+    return f'"{place.rstrip("`")}": {text}' if place else text
+
+
+def _disk_error(error: OSError, path: Path) -> UserError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(
+            "the disk is full; everything written before is kept",
+            where=str(path), hint="free some space, then run the same command again", code=Exit.FAILED,
+        )  # fmt: skip
+    return UserError(error.strerror or str(error), where=str(path), code=Exit.FAILED)
