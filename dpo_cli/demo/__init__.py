@@ -1,0 +1,1 @@
+"""The whole pipeline on this machine: no key, no GPU, no network."""
