@@ -184,3 +184,17 @@ def read_preference(row: dict[str, Any]) -> Preference:
 def preference_id(prompt: list[Message], chosen: list[Message], rejected: list[Message]) -> str:
     """Id of a pair: a hash of its three texts."""
     return content_id(prompt, chosen, rejected)
+
+
+def split_side(prompt: str, seed: int, val_share: float) -> bool:
+    """Whether a prompt's pairs are held out for validation.
+
+    It depends on nothing but the prompt, so that adding prompts moves no old one across.
+
+    Args:
+        prompt: `prompt_id` of the prompt.
+        seed: seed of the split.
+        val_share: share of the prompts that is held out, 0 to 1.
+    """
+    digest = hashlib.sha256(f"{seed}:{prompt}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64 < val_share
