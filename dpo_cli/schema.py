@@ -6,6 +6,7 @@ Messages with images or tool calls are not covered and are refused.
 """
 
 import hashlib
+import unicodedata
 from typing import Any, TypedDict
 
 import msgspec
@@ -105,6 +106,11 @@ def prompt_id(messages: list[Message]) -> str:
 def completions_id(texts: list[str]) -> str:
     """Id of one prompt's completions, in their order."""
     return content_id(texts)
+
+
+def canonical(text: str) -> str:
+    """A text without what no reader sees: Unicode NFC, each run of whitespace one space. Equal means identical."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def read_messages(value: Any, field: str, role: str = "user") -> list[Message]:
