@@ -198,6 +198,13 @@ def describe(key: str) -> str:
     return str(metas[-1].description)
 
 
+def plain_type(key: str) -> type[Any]:
+    """The type of a setting as a flag takes it: `int`, `float`, `bool` or `str`."""
+    kind = get_args(fields()[key])[0]
+    parts = set(get_args(kind) or [kind]) - {type(None)}
+    return parts.pop() if len(parts) == 1 and parts <= {bool, int, float} else str
+
+
 def default(key: str) -> Any:
     """The default of a setting."""
     return get(Config(), key)

@@ -1,0 +1,269 @@
+"""The whole command surface: every command, flag and exit code.
+
+A command resolves the settings, calls one function and renders its result; no work is done here. Results go to
+stdout, progress and errors to stderr. Flags take their names, help and defaults from `config.py`.
+"""
+
+import inspect as introspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import msgspec
+import typer
+
+from dpo_cli import __version__, backends, config, engines, judges
+from dpo_cli.config import Config, Resolved
+from dpo_cli.errors import Exit, UserError
+from dpo_cli.progress import Progress, Silent
+
+PIPELINE, LOOK = "Pipeline", "Look"
+
+app = typer.Typer(
+    name="nothing-dpo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Direct Preference Optimization of a LoRA adapter on a budget.",
+)
+inspector = typer.Typer(no_args_is_help=True, help="Look at what a stage made.")
+app.add_typer(inspector, name="inspect", rich_help_panel=LOOK)
+
+CHOICES = {"generate.engine": engines.names(), "judge.judge": judges.names()}
+
+# Flags whose name is not the setting's own.
+FLAGS = {"model.name": "--model", "judge.model": "--model"}
+
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="Settings file, TOML or YAML.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="One setting; repeatable.")]
+Preset = Annotated[str | None, typer.Option(help=f"One of: {', '.join(config.PRESETS)}.")]
+Data = Annotated[str | None, typer.Option(help=config.describe("data"), show_default=config.default("data"))]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")]
+Quiet = Annotated[bool, typer.Option(help="No progress.")]
+Debug = Annotated[bool, typer.Option(help="Show the traceback of an error.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="At most so many rows.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+
+COMMON = {"config_file": ConfigFile, "sets": Sets, "preset": Preset, "data": Data, "json": Json, "quiet": Quiet,
+          "debug": Debug}  # fmt: skip
+
+
+class Session:
+    """What every command has at hand: settings, progress, and where its result goes."""
+
+    def __init__(self, resolved: Resolved, json: bool, quiet: bool) -> None:
+        self.resolved = resolved
+        self.json = json
+        self._quiet = quiet
+
+    @property
+    def config(self) -> Config:
+        """The resolved settings."""
+        return self.resolved.config
+
+    @property
+    def data(self) -> Path:
+        """The folder in which the stages meet."""
+        return Path(self.config.data)
+
+    def progress(self) -> Progress:
+        """A live panel in a terminal, plain lines in a log, nothing with --quiet."""
+        if self._quiet:
+            return Silent()
+        from dpo_cli.view import make_progress
+
+        return make_progress()
+
+    def show(self, result: Any, render: Callable[..., None], *arguments: Any) -> None:
+        """Print a result: as JSON with --json, else rendered by a function of `view` that takes a console first."""
+        if self.json:
+            typer.echo(msgspec.json.encode(result))
+            return
+        from dpo_cli.view import stdout_console
+
+        render(stdout_console(), result, *arguments)
+
+
+def command(
+    name: str, *settings: str, panel: str = PIPELINE, parent: typer.Typer = app
+) -> Callable[[Callable[..., Exit | None]], Callable[..., Exit | None]]:
+    """Register a command: its own parameters, a flag for each named setting, and the common options."""
+
+    def register(function: Callable[..., Exit | None]) -> Callable[..., Exit | None]:
+        own = list(introspect.signature(function).parameters.values())[1:]  # the first is the session
+        keys = {key.replace(".", "_"): key for key in settings}
+        extra = {variable: _flag(key) for variable, key in keys.items()} | COMMON
+
+        def run(**given: Any) -> None:
+            flags = {key: given.pop(variable) for variable, key in keys.items()}
+            flags["data"] = given.pop("data")
+            debug = given.pop("debug")
+            try:
+                resolved = config.resolve(flags, given.pop("sets"), given.pop("config_file"), given.pop("preset"))
+                _check_choices(resolved)
+                session = Session(resolved, given.pop("json"), given.pop("quiet"))
+                code = function(session, **given)
+            except UserError as error:
+                if debug:
+                    raise
+                _say(error)
+                code = error.code
+            raise typer.Exit(code or Exit.OK)
+
+        parameters = own + [
+            introspect.Parameter(
+                variable, introspect.Parameter.KEYWORD_ONLY, annotation=annotation,
+                default=False if get_args(annotation)[0] is bool else None,
+            )
+            for variable, annotation in extra.items()
+        ]  # fmt: skip
+        run.__signature__ = introspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        run.__doc__ = function.__doc__
+        parent.command(name, rich_help_panel=panel)(run)
+        return function
+
+    return register
+
+
+def _flag(key: str) -> Any:
+    """A typer option for one setting: name, type, help and default as `config.py` has them."""
+    kind = config.plain_type(key)
+    name = FLAGS.get(key, "--" + key.rpartition(".")[2].replace("_", "-"))
+    names = (name, f"--no-{name[2:]}") if kind is bool else (name,)
+    value = config.default(key)
+    shown = False if value is None or kind is bool else str(value)
+    choices = "|".join(CHOICES[key]) if key in CHOICES else None
+    option = typer.Option("/".join(names), help=config.describe(key), show_default=shown, metavar=choices)
+    return Annotated[kind | None, option]
+
+
+def _check_choices(resolved: Resolved) -> None:
+    for key, choices in CHOICES.items():
+        value = config.get(resolved.config, key)
+        if value not in choices:
+            raise UserError(f"{key} = '{value}' (from {resolved.sources[key]})", hint=f"one of: {', '.join(choices)}")
+
+
+def _say(error: UserError) -> None:
+    """One line of what failed and where, one of what to do; never a control character of anybody's text."""
+    from dpo_cli.view import plain
+
+    typer.echo(f"{typer.style('error:', fg='red')} {plain(str(error))}", err=True)
+    if error.hint:
+        typer.echo(f"{typer.style(' next:', fg='green')} {plain(error.hint)}", err=True)
+
+
+def main() -> None:
+    """Entry point of `nothing-dpo`."""
+    app()
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@command(
+    "generate", "generate.n", "generate.prompts", "generate.engine", "generate.url", "model.name", "model.base",
+    "model.adapter", "generate.temperature", "generate.top_p", "generate.max_tokens", "generate.frequency_penalty",
+    "generate.seed", "generate.keep_lines", "generate.concurrency", "generate.batch_size",
+)  # fmt: skip
+def generate(session: Session, limit: Limit = None, dry_run: DryRun = False) -> Exit | None:
+    """Prompts to completions: sample the SFT adapter, as often as `--n` says."""
+    from dpo_cli import generate as stage, view
+
+    result = stage.run(session.config, session.progress(), limit=limit, dry_run=dry_run)
+    session.show(result, view.generated)
+    return Exit.FAILED if result.failed else None
+
+
+@command(
+    "judge", "judge.judge", "judge.model", "judge.url", "judge.function", "judge.rubric", "judge.orders",
+    "judge.reasoning_effort", "judge.max_tokens", "judge.price", "judge.concurrency", "judge.seed", "pair.min_gap",
+)  # fmt: skip
+def judge(session: Session, limit: Limit = None, dry_run: DryRun = False) -> Exit | None:
+    """Completions to judgments to preference pairs."""
+    from dpo_cli import judge as stage, pair, view
+
+    result = stage.run(session.config, session.progress(), limit=limit, dry_run=dry_run)
+    session.show(result, view.judged)
+    if not dry_run:
+        session.show(pair.run(session.config), view.paired)
+    return Exit.FAILED if result.failed else None
+
+
+@command("pair", "pair.min_gap", "pair.require_consistent", "pair.val_share", "pair.seed")
+def pair(session: Session, dry_run: DryRun = False) -> None:
+    """Judgments to pairs again, by other rules: free."""
+    from dpo_cli import pair as stage, view
+
+    session.show(stage.run(session.config, dry_run=dry_run), view.paired)
+
+
+@command(
+    "train", "train.learning_rate", "train.beta", "train.loss_type", "train.num_train_epochs", "train.max_steps",
+    "train.per_device_train_batch_size", "train.gradient_accumulation_steps", "train.max_length",
+    "train.warmup_steps", "train.seed", "model.base", "model.adapter", "model.dpo_adapter",
+)  # fmt: skip
+def train(
+    session: Session,
+    stage: Annotated[Literal["dpo", "sft"], typer.Option(help="dpo, or sft to make the adapter it starts from.")] = "dpo",
+    backend: Annotated[str, typer.Option(metavar="|".join(backends.names()), help="Where it runs.")] = "local",
+    name: Annotated[str | None, typer.Option(help="Name of the run.", show_default="the stage")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start the run over instead of resuming it.")] = False,
+) -> Exit | None:
+    """Preference pairs to the DPO adapter, against the frozen SFT adapter."""
+    from dpo_cli import view
+    from dpo_cli.backends import load
+
+    result = load(backend).train(session.config, session.progress(), stage=stage, name=name or stage, fresh=fresh)
+    session.show(result, view.trained)
+    return Exit.GATE if result.verdict == "fail" else None
+
+
+@command(
+    "serve-config", "model.base", "model.adapter", "model.dpo_adapter", "model.name", "model.dpo_name", "serve.host",
+    "serve.port", "serve.dtype", "serve.max_model_len", "serve.gpu_memory_utilization",
+)  # fmt: skip
+def serve_config(
+    session: Session,
+    form: Annotated[Literal["cli", "json", "yaml"], typer.Option("--format", help="What to write.")] = "cli",
+) -> None:
+    """The vLLM configuration that serves the SFT adapter, and the DPO adapter where there is one."""
+    from dpo_cli import serve_config as stage
+
+    plan = stage.plan(session.config)
+    for note in plan.notes:
+        typer.echo(note, err=True)
+    typer.echo(stage.render(session.config, "json" if session.json else form))
+
+
+@command("demo")
+def demo(
+    session: Session,
+    folder: Annotated[Path, typer.Option(help="Folder of its own.")] = Path("demo"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over.")] = False,
+) -> Exit | None:
+    """The whole pipeline on this machine: no key, no GPU, no network."""
+    from dpo_cli import demo as stage, view
+
+    result = stage.run(folder, session.progress(), fresh=fresh)
+    session.show(result, view.demonstrated)
+    return Exit.GATE if result.verdict == "fail" else None
+
+
+if __name__ == "__main__":
+    main()
