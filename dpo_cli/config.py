@@ -131,10 +131,11 @@ class ServeSection(Struct, kw_only=True):
     """The vLLM server that serves both adapters."""
 
     host: Annotated[str, _doc("Address to listen on.")] = "127.0.0.1"
-    port: Annotated[int, Meta(ge=1, le=65535), _doc("Port to listen on.")] = 8000
+    port: Annotated[int, Meta(ge=1024, le=65535), _doc("Port to listen on; vLLM takes none below 1024.")] = 8000
     dtype: Annotated[str, _doc("vLLM's weight type.")] = "auto"
     max_model_len: Annotated[Count, _doc("Longest context, in tokens.")] = 4096
     gpu_memory_utilization: Annotated[Share, _doc("Share of the card that vLLM may take.")] = 0.9
+    chat_template: Annotated[str | None, _doc("Chat template file; unset: the base's own.")] = None
 
 
 class Config(Struct, kw_only=True):
