@@ -1,0 +1,162 @@
+"""Adapters -> the vLLM configuration that serves them.
+
+Reads the SFT adapter and, where there is one, the DPO adapter (`adapter.py` refuses what vLLM could not load), and the
+base's own config where it is on this machine. Writes nothing. The flags are those of vLLM 0.32.
+"""
+
+import math
+import shlex
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from dpo_cli.adapter import RANKS, Adapter, absolute, base_folder, chat_template, check_adapter, read_json
+from dpo_cli.config import Config
+from dpo_cli.errors import UserError
+
+Argument = str | int | float | bool | list[str]
+
+
+class ServePlan(Struct, kw_only=True):
+    """What to serve: the adapters by name, and vLLM's flags (without dashes) for them and the base."""
+
+    model: str
+    adapters: dict[str, Adapter]
+    arguments: dict[str, Argument]
+    notes: list[str]
+
+
+def render(config: Config, format: str) -> str:
+    """The vLLM configuration as text.
+
+    Args:
+        config: names the base, both adapters and the server's settings.
+        format: `cli` (a command line), `json` (model, LoRA modules, arguments) or `yaml` (for `vllm serve --config`).
+
+    Raises:
+        UserError: unknown format, or an adapter that vLLM could not load.
+    """
+    if format not in FORMATS:
+        raise UserError(f"unknown format '{format}'", hint=f"one of: {', '.join(FORMATS)}")
+    return FORMATS[format](plan(config))
+
+
+def plan(config: Config) -> ServePlan:
+    """Check the adapters that exist and choose vLLM's arguments for them.
+
+    Raises:
+        UserError: no adapter at all, one that vLLM could not load, or names that collide.
+    """
+    model, serve = config.model, config.serve
+    base = str(absolute(model.base)) if Path(model.base).expanduser().is_dir() else model.base
+    _check_names(config)
+
+    notes: list[str] = []
+    adapters: dict[str, Adapter] = {}
+    for stage, name, folder in (("SFT", model.name, model.adapter), ("DPO", model.dpo_name, model.dpo_adapter)):
+        if Path(folder).expanduser().exists():
+            adapters[name] = check_adapter(absolute(folder), model.base)
+            notes += [f"{name}: {note}" for note in adapters[name].notes]
+        else:
+            notes.append(f"no {stage} adapter at {folder}: '{name}' is not served")
+    if not adapters:
+        raise UserError(
+            f"no adapter at {model.adapter} or {model.dpo_adapter}", hint="nothing-dpo train, or ADAPTER_PATH=FOLDER"
+        )
+    if len(adapters) == 2 and len({adapter.sha256 for adapter in adapters.values()}) == 1:
+        notes.append("both adapters have the same weights")
+
+    limit = _context_limit(base)
+    length = min(serve.max_model_len, limit)
+    if length < serve.max_model_len:
+        notes.append(f"max-model-len is {limit}, the base's own limit, not the {serve.max_model_len} of the settings")
+    if serve.chat_template is None:
+        notes += [f"{name}: {note}" for name, adapter in adapters.items() for note in _template_notes(adapter, base)]
+    rank = max(adapter.rank for adapter in adapters.values())
+
+    arguments: dict[str, Argument] = {
+        "host": serve.host,
+        "port": serve.port,
+        "dtype": serve.dtype,
+        "max-model-len": length,
+        "gpu-memory-utilization": serve.gpu_memory_utilization,
+        "generation-config": "vllm",  # otherwise the base's own top_p, top_k and penalties fill what a request omits
+        **({"chat-template": str(absolute(serve.chat_template))} if serve.chat_template else {}),
+        "enable-lora": True,
+        "max-loras": len(adapters),
+        "max-lora-rank": next(allowed for allowed in RANKS if allowed >= rank),
+        "lora-modules": [
+            msgspec.json.encode({"name": name, "path": str(adapter.path), "base_model_name": base}).decode()
+            for name, adapter in adapters.items()
+        ],
+    }
+    return ServePlan(model=base, adapters=adapters, arguments=arguments, notes=notes)
+
+
+def argv(plan: ServePlan) -> list[str]:
+    """The command that starts vLLM, one word an item."""
+    return ["vllm", "serve", plan.model, *chain.from_iterable(_flags(plan))]
+
+
+def _cli(plan: ServePlan) -> str:
+    lines = [shlex.join(["vllm", "serve", plan.model]), *map(shlex.join, _flags(plan))]
+    return " \\\n  ".join(lines) + "\n"
+
+
+def _json(plan: ServePlan) -> str:
+    arguments = {key: value for key, value in plan.arguments.items() if key != "lora-modules"}
+    modules = [msgspec.json.decode(module) for module in plan.arguments["lora-modules"]]  # type: ignore[union-attr]
+    content = {"model": plan.model, "lora_modules": modules, "arguments": arguments}
+    return msgspec.json.format(msgspec.json.encode(content), indent=2).decode() + "\n"
+
+
+def _yaml(plan: ServePlan) -> str:
+    """For `vllm serve --config`.
+
+    Keys have hyphens and modules are strings, since vLLM drops keys like `enable_lora: false` silently and fails on
+    modules that are mappings.
+    """
+    import yaml
+
+    content = {"model": plan.model, **plan.arguments}
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=math.inf)
+
+
+FORMATS: dict[str, Callable[[ServePlan], str]] = {"cli": _cli, "json": _json, "yaml": _yaml}
+
+
+def _flags(plan: ServePlan) -> Iterator[list[str]]:
+    for key, value in plan.arguments.items():
+        if isinstance(value, bool):
+            yield [f"--{key}" if value else f"--no-{key}"]
+        else:
+            yield [f"--{key}", *(value if isinstance(value, list) else [str(value)])]
+
+
+def _check_names(config: Config) -> None:
+    names = (config.model.name, config.model.dpo_name)
+    if names[0] == names[1]:
+        raise UserError(f"both adapters are named '{names[0]}'", hint="SERVE_DPO_MODEL=OTHER-NAME")
+    for name in names:
+        if not name or name in (config.model.base, str(absolute(config.model.base))):
+            raise UserError(f"an adapter can't be named '{name}', the base's name", hint="SERVE_MODEL=OTHER-NAME")
+
+
+def _context_limit(base: str) -> float:
+    """The longest context of the base, in tokens; infinite where it is not known here."""
+    folder = base_folder(base)
+    settings = read_json(folder / "config.json") if folder else {}
+    limit: float = settings.get("text_config", settings).get("max_position_embeddings", math.inf)
+    return limit
+
+
+def _template_notes(adapter: Adapter, base: str) -> list[str]:
+    folder = base_folder(base)
+    template = chat_template(adapter.path)
+    if template is None or (folder and template == chat_template(folder)):
+        return []
+    differs = "differs" if folder else "may differ"
+    return [f"vLLM uses the base's chat template, and the adapter's own {differs} (--set serve.chat_template=FILE)"]
