@@ -157,9 +157,9 @@ def _read_settings(path: Path) -> dict[str, Any]:
         raise UserError(str(error), where=str(file)) from None
     if (kind := settings.get("peft_type")) != "LORA":
         raise UserError(f"peft_type is {kind}: vLLM serves LORA alone", where=str(file))
-    ranks = [settings.get("r"), *(settings.get("rank_pattern") or {}).values()]
-    if not all(isinstance(rank, int) and 0 < rank <= RANKS[-1] for rank in ranks):
-        raise UserError(f"rank {max(ranks, key=str)}: vLLM takes 1 to {RANKS[-1]}", where=str(file))
+    for rank in (settings.get("r"), *(settings.get("rank_pattern") or {}).values()):
+        if not isinstance(rank, int) or not 0 < rank <= RANKS[-1]:
+            raise UserError(f"rank {rank}: vLLM takes 1 to {RANKS[-1]}", where=str(file))
     return settings
 
 

@@ -7,14 +7,12 @@ base's own config where it is on this machine. Writes nothing. The flags are tho
 import math
 import shlex
 from collections.abc import Callable, Iterator
-from itertools import chain
-from pathlib import Path
 
 import msgspec
 from msgspec import Struct
 
 from dpo_cli.adapter import RANKS, Adapter, absolute, base_folder, chat_template, check_adapter, read_json
-from dpo_cli.config import Config
+from dpo_cli.config import Config, ServeSection
 from dpo_cli.errors import UserError
 
 Argument = str | int | float | bool | list[str]
@@ -50,14 +48,13 @@ def plan(config: Config) -> ServePlan:
     Raises:
         UserError: no adapter at all, one that vLLM could not load, or names that collide.
     """
-    model, serve = config.model, config.serve
-    base = str(absolute(model.base)) if Path(model.base).expanduser().is_dir() else model.base
+    model = config.model
     _check_names(config)
-
+    base = str(absolute(model.base)) if absolute(model.base).is_dir() else model.base
     notes: list[str] = []
     adapters: dict[str, Adapter] = {}
     for stage, name, folder in (("SFT", model.name, model.adapter), ("DPO", model.dpo_name, model.dpo_adapter)):
-        if Path(folder).expanduser().exists():
+        if absolute(folder).exists():
             adapters[name] = check_adapter(absolute(folder), model.base)
             notes += [f"{name}: {note}" for note in adapters[name].notes]
         else:
@@ -68,20 +65,21 @@ def plan(config: Config) -> ServePlan:
         )
     if len(adapters) == 2 and len({adapter.sha256 for adapter in adapters.values()}) == 1:
         notes.append("both adapters have the same weights")
-
-    limit = _context_limit(base)
-    length = min(serve.max_model_len, limit)
-    if length < serve.max_model_len:
-        notes.append(f"max-model-len is {limit}, the base's own limit, not the {serve.max_model_len} of the settings")
-    if serve.chat_template is None:
+    arguments = _arguments(config.serve, adapters, base)
+    if (length := arguments["max-model-len"]) != config.serve.max_model_len:
+        notes.append(f"max-model-len is {length}, the base's own limit, not {config.serve.max_model_len}")
+    if config.serve.chat_template is None:
         notes += [f"{name}: {note}" for name, adapter in adapters.items() for note in _template_notes(adapter, base)]
-    rank = max(adapter.rank for adapter in adapters.values())
+    return ServePlan(model=base, adapters=adapters, arguments=arguments, notes=notes)
 
-    arguments: dict[str, Argument] = {
+
+def _arguments(serve: ServeSection, adapters: dict[str, Adapter], base: str) -> dict[str, Argument]:
+    rank = max(adapter.rank for adapter in adapters.values())
+    return {
         "host": serve.host,
         "port": serve.port,
         "dtype": serve.dtype,
-        "max-model-len": length,
+        "max-model-len": min(serve.max_model_len, _context_limit(base)),
         "gpu-memory-utilization": serve.gpu_memory_utilization,
         "generation-config": "vllm",  # otherwise the base's own top_p, top_k and penalties fill what a request omits
         **({"chat-template": str(absolute(serve.chat_template))} if serve.chat_template else {}),
@@ -93,12 +91,6 @@ def plan(config: Config) -> ServePlan:
             for name, adapter in adapters.items()
         ],
     }
-    return ServePlan(model=base, adapters=adapters, arguments=arguments, notes=notes)
-
-
-def argv(plan: ServePlan) -> list[str]:
-    """The command that starts vLLM, one word an item."""
-    return ["vllm", "serve", plan.model, *chain.from_iterable(_flags(plan))]
 
 
 def _cli(plan: ServePlan) -> str:

@@ -12,8 +12,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Rooms, lowest first: each imports only rooms before it.
 ROOMS = [
-    "errors", "schema", "store", "config", "progress", "endpoint", "engines", "judges", "generate", "judge", "pair",
-    "train", "sft", "dpo", "evaluate", "backends", "stats", "serve_config", "demo", "view", "cli",
+    "errors", "schema", "store", "config", "progress", "adapter", "endpoint", "engines", "judges", "generate", "judge",
+    "pair", "train", "sft", "dpo", "evaluate", "backends", "stats", "serve_config", "demo", "view", "cli",
 ]  # fmt: skip
 STAGES = {"generate", "judge", "pair", "train", "evaluate", "serve_config"}
 ALLOWED = {
