@@ -18,31 +18,38 @@ from dpo_cli.config import Config, Resolved
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Progress, Silent
 
-PIPELINE, LOOK = "Pipeline", "Look"
-
 app = typer.Typer(
     name="nothing-dpo",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # rich takes 0.4 s to load its help, and cuts long flags
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    # The default for --help keeps typer from loading pydantic to find that it was not given.
+    context_settings={"help_option_names": ["-h", "--help"], "default_map": {"help": False}},
     help="Direct Preference Optimization of a LoRA adapter on a budget.",
 )
-inspector = typer.Typer(no_args_is_help=True, help="Look at what a stage made.")
-app.add_typer(inspector, name="inspect", rich_help_panel=LOOK)
+inspector = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at what a stage made.")
+app.add_typer(inspector, name="inspect")
 
 CHOICES = {"generate.engine": engines.names(), "judge.judge": judges.names()}
 
 # Flags whose name is not the setting's own.
 FLAGS = {"model.name": "--model", "judge.model": "--model"}
 
+def _help(key: str) -> str:
+    """Description and default of a setting."""
+    value = config.default(key)
+    text = config.describe(key)
+    return text if value is None else f"{text} [default: {str(value).lower() if value in (True, False) else value}]"
+
+
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="Settings file, TOML or YAML.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="One setting; repeatable.")]
 Preset = Annotated[str | None, typer.Option(help=f"One of: {', '.join(config.PRESETS)}.")]
-Data = Annotated[str | None, typer.Option(help=config.describe("data"), show_default=config.default("data"))]
+Data = Annotated[str | None, typer.Option(help=_help("data"))]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")]
-Quiet = Annotated[bool, typer.Option(help="No progress.")]
-Debug = Annotated[bool, typer.Option(help="Show the traceback of an error.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="At most so many rows.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
 
@@ -87,7 +94,7 @@ class Session:
 
 
 def command(
-    name: str, *settings: str, panel: str = PIPELINE, parent: typer.Typer = app
+    name: str, *settings: str, parent: typer.Typer = app
 ) -> Callable[[Callable[..., Exit | None]], Callable[..., Exit | None]]:
     """Register a command: its own parameters, a flag for each named setting, and the common options."""
 
@@ -122,7 +129,7 @@ def command(
         run.__signature__ = introspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         run.__doc__ = function.__doc__
-        parent.command(name, rich_help_panel=panel)(run)
+        parent.command(name, short_help=(run.__doc__ or "").partition("\n")[0])(run)
         return function
 
     return register
@@ -132,12 +139,9 @@ def _flag(key: str) -> Any:
     """A typer option for one setting: name, type, help and default as `config.py` has them."""
     kind = config.plain_type(key)
     name = FLAGS.get(key, "--" + key.rpartition(".")[2].replace("_", "-"))
-    names = (name, f"--no-{name[2:]}") if kind is bool else (name,)
-    value = config.default(key)
-    shown = False if value is None or kind is bool else str(value)
+    names = (f"{name}/--no-{name[2:]}",) if kind is bool else (name,)
     choices = "|".join(CHOICES[key]) if key in CHOICES else None
-    option = typer.Option("/".join(names), help=config.describe(key), show_default=shown, metavar=choices)
-    return Annotated[kind | None, option]
+    return Annotated[kind | None, typer.Option(*names, help=_help(key), show_default=False, metavar=choices)]
 
 
 def _check_choices(resolved: Resolved) -> None:

@@ -9,6 +9,7 @@ import difflib
 import os
 import tomllib
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -33,10 +34,15 @@ class ModelSection(Struct, kw_only=True):
     """The base model, its adapters and their served names."""
 
     base: Annotated[str, _doc("Base model: a folder or a Hub id.")] = "meta-llama/Llama-3.2-3B-Instruct"
-    adapter: Annotated[str, _doc("SFT adapter folder.")] = "adapters/nothing-gpt"
+    adapter: Annotated[str | None, _doc("SFT adapter folder; none: train a fresh LoRA, reference = base.")] = (
+        "adapters/nothing-gpt"
+    )
     dpo_adapter: Annotated[str, _doc("DPO adapter folder: what train writes.")] = "adapters/nothing-gpt-dpo"
     name: Annotated[str, _doc("Name under which the SFT adapter is served.")] = "seinfeld"
     dpo_name: Annotated[str, _doc("Name under which the DPO adapter is served.")] = "seinfeld-dpo"
+    chat_template_kwargs: Annotated[
+        dict[str, Any], _doc("Variables of the chat template; Llama 3.2's would otherwise insert today's date.")
+    ] = msgspec.field(default_factory=lambda: {"date_string": "26 Jul 2024"})
 
 
 class GenerateSection(Struct, kw_only=True):
@@ -83,21 +89,20 @@ class PairSection(Struct, kw_only=True):
     seed: Annotated[int, _doc("Seed of the split.")] = SEED
 
 
-class TrainSection(Struct, kw_only=True):
-    """Preferences to the DPO adapter; TRL's and PEFT's own names."""
+class TrainingSection(Struct, kw_only=True):
+    """What both training stages have in common; TRL's and PEFT's own names."""
 
     learning_rate: Annotated[NonNegative, _doc("Peak learning rate.")] = 5e-6
-    beta: Annotated[NonNegative, _doc("Strength of the pull towards the reference.")] = 0.1
-    loss_type: Annotated[str, _doc("TRL loss type.")] = "sigmoid"
-    label_smoothing: Annotated[Share, _doc("Assumed share of flipped labels.")] = 0.0
-    num_train_epochs: Annotated[NonNegative, _doc("Passes over the pairs.")] = 1.0
+    num_train_epochs: Annotated[NonNegative, _doc("Passes over the rows.")] = 1.0
     max_steps: Annotated[int, _doc("Most optimizer steps; -1: as num_train_epochs says.")] = -1
-    per_device_train_batch_size: Annotated[Count, _doc("Pairs a forward.")] = 4
-    per_device_eval_batch_size: Annotated[Count, _doc("Pairs a forward in evaluation.")] = 2
+    per_device_train_batch_size: Annotated[Count, _doc("Rows a forward.")] = 4
+    per_device_eval_batch_size: Annotated[Count, _doc("Rows a forward in evaluation.")] = 2
     gradient_accumulation_steps: Annotated[Count, _doc("Forwards an optimizer step.")] = 4
     max_length: Annotated[Count, _doc("Longest prompt plus completion, in tokens.")] = 2048
-    bf16: Annotated[bool | None, _doc("bfloat16 compute; unset: where the hardware has it.")] = None
-    gradient_checkpointing: Annotated[bool, _doc("Trade time for memory; the loss is the same.")] = True
+    bf16: Annotated[bool | None, _doc("bfloat16 compute; unset: on a GPU that has it.")] = None
+    gradient_checkpointing: Annotated[bool | None, _doc("Trade time for memory at the same loss; unset: on a GPU.")] = (
+        None
+    )
     lr_scheduler_type: Annotated[str, _doc("Learning rate schedule.")] = "cosine"
     warmup_steps: Annotated[int, Meta(ge=0), _doc("Warmup, in optimizer steps.")] = 20
     weight_decay: Annotated[NonNegative, _doc("Weight decay.")] = 0.0
@@ -105,6 +110,7 @@ class TrainSection(Struct, kw_only=True):
     logging_steps: Annotated[Count, _doc("Steps between two metric lines.")] = 10
     eval_steps: Annotated[Count, _doc("Steps between two evaluations.")] = 25
     save_steps: Annotated[Count, _doc("Steps between two checkpoints.")] = 25
+    save_total_limit: Annotated[int, Meta(ge=2), _doc("Checkpoints kept; the best is always among them.")] = 3
     seed: Annotated[int, _doc("Seed of shuffling and initialisation.")] = SEED
     r: Annotated[Count, _doc("LoRA rank of a fresh adapter.")] = 32
     lora_alpha: Annotated[NonNegative, _doc("LoRA alpha of a fresh adapter.")] = 64
@@ -112,7 +118,17 @@ class TrainSection(Struct, kw_only=True):
     target_modules: Annotated[str | list[str], _doc("LoRA targets of a fresh adapter.")] = "all-linear"
 
 
-class SftSection(TrainSection, kw_only=True):
+class TrainSection(TrainingSection, kw_only=True):
+    """Preferences to the DPO adapter."""
+
+    beta: Annotated[NonNegative, _doc("Strength of the pull towards the reference.")] = 0.1
+    loss_type: Annotated[str, _doc("TRL loss type.")] = "sigmoid"
+    label_smoothing: Annotated[Share, _doc("Assumed share of flipped labels.")] = 0.0
+    kl_prompts: Annotated[int, Meta(ge=0), _doc("Held-out prompts on which each evaluation measures KL.")] = 8
+    kl_tokens: Annotated[Count, _doc("Longest completion sampled for that, in tokens.")] = 64
+
+
+class SftSection(TrainingSection, kw_only=True):
     """`train --stage sft`: the adapter that DPO starts from."""
 
     learning_rate: Annotated[NonNegative, _doc("Peak learning rate.")] = 3e-5
@@ -180,6 +196,7 @@ class Resolved(Struct):
     sources: dict[str, str]
 
 
+@cache
 def fields() -> dict[str, Any]:
     """Dotted key -> annotated type of every setting, in the order in which they are documented."""
     found: dict[str, Any] = {}
