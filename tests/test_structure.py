@@ -19,7 +19,7 @@ STAGES = {"generate", "judge", "pair", "train", "evaluate", "serve_config"}
 ALLOWED = {
     "typer": {"cli"},
     "rich": {"view", "cli"},
-    "openai": {"endpoint"},
+    "aiohttp": {"endpoint"},
     **dict.fromkeys(
         ("torch", "transformers", "trl", "peft", "datasets"),
         {"train", "sft", "dpo", "engines/transformers", "judges/reward_model", "evaluate", "demo/tiny"},
