@@ -6,14 +6,11 @@ request (and retries timed-out, perhaps paid requests unasked). Streaming, tools
 """
 
 import asyncio
-import math
 import os
 import random
 import resource
 import time
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -23,12 +20,17 @@ import msgspec
 from msgspec import Struct
 
 from dpo_cli import __version__
+from dpo_cli.endpoint.pace import Pace
+from dpo_cli.endpoint.prices import Price, is_local, price_of
+from dpo_cli.endpoint.wire import Choice, Error, Reply, one_line, read_error, read_reply, retry_after
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.schema import Usage, content_id
 from dpo_cli.store import Journal, read_latest
 
 if TYPE_CHECKING:
     import aiohttp
+
+__all__ = ["Choice", "Endpoint", "Price", "Rejected", "Reply", "Spend", "is_local", "price_of"]
 
 T = TypeVar("T")
 
@@ -40,38 +42,10 @@ RESTART_SECONDS = 300.0  # patience with one that did
 DRAIN_SECONDS = 10.0  # what is in flight at a fatal fault may still arrive, and be kept, that long
 MAX_WAIT_SECONDS = 120.0  # longest Retry-After that is obeyed
 MAX_BACKOFF_SECONDS = 30.0
+LONG_SECONDS = 5.0  # waits that are worth a line in the log
 
 # What does not change the reply, and so not its key.
 _TRANSPORT_KEYS = ("stream", "stream_options", "service_tier")
-
-
-class Choice(Struct, omit_defaults=True):
-    """One answer; `text` is empty where the model refused."""
-
-    text: str
-    finish_reason: str
-    refusal: str | None = None
-
-
-class Reply(Struct, omit_defaults=True):
-    """What is kept of a response: its choices by index, its tokens, and the model that says it answered."""
-
-    choices: list[Choice]
-    usage: Usage
-    model: str = ""
-
-
-class Price(Struct, frozen=True):
-    """Dollars per million tokens."""
-
-    input: float
-    cached: float
-    output: float
-
-    def usd(self, usage: Usage) -> float:
-        """Dollars that these tokens cost."""
-        fresh = usage.input - usage.cached
-        return (fresh * self.input + usage.cached * self.cached + usage.output * self.output) / 1e6
 
 
 class Spend(Struct):
@@ -117,6 +91,7 @@ class Endpoint:
         concurrency: most requests in flight.
         timeout: seconds to wait for one reply.
         price: to count dollars with; None counts none.
+        log: told in a line about long waits.
 
     Raises:
         UserError: the URL is none, or the variable is not set and the endpoint is not on this machine.
@@ -131,6 +106,7 @@ class Endpoint:
         concurrency: int,
         timeout: float,
         price: Price | None = None,
+        log: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.url = _base_url(url)
         self.spend = Spend()
@@ -142,6 +118,7 @@ class Endpoint:
         self._place = self.url.partition("://")[2]
         self._timeout = timeout
         self._price = price
+        self._log = log
         self._pace = Pace(_allowed_sockets(concurrency))
         self._journal = Journal(ledger)
         self._replies: dict[str, _Paid] = {}
@@ -211,6 +188,18 @@ class Endpoint:
         self._replies[key] = paid
         return reply
 
+    async def models(self) -> list[str]:
+        """Names that the endpoint serves; empty if it does not say."""
+        import aiohttp
+
+        assert self._session is not None
+        try:
+            async with self._session.get(f"{self.url}/models") as response:
+                listing = msgspec.json.decode(await response.read(), type=_Models)
+        except (aiohttp.ClientError, OSError, msgspec.MsgspecError):
+            return []
+        return [one_line(model.id) for model in listing.data]
+
     async def each(self, items: Iterable[T], handle: Callable[[T], Awaitable[None]]) -> None:
         """Handle every item, at most `concurrency` at once, taking them as they are needed.
 
@@ -267,7 +256,7 @@ class Endpoint:
                     self._give_up(fault)
                 self.spend.resent += fault.paid
                 if fault.after is not None:
-                    self._pace.hold(min(fault.after, MAX_WAIT_SECONDS))
+                    self._obey(min(fault.after, MAX_WAIT_SECONDS))
                 else:
                     pause = random.uniform(0.5, 1) * min(MAX_BACKOFF_SECONDS, 0.5 * 2**attempts)
             finally:
@@ -275,6 +264,11 @@ class Endpoint:
                 self.spend.in_flight = self._pace.in_flight
             self.spend.retries += 1
             await asyncio.sleep(pause)
+
+    def _obey(self, seconds: float) -> None:
+        """Nobody sends before Retry-After is over."""
+        if self._pace.hold(seconds) and seconds >= LONG_SECONDS:
+            self._log(f"{self.url} asks to wait {seconds:.0f} s")
 
     def _give_up(self, fault: "_Again") -> None:
         self._lost += 1
@@ -292,7 +286,10 @@ class Endpoint:
             UserError: it has been away for too long.
         """
         now = time.monotonic()
-        self._down_since = self._down_since or now
+        if self._down_since is None:
+            self._down_since = now
+            if self._answered:
+                self._log(f"{self.url} is gone; waiting up to {RESTART_SECONDS:.0f} s for it to come back")
         if now - self._down_since > (RESTART_SECONDS if self._answered else START_SECONDS):
             hint = "run the same command again once it is back" if self._answered else "is the server running?"
             raise UserError(f"no connection: {fault}", where=self.url, hint=hint, code=Exit.FAILED)
@@ -318,18 +315,18 @@ class Endpoint:
             raise _Again(0, f"connection lost: {error}", paid=True) from None
         self._answered, self._down_since = True, None
         if response.status != 200:
-            raise self._fault(response.status, _read_error(content), _retry_after(response.headers))
+            raise self._fault(response.status, read_error(content), retry_after(response.headers))
         try:
-            return _read_reply(content)
+            return read_reply(content)
         except msgspec.MsgspecError as error:
-            inner = _read_error(content)  # some proxies wrap an error into a 200
+            inner = read_error(content)  # some proxies wrap an error into a 200
             if inner.code and inner.code.isdigit():
                 raise self._fault(int(inner.code), inner, None) from None
             raise _Again(200, f"the reply is no chat completion: {error}", paid=True) from None
 
-    def _fault(self, status: int, error: "_Error", after: float | None) -> Exception:
+    def _fault(self, status: int, error: Error, after: float | None) -> Exception:
         """What an error response means."""
-        message = _one_line(error.message.replace(self._key, "***") if self._key else error.message)
+        message = one_line(error.message.replace(self._key, "***") if self._key else error.message)
         said = f"{status}: {message}" if message else str(status)
         if status in (401, 403):
             given = f"is ${self._variable} right?" if self._key else "it asks for an API key"
@@ -348,65 +345,6 @@ class Endpoint:
         return Rejected(status, message, error.param, error.code)
 
 
-class Pace:
-    """How many requests may be in flight: additive increase, multiplicative decrease, as in TCP (RFC 5681).
-
-    The limit doubles a round trip until the first sign of congestion, then grows by a 32nd of `most`; a sign cuts it
-    to 0.7 of what was in flight, at most once a round trip: requests sent before the last cut say nothing new.
-    """
-
-    START = 32
-    CUT = 0.7
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.limit = float(min(self.START, most))
-        self.in_flight = 0
-        self._step = math.inf
-        self._last_cut = -math.inf
-        self._gate = -math.inf
-        self._waiting: deque[asyncio.Future[None]] = deque()
-
-    async def enter(self) -> float:
-        """Wait for a place, and for the gate; return the time of sending."""
-        while True:
-            wait = self._gate - time.monotonic()
-            if wait > 0:
-                await asyncio.sleep(wait)
-            elif self.in_flight < int(self.limit):
-                self.in_flight += 1
-                return time.monotonic()
-            else:
-                place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-                self._waiting.append(place)
-                await place
-
-    def leave(self) -> None:
-        """Give the place back."""
-        self.in_flight -= 1
-        free = int(self.limit) - self.in_flight
-        while free > 0 and self._waiting:
-            place = self._waiting.popleft()
-            if not place.done():
-                place.set_result(None)
-                free -= 1
-
-    def grow(self) -> None:
-        """A request was answered: grow so that a round trip of answers adds one step."""
-        self.limit = min(self.most, self.limit + min(1.0, self._step / self.limit))
-
-    def cut(self, sent: float) -> None:
-        """A request that was sent at `sent` met congestion."""
-        if sent > self._last_cut:
-            self._last_cut = time.monotonic()
-            self._step = max(1.0, self.most / 32)
-            self.limit = max(1.0, self.CUT * min(self.limit, self.in_flight))
-
-    def hold(self, seconds: float) -> None:
-        """Send nothing for that long."""
-        self._gate = max(self._gate, time.monotonic() + seconds)
-
-
 class _Paid(Struct, omit_defaults=True):
     """One line of a ledger."""
 
@@ -414,6 +352,14 @@ class _Paid(Struct, omit_defaults=True):
     choices: list[Choice]
     usage: Usage
     model: str = ""
+
+
+class _Model(Struct):
+    id: str
+
+
+class _Models(Struct):
+    data: list[_Model]
 
 
 class _Down(Exception):
@@ -433,90 +379,6 @@ class _Again(Exception):
         self.congestion = congestion
 
 
-class _Error(Struct):
-    """An error response."""
-
-    message: str = ""
-    param: str | None = None
-    code: str | None = None
-
-
-class _Message(Struct):
-    content: str | None = None
-    refusal: str | None = None
-
-
-class _Choice(Struct):
-    message: _Message
-    index: int = 0
-    finish_reason: str | None = None
-
-
-class _InputDetails(Struct):
-    cached_tokens: int | None = None
-
-
-class _OutputDetails(Struct):
-    reasoning_tokens: int | None = None
-
-
-class _Usage(Struct):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    prompt_tokens_details: _InputDetails | None = None
-    completion_tokens_details: _OutputDetails | None = None
-
-
-class _Response(Struct):
-    choices: list[_Choice]
-    usage: _Usage | None = None
-    model: str | None = None
-
-
-_decode_response = msgspec.json.Decoder(_Response).decode
-
-
-def price_of(url: str, model: str, override: str | None = None) -> Price | None:
-    """What the model costs there: `override` (`IN,CACHED,OUT`), nothing on this machine, else the price table.
-
-    None if nobody knows; a caller with a budget must then refuse, not guess.
-
-    Raises:
-        UserError: the override is not three numbers.
-    """
-    if override is not None:
-        try:
-            fresh, cached, output = map(float, override.split(","))
-        except ValueError:
-            raise UserError(
-                f"'{override}' is not IN,CACHED,OUT", hint="dollars per million tokens: 0.75,0.075,4.5"
-            ) from None
-        return Price(fresh, cached, output)
-    if is_local(url):
-        return Price(0.0, 0.0, 0.0)
-    from genai_prices import Usage as Tokens
-    from genai_prices import calc_price
-
-    def million(**tokens: int) -> float:
-        # A thousand at a time: a million would fall into the price of long contexts.
-        return 1000 * float(calc_price(Tokens(**tokens), model, provider_api_url=url).total_price)
-
-    try:
-        return Price(
-            input=million(input_tokens=1000),
-            cached=million(input_tokens=1000, cache_read_tokens=1000),
-            output=million(output_tokens=1000),
-        )
-    except LookupError:
-        return None
-
-
-def is_local(url: str) -> bool:
-    """Whether the URL points to this machine."""
-    host = urlsplit(url).hostname or ""
-    return host in ("localhost", "::1", "0.0.0.0") or host.startswith("127.") or host.endswith(".localhost")
-
-
 def _base_url(url: str) -> str:
     parts = urlsplit(url.strip())
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -534,61 +396,3 @@ def _allowed_sockets(concurrency: int) -> int:
         soft = want if hard == resource.RLIM_INFINITY else min(want, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     return max(1, min(concurrency, soft - spare))
-
-
-def _read_reply(content: bytes) -> Reply:
-    """Read a chat completion.
-
-    Raises:
-        msgspec.MsgspecError: it is none, or has no choices.
-    """
-    response = _decode_response(content)
-    if not response.choices:
-        raise msgspec.ValidationError("no choices")
-    usage = response.usage or _Usage()
-    cached = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0
-    reasoning = usage.completion_tokens_details.reasoning_tokens if usage.completion_tokens_details else 0
-    return Reply(
-        [
-            Choice(choice.message.content or "", choice.finish_reason or "", choice.message.refusal)
-            for choice in sorted(response.choices, key=lambda choice: choice.index)
-        ],
-        Usage(usage.prompt_tokens, cached or 0, usage.completion_tokens, reasoning or 0),
-        response.model or "",
-    )
-
-
-def _read_error(content: bytes) -> _Error:
-    """Read an error in any of the forms that servers and proxies use."""
-    try:
-        body = msgspec.json.decode(content)
-    except msgspec.DecodeError:
-        return _Error(content[:500].decode("utf-8", "replace"))
-    error = body.get("error", body) if isinstance(body, dict) else body
-    if not isinstance(error, dict):
-        return _Error(str(error))
-    message = error.get("message") or error.get("detail") or ""
-    param, code = error.get("param"), error.get("code")
-    return _Error(str(message), None if param is None else str(param), None if code is None else str(code))
-
-
-def _retry_after(headers: Any) -> float | None:
-    """Seconds that Retry-After asks for, given as seconds or as an HTTP date (against the server's own clock)."""
-    value = headers.get("Retry-After")
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            now = parsedate_to_datetime(headers["Date"]).timestamp() if "Date" in headers else time.time()
-            seconds = parsedate_to_datetime(value).timestamp() - now
-        except ValueError:
-            return None
-    return max(0.0, seconds) if math.isfinite(seconds) else None
-
-
-def _one_line(text: str) -> str:
-    """Foreign text on one line, without control characters, of bearable length."""
-    line = " ".join("".join(char if char.isprintable() else " " for char in text).split())
-    return line if len(line) <= 300 else f"{line[:300]}…"
