@@ -63,7 +63,8 @@ class Order(msgspec.Struct):
 class Judgment(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One line of judgments.jsonl: scores and ranking, or `skipped` with a reason, or an `error` to retry.
 
-    `completions_id` names the completions that were judged, so that scores never meet other texts.
+    `completions_id` names the completions that were judged, so that scores never meet other texts; `failures` counts
+    the runs that ended in an error.
     """
 
     id: str
@@ -74,6 +75,7 @@ class Judgment(msgspec.Struct, kw_only=True, omit_defaults=True):
     consistent: bool | None = None
     skipped: str | None = None
     error: str | None = None
+    failures: int = 0
     judge: dict[str, Any] = msgspec.field(default_factory=dict)
     usage: Usage = msgspec.field(default_factory=Usage)
     usd: float = 0.0
