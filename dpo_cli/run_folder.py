@@ -1,0 +1,217 @@
+"""The folder of one training run: what was asked for, what happened, where to go on, what came out.
+
+`runs/<name>/` holds config.json (settings, versions, hashes of the inputs), metrics.jsonl, events.jsonl,
+checkpoints/ and report.json. A checkpoint counts once its marker, written last, agrees with the files
+beside it, so that a run killed while it saves goes on from the one before. Needs no torch. Not covered: file systems
+on which a file's content can appear after a later file's.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from dpo_cli import store
+from dpo_cli.errors import UserError
+
+MARKER = "complete.json"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+LN2 = math.log(2)
+
+
+class RunFolder:
+    """Paths of a run, and what can be read from them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.json"
+        self.metrics = path / "metrics.jsonl"
+        self.events = path / "events.jsonl"
+        self.report = path / "report.json"
+        self.checkpoints = path / "checkpoints"
+
+    def begin(self, spec: dict[str, Any]) -> None:
+        """Write config.json, or see that an earlier run of this name was asked for the same.
+
+        Raises:
+            UserError: it was not; names the keys that differ.
+        """
+        if self.config.exists():
+            before, now = (_flat(value["identity"]) for value in (read_json(self.config), spec))
+            different = [
+                f"{key} is {now.get(key)}, was {before.get(key)}"
+                for key in sorted(before.keys() | now.keys())
+                if before.get(key) != now.get(key)
+            ]
+            if different:
+                raise UserError(
+                    f"this run was started with other settings or inputs: {'; '.join(different)}",
+                    where=str(self.path),
+                    hint="--name OTHER starts another run, --fresh starts this one over",
+                )
+        else:
+            store.write_json(self.config, spec)
+
+    def clear(self) -> None:
+        """Remove what a run has written, and nothing else."""
+        for file in (self.report, self.config, self.metrics, self.events):
+            file.unlink(missing_ok=True)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+    def finished(self) -> dict[str, Any] | None:
+        """The report of a run that has nothing left to do."""
+        report = read_json(self.report) if self.report.exists() else {}
+        return report if report.get("adapter") else None
+
+    def complete_checkpoints(self) -> dict[int, Path]:
+        """Step -> folder of every checkpoint that can be resumed from, oldest first."""
+        folders = {int(folder.name.rpartition("-")[2]): folder for folder in self.checkpoints.glob("checkpoint-*")}
+        return {step: folders[step] for step in sorted(folders) if _is_complete(folders[step])}
+
+    def drop_incomplete(self) -> list[str]:
+        """Remove checkpoints that a kill cut short; their names."""
+        complete = set(self.complete_checkpoints().values())
+        torn = [folder for folder in self.checkpoints.glob("checkpoint-*") if folder not in complete]
+        for folder in torn:
+            shutil.rmtree(folder)
+        return sorted(folder.name for folder in torn)
+
+    def last_event(self, name: str) -> dict[str, Any] | None:
+        """Details of the last event of a name."""
+        if not self.events.exists():
+            return None
+        rows = [row for _, row in store.read_rows(self.events, dict[str, Any]) if row["event"] == name]
+        return {key: value for key, value in rows[-1].items() if key not in ("event", "step", "time")} if rows else None
+
+    def trainer_state(self) -> dict[str, Any]:
+        """The trainer's state in the newest complete checkpoint; empty without one."""
+        checkpoint = next(reversed(self.complete_checkpoints().values()), None)
+        # Python's own parser, since the trainer writes NaN as NaN.
+        return json.loads((checkpoint / "trainer_state.json").read_text()) if checkpoint else {}
+
+
+def seal(checkpoint: Path) -> None:
+    """Mark a checkpoint as complete, once all of it is on the disk."""
+    sizes = {}
+    for file in sorted(checkpoint.iterdir()):
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+        sizes[file.name] = file.stat().st_size
+    store.write_json(checkpoint / MARKER, sizes)
+
+
+def event(name: str, step: int, **details: Any) -> dict[str, Any]:
+    """One line of events.jsonl."""
+    return {"event": name, "step": step, "time": datetime.now(UTC).isoformat(timespec="seconds"), **details}
+
+
+def metric_rows(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl: a trainer's log without its closing summary."""
+    return [row for row in log_history if "loss" in row or "eval_loss" in row]
+
+
+def best_checkpoint(checkpoints: dict[int, Path], rows: list[dict[str, Any]], metric: str, sign: int) -> int:
+    """Step of the checkpoint with the best held-out metric, a later one winning; the last where none was evaluated.
+
+    Args:
+        checkpoints: step -> folder, oldest first, at least one.
+        rows: lines of metrics.jsonl.
+        metric: name of the evaluation metric.
+        sign: 1 where larger is better, -1 where smaller is.
+    """
+    values = {row["step"]: sign * row[metric] for row in rows if metric in row}
+    evaluated = [step for step in checkpoints if step in values]
+    return max(evaluated, key=lambda step: (values[step], step), default=max(checkpoints))
+
+
+def publish(checkpoint: Path, folder: Path, base: str) -> str:
+    """Put a checkpoint's adapter alone into `folder`, whole or not at all; its sha256.
+
+    Args:
+        checkpoint: where the adapter is.
+        folder: replaced if it holds an adapter.
+        base: folder or Hub id of the base model, for adapter_config.json.
+
+    Raises:
+        UserError: `folder` holds something else.
+    """
+    check_replaceable(folder)
+    staged = folder.with_name(f".{folder.name}.new")
+    replaced = folder.with_name(f".{folder.name}.old")
+    for left in (staged, replaced):
+        shutil.rmtree(left, ignore_errors=True)
+    staged.mkdir(parents=True)
+    for name in ADAPTER_FILES:
+        shutil.copyfile(checkpoint / name, staged / name)
+    settings = read_json(staged / ADAPTER_FILES[0])
+    store.write_json(staged / ADAPTER_FILES[0], settings | {"base_model_name_or_path": base})
+    if folder.exists():
+        folder.rename(replaced)
+    staged.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return sha256(folder / ADAPTER_FILES[1])
+
+
+def check_replaceable(folder: Path) -> None:
+    """Refuse to write an adapter over anything but an adapter.
+
+    Raises:
+        UserError: the folder holds something else.
+    """
+    if folder.exists() and not (folder / ADAPTER_FILES[0]).exists() and (folder.is_file() or any(folder.iterdir())):
+        raise UserError("holds something that is no adapter; it would be overwritten", where=str(folder))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One JSON object.
+
+    Raises:
+        UserError: it can't be read.
+    """
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.MsgspecError) as error:
+        raise UserError(str(error), where=str(path)) from None
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file, as sha256sum prints it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(folder: Path) -> str:
+    """Hash of a model folder: of each file its name, size and first and last MiB, as all of it takes long to read."""
+    edge = 1 << 20
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix not in (".json", ".jinja", ".model", ".safetensors"):
+            continue
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}\n".encode())
+        with file.open("rb") as handle:
+            digest.update(handle.read(edge))
+            handle.seek(max(size - edge, 0))
+            digest.update(handle.read(edge))
+    return digest.hexdigest()
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        sizes = msgspec.json.decode((checkpoint / MARKER).read_bytes(), type=dict[str, int])
+        return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, msgspec.MsgspecError):
+        return False
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {f"{prefix}{key}": inner}
+    return flat

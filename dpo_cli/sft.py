@@ -1,0 +1,69 @@
+"""Supervised fine-tuning of a fresh LoRA adapter on prompt-completion rows: what DPO starts from.
+
+The loss is on the completion's tokens alone, its stop token included. Writes through `trainer.py`. Not covered:
+packing, and going on from an adapter.
+"""
+
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from dpo_cli import store
+from dpo_cli.config import SftSection
+from dpo_cli.encode import Sequences
+from dpo_cli.errors import UserError
+from dpo_cli.progress import Progress
+from dpo_cli.run_folder import RunFolder
+from dpo_cli.trainer import ResumableTrainer, arguments, fit, fresh_lora, load_base
+
+BEST_METRIC = "eval_loss"
+IGNORED = -100  # a label that carries no loss
+
+
+class Trainer(ResumableTrainer, SFTTrainer):  # type: ignore[misc]
+    """TRL's trainer, which resumes exactly."""
+
+
+def train(
+    section: SftSection, base: Path, tokenizer: PreTrainedTokenizerBase, rows: list[Sequences],
+    held_out: list[Sequences], run: RunFolder, events: store.Journal, progress: Progress,
+) -> None:  # fmt: skip
+    """Train a fresh LoRA.
+
+    Args:
+        section: settings.
+        base: folder of the base model.
+        tokenizer: the base's.
+        rows: encoded demonstrations, one completion each.
+        held_out: the same for evaluation; may be empty.
+        run: where everything goes.
+        events: events.jsonl of the run.
+        progress: where it stands.
+
+    Raises:
+        UserError: a setting is one that TRL refuses.
+    """
+    try:
+        trainer = Trainer(
+            model=load_base(base, section),
+            args=SFTConfig(**arguments(section, run, bool(held_out), BEST_METRIC, -1)),
+            train_dataset=dataset(rows),
+            eval_dataset=dataset(held_out) if held_out else None,
+            processing_class=tokenizer,
+            peft_config=fresh_lora(section),
+        )
+    except ValueError as error:
+        raise UserError(f"TRL refuses this setting: {error}") from None
+    fit(trainer, run, events, progress)
+
+
+def dataset(rows: list[Sequences]) -> Dataset:
+    """Token ids with labels, the prompt's tokens being ignored."""
+    return Dataset.from_dict(
+        {
+            "input_ids": [row.prompt + row.completions[0] for row in rows],
+            "labels": [[IGNORED] * len(row.prompt) + row.completions[0] for row in rows],
+        }
+    )

@@ -1,0 +1,378 @@
+"""Preference pairs to a DPO adapter, or demonstrations to an SFT adapter: the one entry that every backend runs.
+
+Reads train.jsonl and val.jsonl (or one file, split by prompt), the base model and the SFT adapter; writes the run's
+folder and, at the end, the adapter of the best checkpoint alone. The same call goes on with a run that was killed,
+and does nothing for one that is finished. Importing this needs no torch.
+"""
+
+import os
+import platform
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from dpo_cli import errors, store
+from dpo_cli.adapter import Adapter, check_adapter
+from dpo_cli.config import Config, as_dict
+from dpo_cli.encode import Encoded
+from dpo_cli.errors import Exit, UserError
+from dpo_cli.progress import Progress
+from dpo_cli.run_folder import (
+    ADAPTER_FILES,
+    LN2,
+    RunFolder,
+    best_checkpoint,
+    check_replaceable,
+    event,
+    fingerprint,
+    metric_rows,
+    publish,
+    sha256,
+)
+from dpo_cli.schema import Message, Preference, prompt_id, read_demonstration, read_preference, split_side
+
+Stage = Literal["dpo", "sft"]
+Demonstration = tuple[list[Message], list[Message]]
+Row = TypeVar("Row", Preference, Demonstration)
+
+PACKAGES = ("nothing-dpo", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
+MODEL_FILES = ["*.json", "*.jinja", "*.model", "*.safetensors"]
+BEST = {"dpo": ("eval_rewards/margins", 1), "sft": ("eval_loss", -1)}
+
+
+class Gate(Struct):
+    """One condition on the result: `value` against `limit`; `interval` is the value's 95% one, where known."""
+
+    value: float
+    limit: float
+    ok: bool
+    interval: tuple[float, float] | None = None
+
+
+class Trained(Struct, kw_only=True):
+    """What became of a run.
+
+    `verdict` is pass or fail by the gates, none for a dry run. `step` is that of the newest checkpoint, `metrics` the
+    last training and evaluation lines, `refused` reason -> rows.
+    """
+
+    stage: Stage
+    run: str
+    adapter: str
+    rows: int
+    held_out: int
+    steps: int
+    step: int = 0
+    resumed_from: int | None = None
+    finished_before: bool = False
+    shortened: int = 0
+    refused: dict[str, int] = msgspec.field(default_factory=dict)
+    step_zero: dict[str, Any] | None = None
+    metrics: dict[str, Any] = msgspec.field(default_factory=dict)
+    gates: dict[str, Gate] = msgspec.field(default_factory=dict)
+    verdict: Literal["pass", "fail"] | None = None
+    best_checkpoint: str | None = None
+    policy_sha256: str | None = None
+    reference_sha256: str | None = None
+
+
+class Inputs(Struct):
+    """Rows to train on and rows held out, as messages, and a hash of each file read."""
+
+    rows: list[tuple[list[Message], list[list[Message]]]]
+    held_out: list[tuple[list[Message], list[list[Message]]]]
+    files: dict[str, str]
+
+
+def run(
+    config: Config, progress: Progress, stage: Stage = "dpo", name: str = "dpo", data: Path | None = None,
+    fresh: bool = False, limit: int | None = None, dry_run: bool = False,
+) -> Trained:  # fmt: skip
+    """Train, or go on training, the run `name`.
+
+    Args:
+        config: every setting.
+        progress: where the run stands.
+        stage: `dpo` from the SFT adapter, or `sft` to make one.
+        name: the run's name.
+        data: folder with train.jsonl and perhaps val.jsonl, or one file to be split by prompt; unset: for dpo
+            `config.data`, for sft the folder of `config.generate.prompts`.
+        fresh: start over, replacing what an earlier run of this name made.
+        limit: train on the first so many rows only.
+        dry_run: read and check everything, write nothing.
+
+    Raises:
+        UserError: bad input, a run of this name with other settings, a step zero that is not ln 2 (exit 1), or
+            SIGTERM (exit 143, with a checkpoint).
+        KeyboardInterrupt: Ctrl-C, with a checkpoint.
+    """
+    if Path(name).name != name:
+        raise UserError(f"'{name}' is no name for a run", hint="--name takes a folder name without '/'")
+    errors.require("train", "training")
+    folder = RunFolder(Path(config.runs) / name)
+    inputs = _read_inputs(config, stage, data, limit)
+    base = _base_folder(config.model.base)
+    adapter = _sft_adapter(config) if stage == "dpo" else None
+    output = _output(config, stage)
+    section = config.train if stage == "dpo" else config.sft
+    result = Trained(
+        stage=stage, run=str(folder.path), adapter=str(output), rows=len(inputs.rows), held_out=len(inputs.held_out),
+        steps=_steps(section, len(inputs.rows)),
+    )  # fmt: skip
+    if dry_run:
+        result.step = max(folder.complete_checkpoints(), default=0)
+        return result
+    if fresh:
+        with store.Journal(folder.events):
+            folder.clear()
+    with store.Journal(folder.events) as events:
+        identity = _identity(config, stage, base, adapter, inputs, limit)
+        folder.begin({"identity": identity, "config": as_dict(config), "versions": _versions(), **_models(identity)})
+        result.finished_before = folder.finished() is not None
+        if not result.finished_before:
+            if stage == "sft" and output.exists() and not fresh:
+                raise UserError(
+                    "there is an SFT adapter already", where=str(output),
+                    hint="set model.adapter to another folder, or replace it with --fresh",
+                )  # fmt: skip
+            result.resumed_from = max(folder.complete_checkpoints(), default=None)
+            if not _is_trained(folder):
+                _train(config, stage, base, adapter, inputs, folder, events, progress)
+        return _finish(result, folder, output, config.model.base, identity)
+
+
+def _train(
+    config: Config, stage: Stage, base: Path, adapter: Adapter | None, inputs: Inputs, folder: RunFolder,
+    events: store.Journal, progress: Progress,
+) -> None:  # fmt: skip
+    """Encode the rows and run the stage's trainer; everything that needs torch is imported here."""
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    from dpo_cli import trainer
+
+    for torn in folder.drop_incomplete():
+        progress.log(f"{torn} was cut short and is dropped")
+    section = config.train if stage == "dpo" else config.sft
+    with trainer.hushed(progress):
+        encoder = trainer.load_encoder(base, config.model, section.max_length)
+        rows, held_out = encoder.encode(inputs.rows), encoder.encode(inputs.held_out)
+        _tell(rows, held_out, events, progress)
+        if not rows.rows:
+            raise UserError("no row is left to train on", where=", ".join(inputs.files), hint="raise max_length")
+        if stage == "dpo":
+            from dpo_cli import dpo
+
+            try:
+                dpo.train(
+                    config.train, base, adapter.path if adapter else None, encoder.tokenizer, rows.rows,
+                    held_out.rows, folder, events, progress,
+                )  # fmt: skip
+            except UserError:
+                step_zero = folder.last_event("step_zero")
+                if step_zero is not None and not step_zero["ok"]:
+                    store.write_json(folder.report, {"step_zero": step_zero, "gates": {}, "verdict": "fail"})
+                raise
+        else:
+            from dpo_cli import sft
+
+            sft.train(config.sft, base, encoder.tokenizer, rows.rows, held_out.rows, folder, events, progress)
+
+
+def _tell(rows: Encoded, held_out: Encoded, events: store.Journal, progress: Progress) -> None:
+    """Say and record what encoding did to the rows."""
+    shortened = rows.shortened + held_out.shortened
+    reasons = sorted(rows.refused.keys() | held_out.refused.keys())
+    refused = {reason: rows.refused.get(reason, 0) + held_out.refused.get(reason, 0) for reason in reasons}
+    events.append(event("encoded", 0, shortened=shortened, refused=refused))
+    if shortened:
+        progress.log(f"{shortened} prompts lost their oldest part to fit into max_length")
+    for reason, count in refused.items():
+        progress.log(f"{count} rows refused: {reason}")
+    if not held_out.rows:
+        progress.log("no held-out rows: nothing will show whether what is learnt holds elsewhere")
+
+
+def _finish(result: Trained, folder: RunFolder, output: Path, base: str, identity: dict[str, Any]) -> Trained:
+    """Judge the run by its best checkpoint, write the report, put the adapter in its place."""
+    state = folder.trainer_state()
+    checkpoints = folder.complete_checkpoints()
+    rows = metric_rows(state["log_history"])
+    best = best_checkpoint(checkpoints, rows, *BEST[result.stage])
+    encoded = folder.last_event("encoded") or {}
+    result.step, result.steps = state["global_step"], state["max_steps"]
+    result.shortened, result.refused = encoded["shortened"], encoded["refused"]
+    result.step_zero = folder.last_event("step_zero")
+    result.metrics = {key: value for row in rows if row["step"] <= best for key, value in row.items()}
+    result.gates = _gates(result.stage, [row for row in rows if row["step"] <= best])
+    result.verdict = "pass" if all(gate.ok for gate in result.gates.values()) else "fail"
+    result.best_checkpoint = checkpoints[best].name
+    result.policy_sha256 = sha256(checkpoints[best] / ADAPTER_FILES[1])
+    result.reference_sha256 = _models(identity)["reference_sha256"]
+    if not result.finished_before:
+        names = ("step_zero", "gates", "verdict", "best_checkpoint", "adapter", "policy_sha256", "reference_sha256")
+        report = {key: getattr(result, key) for key in names}
+        store.write_json(folder.report, report | {"shortened": result.shortened, "refused": result.refused})
+    if not result.finished_before or not output.exists():
+        publish(checkpoints[best], output, base)
+    return result
+
+
+def _gates(stage: Stage, rows: Sequence[dict[str, Any]]) -> dict[str, Gate]:
+    """The conditions that a result must meet, by what was measured up to its checkpoint."""
+    trained = [row for row in rows if "loss" in row]
+    held_out = [row for row in rows if "eval_loss" in row]
+    if stage == "sft":
+        return {"loss_falls": _below(trained[-1]["loss"], trained[0]["loss"])} if len(trained) > 1 else {}
+    gates = {"loss": _below(trained[-1]["loss"], LN2)}
+    if held_out:
+        margin = held_out[-1]["eval_rewards/margins"]
+        reach = 1.96 * held_out[-1].get("eval_rewards/margins_stderr", float("nan"))
+        gates["held_out_loss"] = _below(held_out[-1]["eval_loss"], LN2)
+        gates["held_out_margin"] = Gate(margin, 0.0, margin > 0, (margin - reach, margin + reach))
+    return gates
+
+
+def _below(value: float, limit: float) -> Gate:
+    return Gate(value, limit, value < limit)
+
+
+def _is_trained(folder: RunFolder) -> bool:
+    state = folder.trainer_state()
+    return bool(state) and state["global_step"] >= state["max_steps"]
+
+
+def _steps(section: Any, rows: int) -> int:
+    """Optimizer steps, as transformers counts them."""
+    if section.max_steps > 0:
+        return int(section.max_steps)
+    batches = -(-rows // section.per_device_train_batch_size)
+    return int(-(-section.num_train_epochs * -(-batches // section.gradient_accumulation_steps) // 1))
+
+
+def _read_inputs(config: Config, stage: Stage, data: Path | None, limit: int | None) -> Inputs:
+    if stage == "dpo":
+        source = data or Path(config.data)
+        pairs, held_out, files = _read_rows(source, _pair, config, "nothing-dpo judge makes it from completions")
+    else:
+        source = data or Path(config.generate.prompts)
+        hint = "a JSONL file of prompt-completion rows, or a folder that holds one as train.jsonl"
+        pairs, held_out, files = _read_rows(source, _demonstration, config, hint)
+    if not pairs:
+        raise UserError("no rows to train on", where=next(iter(files)))
+    return Inputs(pairs[:limit], held_out, files)
+
+
+def _pair(row: dict[str, Any]) -> tuple[list[Message], list[list[Message]]]:
+    preference = read_preference(row)
+    return preference.prompt, [preference.chosen, preference.rejected]
+
+
+def _demonstration(row: dict[str, Any]) -> tuple[list[Message], list[list[Message]]]:
+    prompt, completion = read_demonstration(row)
+    return prompt, [completion]
+
+
+def _read_rows(
+    source: Path, parse: Callable[[dict[str, Any]], Any], config: Config, hint: str
+) -> tuple[list[Any], list[Any], dict[str, str]]:
+    """Rows to train on, rows held out, file name -> hash."""
+    if source.is_dir():
+        train, val = source / "train.jsonl", source / "val.jsonl"
+        if not train.exists():
+            raise UserError("no train.jsonl in it", where=str(source), hint=hint)
+        files = [train, val] if val.exists() else [train]
+        rows = [[row for _, row in store.parse_rows(file, parse)] for file in files]
+        return rows[0], rows[1] if len(rows) > 1 else [], {file.name: sha256(file) for file in files}
+    if not source.exists():
+        raise UserError("no such file or folder", where=str(source), hint=hint)
+    sides: tuple[list[Any], list[Any]] = ([], [])
+    for _, row in store.parse_rows(source, parse):
+        sides[split_side(prompt_id(row[0]), config.pair.seed, config.pair.val_share)].append(row)
+    return *sides, {source.name: sha256(source)}
+
+
+def _base_folder(base: str) -> Path:
+    """The base model's files on this machine; a Hub id is downloaded first."""
+    if Path(base).is_dir():
+        return Path(base)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(base, allow_patterns=MODEL_FILES, ignore_patterns=["original/*"]))
+    except HFValidationError:
+        raise UserError("no such folder, nor a name on the Hub", where=base, hint="set model.base") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            reason, where=base, hint="set model.base to a folder, or HF_TOKEN to a key", code=Exit.FAILED
+        ) from None
+
+
+def _sft_adapter(config: Config) -> Adapter | None:
+    """The adapter that is policy and reference; None only where the configuration says that there is none."""
+    if not config.model.adapter:
+        return None
+    path = Path(config.model.adapter)
+    if not path.exists():
+        raise UserError(
+            "no SFT adapter here", where=str(path),
+            hint="nothing-dpo train --stage sft makes one; --set model.adapter=none trains a fresh LoRA instead",
+        )  # fmt: skip
+    return check_adapter(path, config.model.base)
+
+
+def _output(config: Config, stage: Stage) -> Path:
+    """Where the adapter will go."""
+    chosen = config.model.dpo_adapter if stage == "dpo" else config.model.adapter
+    if not chosen:
+        raise UserError("model.adapter names no folder for the SFT adapter", hint="--set model.adapter=FOLDER")
+    output = Path(chosen)
+    if stage == "dpo" and config.model.adapter:
+        start = Path(config.model.adapter).resolve()
+        if start == output.resolve() or start in output.resolve().parents or output.resolve() in start.parents:
+            raise UserError(
+                "the DPO adapter would overwrite the SFT adapter", where=str(output),
+                hint="set model.dpo_adapter to a folder of its own",
+            )  # fmt: skip
+    check_replaceable(output)
+    return output
+
+
+def _identity(
+    config: Config, stage: Stage, base: Path, adapter: Adapter | None, inputs: Inputs, limit: int | None
+) -> dict[str, Any]:
+    """Everything on which the result depends: a run goes on only if all of it is unchanged."""
+    section = "train" if stage == "dpo" else "sft"
+    return {
+        "stage": stage,
+        section: msgspec.to_builtins(getattr(config, section)),
+        "model": {
+            "base_sha256": fingerprint(base),
+            "adapter_sha256": adapter.sha256 if adapter else None,
+            "adapter_alpha": adapter.alpha if adapter else None,
+            "chat_template_kwargs": config.model.chat_template_kwargs,
+        },
+        "data": {
+            "sha256": inputs.files,
+            "limit": limit,
+            "pair.seed": config.pair.seed,
+            "pair.val_share": config.pair.val_share,
+        },
+    }
+
+
+def _models(identity: dict[str, Any]) -> dict[str, str | None]:
+    """Hashes of what is trained at the start, and of what it is held against."""
+    model = identity["model"]
+    return {
+        "policy_sha256": model["adapter_sha256"],
+        "reference_sha256": (model["adapter_sha256"] or model["base_sha256"]) if identity["stage"] == "dpo" else None,
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
