@@ -5,9 +5,15 @@ soon as that request is finished, in any order.
 """
 
 import pkgutil
+from collections.abc import Callable
+from importlib import import_module
+from typing import TypeAlias, cast
 
 from msgspec import Struct
 
+from dpo_cli.config import Config
+from dpo_cli.errors import require
+from dpo_cli.progress import Progress
 from dpo_cli.schema import Message, Usage
 
 
@@ -33,6 +39,20 @@ class Sampled(Struct, kw_only=True):
     error: str | None = None
 
 
+Sample: TypeAlias = Callable[[list[Request], Config, Callable[[Sampled], None], Progress], None]
+
+
 def names() -> list[str]:
     """Every engine's name."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def load(name: str) -> Sample:
+    """The engine of a name that `names` lists.
+
+    Raises:
+        UserError: it needs an extra that is not installed.
+    """
+    if name == "transformers":
+        require("train", "--engine transformers")
+    return cast(Sample, import_module(f"{__name__}.{name}").sample)
