@@ -1,5 +1,47 @@
 """What people see: progress, tables, plots and pairs side by side, drawn with rich.
 
 Besides cli.py, the modules of this package are the only ones that import rich. They compute nothing: numbers come
-from `stats`, records from the stages' files.
+from `stats`, rows from `pages`. Every function takes the console to draw on; text that others wrote passes through
+`text.safe`.
 """
+
+from dpo_cli.view.browse import browse
+from dpo_cli.view.console import make_console, paged, stdout_console
+from dpo_cli.view.pairs import pair, pair_list
+from dpo_cli.view.progress import LineProgress, RichProgress, make_progress
+from dpo_cli.view.run import run
+from dpo_cli.view.tables import (
+    completion_stats,
+    completions,
+    completions_list,
+    judgment,
+    judgment_stats,
+    judgments_list,
+    pair_stats,
+    settings,
+)
+from dpo_cli.view.text import plain, safe, safe_line
+
+__all__ = [
+    "LineProgress",
+    "RichProgress",
+    "browse",
+    "completion_stats",
+    "completions",
+    "completions_list",
+    "judgment",
+    "judgment_stats",
+    "judgments_list",
+    "make_console",
+    "make_progress",
+    "paged",
+    "pair",
+    "pair_list",
+    "pair_stats",
+    "plain",
+    "run",
+    "safe",
+    "safe_line",
+    "settings",
+    "stdout_console",
+]

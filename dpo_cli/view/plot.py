@@ -6,6 +6,7 @@ neighbours are averaged.
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 # The bit of each dot of a Braille cell, by column, from the top down (Unicode chart U+2800).
@@ -21,31 +22,52 @@ def sparkline(values: Sequence[float], width: int) -> str:
     return "".join(" " if not math.isfinite(value) else BLOCKS[_level(value, low, high, 8)] for value in columns)
 
 
-def braille(points: Sequence[tuple[float, float]], width: int, height: int) -> list[str]:
-    """A curve through points (x, y) in order of x.
+class Frame(NamedTuple):
+    """The part of the plane that a plot shows, and its size: `width` characters of two dots, `height` lines of four."""
 
-    Args:
-        points: shape (n, 2); points whose y is not finite break the curve.
-        width: in characters, two dots each.
-        height: in lines, four dots each.
+    left: float
+    right: float
+    low: float
+    high: float
+    width: int
+    height: int
+
+    def dot(self, x: float, y: float) -> tuple[int, int]:
+        """Column and row of a point in dots, from the upper left."""
+        rows = 4 * self.height
+        column = _level(x, self.left, self.right, 2 * self.width)
+        return column, rows - 1 - _level(y, self.low, self.high, rows)
+
+
+def frame(points: Sequence[tuple[float, float]], width: int, height: int) -> Frame:
+    """The frame that holds the points (x, y) whose y is finite."""
+    finite = [(x, y) for x, y in points if math.isfinite(y)]
+    return Frame(*_range([x for x, _ in finite]), *_range([y for _, y in finite]), width, height)
+
+
+def braille(points: Sequence[tuple[float, float]], frame: Frame) -> list[str]:
+    """A curve through points (x, y) in order of x; a y that is not finite breaks it.
 
     Returns:
-        `height` lines of `width` characters, the highest value on the first line.
+        `frame.height` lines of `frame.width` characters, the highest value on the first line.
     """
-    cells = [[0x2800] * width for _ in range(height)]
-    finite = [(x, y) for x, y in points if math.isfinite(y)]
-    left, right = _range([x for x, _ in finite])
-    low, high = _range([y for _, y in finite])
+    cells = [[0x2800] * frame.width for _ in range(frame.height)]
     before: tuple[int, int] | None = None
     for x, y in points:
         if not math.isfinite(y):
             before = None
             continue
-        here = _level(x, left, right, 2 * width), 4 * height - 1 - _level(y, low, high, 4 * height)
+        here = frame.dot(x, y)
         for column, row in _line(before or here, here):
             cells[row // 4][column // 2] |= _DOTS[column % 2][row % 4]
         before = here
     return ["".join(map(chr, line)) for line in cells]
+
+
+def bar(share: float, width: int) -> str:
+    """A horizontal bar as long as a share of `width` characters, to an eighth of one."""
+    eighths = round(max(0.0, min(1.0, share)) * width * 8)
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
 
 def _resample(values: Sequence[float], width: int) -> list[float]:

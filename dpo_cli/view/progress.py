@@ -10,7 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple, TextIO
+from typing import IO, NamedTuple
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -18,7 +18,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from dpo_cli.progress import Progress, Silent
+from dpo_cli.progress import Progress
+from dpo_cli.view.console import make_console
 from dpo_cli.view.plot import sparkline
 from dpo_cli.view.text import dollars, duration, number, percent, safe, safe_line
 
@@ -30,16 +31,10 @@ CURVE_POINTS = 1024
 SPARK_WIDTH = 16
 
 
-def progress_for(console: Console, quiet: bool = False) -> Progress:
-    """The progress that fits where stderr goes: a live panel, plain lines, or nothing.
-
-    Args:
-        console: the console of stderr.
-        quiet: show nothing.
-    """
-    if quiet:
-        return Silent()
-    return RichProgress(console) if console.is_terminal else LineProgress(console.file)
+def make_progress() -> Progress:
+    """The progress that fits where stderr goes: a live panel in a terminal, plain lines elsewhere."""
+    console = make_console(sys.stderr)
+    return RichProgress(console) if console.is_terminal else LineProgress(sys.stderr)
 
 
 class Part(NamedTuple):
@@ -117,7 +112,7 @@ class Meter:
                 continue
             value = self.counters[name]
             text = SHOWN[name](self.rate(name, whole_run) if name in RATES else value)
-            alarming = name == "failed" and value > 0 or not math.isfinite(value)
+            alarming = (name == "failed" and value > 0) or not math.isfinite(value)
             found.append(Part(text, "bold red" if alarming else "yellow" if name == "retries" and value > 0 else ""))
         return found
 
@@ -212,7 +207,7 @@ class LineProgress:
         clock: seconds, monotonic.
     """
 
-    def __init__(self, stream: TextIO, every: float = 5.0, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, stream: IO[str], every: float = 5.0, clock: Callable[[], float] = time.monotonic) -> None:
         self.stream = stream
         self.every = every
         self.clock = clock

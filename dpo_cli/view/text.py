@@ -43,6 +43,11 @@ def safe_line(text: str, style: str = "") -> Text:
     return shown
 
 
+def plain(text: str) -> str:
+    """The same without styles, for output that is not drawn by rich."""
+    return safe(text).plain
+
+
 def _name(character: str) -> str:
     code = ord(character)
     if character == "\t":

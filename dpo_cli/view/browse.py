@@ -1,0 +1,193 @@
+"""Pairs one after the other, with keys: `inspect pairs --browse`."""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.segment import Segment
+from rich.text import Text
+
+from dpo_cli.errors import UserError
+from dpo_cli.pages import Row, Rows
+from dpo_cli.schema import Preference
+from dpo_cli.stats import text_of
+from dpo_cli.view.keys import Keys, keys_of
+from dpo_cli.view.pairs import pair_view
+from dpo_cli.view.text import safe_line
+
+HELP = "n j → next · p k ← previous · space b scroll · g row · G last · / search · s system · q quit"
+RESIZE_SECONDS = 0.5  # how soon a new size of the window is seen
+
+
+def browse(console: Console, rows: Rows, first: int = 0) -> None:
+    """Show pairs until `q`.
+
+    Args:
+        console: a terminal.
+        rows: train and val files, read as far as the reader goes.
+        first: number of the row to begin with, from 0.
+
+    Raises:
+        UserError: no terminal, or no pairs.
+    """
+    if not console.is_terminal or not sys.stdin.isatty():
+        raise UserError("--browse needs a terminal", hint="nothing-dpo inspect pairs")
+    if not rows.slice(0, 1):
+        raise UserError("no pairs to browse", hint="nothing-dpo pair")
+    with keys_of(sys.stdin.fileno()) as keys, console.screen():
+        _Browser(console, rows, keys, first).run()
+
+
+class _Browser:
+    def __init__(self, console: Console, rows: Rows, keys: Keys, first: int) -> None:
+        self.console = console
+        self.rows = rows
+        self.keys = keys
+        self.index = 0
+        self.top = 0
+        self.brief = True
+        self.message = ""
+        self.searched = ""
+        self.go(first)
+
+    def run(self) -> None:
+        while True:
+            lines = self.draw()
+            size = self.console.size
+            key = self.keys.read(RESIZE_SECONDS)
+            while key is None and self.console.size == size:
+                key = self.keys.read(RESIZE_SECONDS)
+            if key == "q":
+                return
+            if key is not None:
+                self.message = ""
+                self.obey(key, lines)
+
+    def obey(self, key: str, lines: int) -> None:
+        page = self.height - 1
+        match key:
+            case "n" | "j" | "right" | "enter":
+                self.go(self.index + 1)
+            case "p" | "k" | "left" | "backspace":
+                self.go(self.index - 1)
+            case "G" | "end":
+                self.go(self.rows.last())
+            case "home":
+                self.go(0)
+            case "g":
+                self.ask_row()
+            case "/":
+                self.search(self.ask("/", self.searched))
+            case "s":
+                self.brief = not self.brief
+            case " " | "page down":
+                self.scroll(page, lines)
+            case "b" | "page up":
+                self.scroll(-page, lines)
+            case "down":
+                self.scroll(1, lines)
+            case "up":
+                self.scroll(-1, lines)
+            case _:
+                self.message = HELP
+
+    def go(self, index: int) -> None:
+        """Show a row, as far as there is one."""
+        if index < 0:
+            self.message = "this is the first pair"
+        elif not self.rows.slice(index, 1):
+            self.message = "this is the last pair"
+            index = self.rows.last()
+        self.index, self.top = max(0, index), 0
+
+    def scroll(self, lines: int, all_lines: int) -> None:
+        self.top = max(0, min(self.top + lines, all_lines - self.height))
+
+    def ask_row(self) -> None:
+        answer = (self.ask("row ") or "").replace(",", "").strip()
+        if answer.isdecimal() and int(answer):
+            self.go(int(answer) - 1)
+        elif answer:
+            self.message = f"'{answer}' is no row number"
+
+    def search(self, text: str | None) -> None:
+        """Go to the next row that has a text, from the row after this one on, then from the beginning."""
+        if not text:
+            return
+        self.searched = text
+        self.draw(f"searching for '{text}' …")
+        here = self.rows.slice(self.index, 1)[0].start
+        found = next(self.having(text, here + 1), None)
+        if found is None:
+            found = next(self.having(text, 0), None)
+            self.message = "from the beginning" if found else f"nothing has '{text}'"
+        if found is not None:
+            self.index, self.top = self.rows.number(found), 0
+
+    def having(self, text: str, start: int) -> Iterator[Row]:
+        """Rows whose id begins with a text, or whose texts have it in either case."""
+        escaped = [json.dumps(text, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True)]
+        pattern = b"|".join(re.escape(form.encode(errors="surrogateescape")) for form in escaped)
+        for row in self.rows.matches(re.compile(pattern, re.IGNORECASE), start):
+            pair = self.rows.decode(row, Preference)
+            texts = (*(message["content"] for message in pair.prompt), text_of(pair.chosen), text_of(pair.rejected))
+            if row.start >= start and (
+                pair.id.startswith(text) or any(text.casefold() in part.casefold() for part in texts)
+            ):
+                yield row
+
+    def ask(self, question: str, before: str = "") -> str | None:
+        """A line of text, or None where Escape was pressed; Enter alone repeats what was asked before."""
+        typed = ""
+        while True:
+            self.draw(f"{question}{typed}█" + (f"  (Enter: {before})" if before and not typed else ""))
+            key = self.keys.read()
+            if key == "enter":
+                return typed or before
+            if key == "escape":
+                return None
+            if key == "backspace":
+                typed = typed[:-1]
+            elif key is not None and len(key) == 1:
+                typed += key
+
+    @property
+    def height(self) -> int:
+        """Lines for the pair: all but the status line."""
+        return max(1, self.console.height - 1)
+
+    def draw(self, status: str = "") -> int:
+        """Draw the screen; the number of lines that the whole pair takes."""
+        row = self.rows.slice(self.index, 1)[0]
+        try:
+            pair = self.rows.decode(row, Preference)
+            shown = pair_view(pair, self.console.width, self.rows.name(row), self.brief)
+        except UserError as error:
+            shown = safe_line(str(error), "red")
+        lines = self.console.render_lines(shown, self.console.options.update(height=None))
+        self.scroll(0, len(lines))
+        total, exact = self.rows.total()
+        more = len(lines) - self.top - self.height
+        left = f" {self.index + 1:,} of {'' if exact else 'about '}{total:,} "
+        right = status or self.message or (f"{more} more lines: space · " if more > 0 else "") + HELP
+        bar = Text(left, "reverse", no_wrap=True, overflow="crop", end="")
+        bar.append(" ", "not reverse").append_text(safe_line(right, "not reverse dim"))
+        self.console.update_screen(Group(_Window(lines[self.top : self.top + self.height], self.height), bar))
+        return len(lines)
+
+
+class _Window:
+    """Lines that were rendered before, filled up to a height."""
+
+    def __init__(self, lines: list[list[Segment]], height: int) -> None:
+        self.lines = lines
+        self.height = height
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for line in self.lines:
+            yield from line
+            yield Segment.line()
+        for _ in range(self.height - len(self.lines)):
+            yield Segment.line()
