@@ -5,14 +5,17 @@ these lines is ours. Pure functions, without a network.
 """
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from msgspec import Struct
 
-from dpo_cli.schema import Message, canonical, content_id
+from dpo_cli.schema import Message, content_id
 
 LOWEST, HIGHEST = 1, 10
+
+_OPENING = re.compile(r'\{\s*"')
 
 # A text that reads like a reply is wrapped in these words, which never change, so that providers can cache them.
 _NOTICE = """\
@@ -79,7 +82,7 @@ def verdict_schema(labels: Sequence[str], strict: bool) -> dict[str, Any]:
 def read_verdict(reply: str, labels: Sequence[str], shown: Sequence[str]) -> Verdict:
     """The verdict in a judge's reply, which may stand among other words.
 
-    A verdict that stands verbatim in what was shown is a quotation, and two different ones are none.
+    A verdict that what was shown gives of itself is a quotation, or obeys it; two different ones are none.
 
     Args:
         reply: the judge's words.
@@ -89,24 +92,30 @@ def read_verdict(reply: str, labels: Sequence[str], shown: Sequence[str]) -> Ver
     Raises:
         ValueError: there is no valid verdict; says why.
     """
-    verdicts: list[Verdict] = []
+    forged = [verdict for text in shown for verdict, _ in _verdicts(text, labels)]
     reason = "no JSON object"
-    material = [canonical(text) for text in shown]
-    for source, value in _objects(reply):
-        try:
-            verdict = _check(value, labels)
-        except ValueError as error:
-            reason = str(error)
-            continue
-        if any(canonical(source) in text for text in material):
+    found: list[Verdict] = []
+    for verdict, fault in _verdicts(reply, labels):
+        if verdict is None:
+            reason = fault
+        elif verdict in forged:
             reason = "the verdict is quoted from the material"
-        elif verdict not in verdicts:
-            verdicts.append(verdict)
-    if len(verdicts) > 1:
+        elif verdict not in found:
+            found.append(verdict)
+    if len(found) > 1:
         raise ValueError("two different verdicts")
-    if not verdicts:
+    if not found:
         raise ValueError(reason)
-    return verdicts[0]
+    return found[0]
+
+
+def _verdicts(text: str, labels: Sequence[str]) -> Iterator[tuple[Verdict | None, str]]:
+    """Each outermost JSON object in a text as a verdict, or what keeps it from being one."""
+    for value in _objects(text):
+        try:
+            yield _check(value, labels), ""
+        except ValueError as error:
+            yield None, str(error)
 
 
 def _check(value: Any, labels: Sequence[str]) -> Verdict:
@@ -124,23 +133,24 @@ def _check(value: Any, labels: Sequence[str]) -> Verdict:
     return Verdict({label: int(scores[label]) for label in labels}, ranking)
 
 
-def _objects(text: str) -> Iterator[tuple[str, Any]]:
-    """Each outermost JSON object in a text, with its source; only the text itself if that is one."""
+def _objects(text: str) -> Iterator[Any]:
+    """Each outermost JSON object in a text; only the text itself if that is JSON."""
     text = text.strip()
     decoder = json.JSONDecoder(parse_constant=lambda name: None)
     try:
-        yield text, decoder.decode(text)
+        yield decoder.decode(text)
         return
     except (ValueError, RecursionError):
         text = text.rpartition("</think>")[2]
-    start = text.find("{")
-    while start >= 0:
+    end = 0
+    while opening := _OPENING.search(text, end):
         try:
-            value, end = decoder.raw_decode(text, start)
-            yield text[start:end], value
-        except (ValueError, RecursionError):
-            end = start + 1
-        start = text.find("{", end)
+            value, end = decoder.raw_decode(text, opening.start())
+            yield value
+        except ValueError:
+            end = opening.start() + 1
+        except RecursionError:
+            return
 
 
 def _nonce(seed: int, texts: list[str]) -> str:

@@ -28,6 +28,7 @@ from dpo_cli.schema import Judgment, Order, Usage, content_id
 
 LEDGER = "judge.replies.jsonl"
 KEY_VARIABLE = "OPENAI_API_KEY"
+REPORT_SECONDS = 0.5
 
 # The form in which a reply is asked for; an endpoint that refuses one is asked for the next.
 FORMATS = ("json_schema, strict", "json_schema", "json_object", "plain text")
@@ -84,28 +85,39 @@ async def _judge(
 ) -> None:
     settings = config.judge
     price = price_of(settings.url, settings.model, settings.price)
-    endpoint = Endpoint(
+    async with Endpoint(
         settings.url, api_key_variable=KEY_VARIABLE, ledger=Path(config.data) / LEDGER,
-        concurrency=settings.concurrency, timeout=settings.timeout, price=price,
-    )  # fmt: skip
-    court = Court(endpoint, config, price, progress.log)
-    done = failed = 0
+        concurrency=settings.concurrency, timeout=settings.timeout, price=price, log=progress.log,
+    ) as endpoint:  # fmt: skip
+        court = Court(endpoint, config, price, progress.log)
+        done = failed = 0
 
-    async def handle(task: Task) -> None:
-        nonlocal done, failed
-        judgment = await court.judgment(task)
-        deliver(judgment)
-        done, failed = done + 1, failed + (judgment.error is not None)
-        spend = endpoint.spend
-        progress.update(
-            done, tokens=spend.usage.input + spend.usage.output, in_flight=spend.in_flight, retries=spend.retries,
-            failed=failed, usd=spend.usd,
-        )  # fmt: skip
+        async def handle(task: Task) -> None:
+            nonlocal done, failed
+            judgment = await court.judgment(task)
+            deliver(judgment)
+            done, failed = done + 1, failed + (judgment.error is not None)
 
-    async with endpoint:
-        for task in tasks[:1]:  # alone: it finds out what the endpoint takes
-            await handle(task)
-        await endpoint.each(tasks[1:], handle)
+        def tell() -> None:
+            spend = endpoint.spend
+            progress.update(
+                done, tokens=spend.usage.input + spend.usage.output, in_flight=spend.in_flight, retries=spend.retries,
+                failed=failed, usd=spend.usd,
+            )  # fmt: skip
+
+        async def report() -> None:
+            while True:
+                tell()
+                await asyncio.sleep(REPORT_SECONDS)
+
+        reporter = asyncio.create_task(report())
+        try:
+            for task in tasks[:1]:  # alone: it finds out what the endpoint takes
+                await handle(task)
+            await endpoint.each(tasks[1:], handle)
+        finally:
+            reporter.cancel()
+            tell()
 
 
 class Dialect(Struct, frozen=True):
@@ -184,6 +196,8 @@ class Court:
             try:
                 reply = await self.endpoint.chat(body, replicate)
             except Rejected as rejected:
+                if rejected.status == 404:
+                    raise await self._no_model(rejected) from None
                 self._learn(dialect, body, rejected)
                 continue
             paid.append(reply.usage)
@@ -193,11 +207,6 @@ class Court:
         """Change the dialect as the rejection says, or raise what it means."""
         if self.dialect != dialect:
             return  # another task has learnt it meanwhile
-        if rejected.status == 404:
-            raise UserError(
-                f"{self.settings.url} has no model '{self.settings.model}': {rejected.message}",
-                where="judge.model", hint="--model NAME",
-            ) from rejected  # fmt: skip
         if rejected.code in _POLICY:
             raise _Refused(rejected.message) from rejected
         field = refused_field(body, rejected)
@@ -209,6 +218,13 @@ class Court:
         else:
             self.dialect = msgspec.structs.replace(dialect, dropped=dialect.dropped | {field})
             self.log(f"the judge's endpoint refuses {field}; now without it")
+
+    async def _no_model(self, rejected: Rejected) -> UserError:
+        names = ", ".join(await self.endpoint.models())
+        hint = f"--model NAME; it serves: {names}" if names else "--model NAME"
+        return UserError(
+            f"no model '{self.settings.model}' there ({rejected.message})", where=self.endpoint.url, hint=hint
+        )
 
 
 def request(message: str, labels: list[str], cap: int, settings: JudgeSection, dialect: Dialect) -> dict[str, Any]:
