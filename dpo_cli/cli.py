@@ -5,7 +5,6 @@ stdout, progress and errors to stderr. Flags take their names, help and defaults
 """
 
 import inspect as introspect
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -35,6 +34,7 @@ CHOICES = {"generate.engine": engines.names(), "judge.judge": judges.names()}
 
 # Flags whose name is not the setting's own.
 FLAGS = {"model.name": "--model", "judge.model": "--model"}
+
 
 def _help(key: str) -> str:
     """Description and default of a setting."""
@@ -92,6 +92,11 @@ class Session:
 
         render(stdout_console(), result, *arguments)
 
+    def suggest(self, next_command: str) -> None:
+        """Say on stderr what to type next."""
+        if not (self.json or self._quiet):
+            typer.echo(f"{typer.style(' next:', fg='green')} {next_command}", err=True)
+
 
 def command(
     name: str, *settings: str, parent: typer.Typer = app
@@ -104,7 +109,7 @@ def command(
         extra = {variable: _flag(key) for variable, key in keys.items()} | COMMON
 
         def run(**given: Any) -> None:
-            flags = {key: given.pop(variable) for variable, key in keys.items()}
+            flags = {_of_stage(key, given): given.pop(variable) for variable, key in keys.items()}
             flags["data"] = given.pop("data")
             debug = given.pop("debug")
             try:
@@ -142,6 +147,11 @@ def _flag(key: str) -> Any:
     names = (f"{name}/--no-{name[2:]}",) if kind is bool else (name,)
     choices = "|".join(CHOICES[key]) if key in CHOICES else None
     return Annotated[kind | None, typer.Option(*names, help=_help(key), show_default=False, metavar=choices)]
+
+
+def _of_stage(key: str, given: dict[str, Any]) -> str:
+    """`train --stage sft --learning-rate` sets the SFT section's."""
+    return key.replace("train.", "sft.") if given.get("stage") == "sft" else key
 
 
 def _check_choices(resolved: Resolved) -> None:
@@ -186,12 +196,17 @@ def _root(
     "generate.seed", "generate.keep_lines", "generate.concurrency", "generate.batch_size",
 )  # fmt: skip
 def generate(session: Session, limit: Limit = None, dry_run: DryRun = False) -> Exit | None:
-    """Prompts to completions: sample the SFT adapter, as often as `--n` says."""
-    from dpo_cli import generate as stage, view
+    """Prompts to completions: sample the SFT adapter until every prompt has n."""
+    from dpo_cli import generate as stage
+    from dpo_cli import view
 
     result = stage.run(session.config, session.progress(), limit=limit, dry_run=dry_run)
     session.show(result, view.generated)
-    return Exit.FAILED if result.failed else None
+    if result.failed:
+        session.suggest("nothing-dpo generate, which tries the failed prompts again")
+        return Exit.FAILED
+    session.suggest("nothing-dpo generate" if dry_run else "nothing-dpo judge")
+    return None
 
 
 @command(
@@ -200,42 +215,69 @@ def generate(session: Session, limit: Limit = None, dry_run: DryRun = False) -> 
 )  # fmt: skip
 def judge(session: Session, limit: Limit = None, dry_run: DryRun = False) -> Exit | None:
     """Completions to judgments to preference pairs."""
-    from dpo_cli import judge as stage, pair, view
+    from dpo_cli import judge as stage
+    from dpo_cli import pair, view
 
     result = stage.run(session.config, session.progress(), limit=limit, dry_run=dry_run)
-    session.show(result, view.judged)
-    if not dry_run:
-        session.show(pair.run(session.config), view.paired)
-    return Exit.FAILED if result.failed else None
+    if dry_run:
+        session.show(result, view.judged)
+        return None
+    pairs = pair.run(session.config)
+    session.show({"judged": result, "paired": pairs}, view.judged_and_paired)
+    if result.errors:
+        session.suggest("nothing-dpo judge, which asks again where the judge failed")
+        return Exit.FAILED
+    session.suggest("nothing-dpo inspect pairs, then nothing-dpo train")
+    return None
 
 
 @command("pair", "pair.min_gap", "pair.require_consistent", "pair.val_share", "pair.seed")
 def pair(session: Session, dry_run: DryRun = False) -> None:
     """Judgments to pairs again, by other rules: free."""
-    from dpo_cli import pair as stage, view
+    from dpo_cli import pair as stage
+    from dpo_cli import view
 
     session.show(stage.run(session.config, dry_run=dry_run), view.paired)
+    session.suggest("nothing-dpo inspect pairs --stats")
 
 
 @command(
-    "train", "train.learning_rate", "train.beta", "train.loss_type", "train.num_train_epochs", "train.max_steps",
-    "train.per_device_train_batch_size", "train.gradient_accumulation_steps", "train.max_length",
-    "train.warmup_steps", "train.seed", "model.base", "model.adapter", "model.dpo_adapter",
+    "train", "model.base", "model.adapter", "model.dpo_adapter", "train.learning_rate", "train.beta",
+    "train.loss_type", "train.num_train_epochs", "train.max_steps", "train.per_device_train_batch_size",
+    "train.gradient_accumulation_steps", "train.max_length", "train.warmup_steps", "train.seed",
 )  # fmt: skip
 def train(
     session: Session,
-    stage: Annotated[Literal["dpo", "sft"], typer.Option(help="dpo, or sft to make the adapter it starts from.")] = "dpo",
+    stage: Annotated[Literal["dpo", "sft"], typer.Option(help="dpo, or sft to make what it starts from.")] = "dpo",
     backend: Annotated[str, typer.Option(metavar="|".join(backends.names()), help="Where it runs.")] = "local",
-    name: Annotated[str | None, typer.Option(help="Name of the run.", show_default="the stage")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run. [default: the stage]")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start the run over instead of resuming it.")] = False,
+    limit: Limit = None,
+    dry_run: DryRun = False,
 ) -> Exit | None:
     """Preference pairs to the DPO adapter, against the frozen SFT adapter."""
     from dpo_cli import view
-    from dpo_cli.backends import load
 
-    result = load(backend).train(session.config, session.progress(), stage=stage, name=name or stage, fresh=fresh)
+    given = session.data if session.resolved.sources["data"] == "flag" else None
+    result = backends.load(backend).train(
+        session.config, session.progress(), stage=stage, name=name or stage, data=given, fresh=fresh, limit=limit,
+        dry_run=dry_run,
+    )  # fmt: skip
     session.show(result, view.trained)
+    session.suggest("nothing-dpo generate" if stage == "sft" else f"nothing-dpo inspect run {name or stage}")
     return Exit.GATE if result.verdict == "fail" else None
+
+
+@command(
+    "evaluate", "judge.judge", "judge.function", "evaluate.prompts", "generate.engine", "generate.url", "model.base",
+    "model.adapter", "model.dpo_adapter", "model.name", "model.dpo_name", "evaluate.seed",
+)  # fmt: skip
+def evaluate(session: Session) -> None:
+    """Is the DPO adapter better than the SFT adapter? Both answer held-out prompts, a function scores."""
+    from dpo_cli import evaluate as stage
+    from dpo_cli import view
+
+    session.show(stage.run(session.config, session.progress()), view.evaluated)
 
 
 @command(
@@ -249,8 +291,7 @@ def serve_config(
     """The vLLM configuration that serves the SFT adapter, and the DPO adapter where there is one."""
     from dpo_cli import serve_config as stage
 
-    plan = stage.plan(session.config)
-    for note in plan.notes:
+    for note in stage.plan(session.config).notes:
         typer.echo(note, err=True)
     typer.echo(stage.render(session.config, "json" if session.json else form))
 
@@ -262,11 +303,127 @@ def demo(
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over.")] = False,
 ) -> Exit | None:
     """The whole pipeline on this machine: no key, no GPU, no network."""
-    from dpo_cli import demo as stage, view
+    from dpo_cli import demo as stage
+    from dpo_cli import view
 
     result = stage.run(folder, session.progress(), fresh=fresh)
     session.show(result, view.demonstrated)
     return Exit.GATE if result.verdict == "fail" else None
+
+
+Identity = Annotated[str | None, typer.Argument(metavar="[ID]", help="Id of one row, or the beginning of it.")]
+Page = Annotated[int, typer.Option("--limit", min=1, help="Rows a page. [default: 20]", show_default=False)]
+Offset = Annotated[int, typer.Option(min=0, help="Rows to pass over. [default: 0]", show_default=False)]
+Stats = Annotated[bool, typer.Option("--stats", help="Numbers over all rows.")]
+
+
+@command("pairs", parent=inspector)
+def inspect_pairs(
+    session: Session, identity: Identity = None, stats: Stats = False,
+    browse: Annotated[bool, typer.Option("--browse", help="One after the other, with keys.")] = False,
+    side: Annotated[Literal["train", "val", "both"], typer.Option(help="Side of the split.")] = "both",
+    limit: Page = 20, offset: Offset = 0,
+) -> None:  # fmt: skip
+    """Preference pairs: a page of them, one side by side, or their statistics."""
+    from dpo_cli import pages, view
+    from dpo_cli import stats as numbers
+    from dpo_cli.schema import Preference
+
+    if session.data.is_file():
+        files = [session.data]
+    else:
+        sides = ("train", "val") if side == "both" else (side,)
+        files = [file for name in sides if (file := session.data / f"{name}.jsonl").exists()]
+    if not files:
+        raise UserError("no train.jsonl or val.jsonl there", where=str(session.data), hint="nothing-dpo judge")
+    if stats:
+        session.show(numbers.pair_stats({file.stem: pages.read_pairs(file) for file in files}), view.pair_stats)
+        return
+    with pages.Rows.open(files) as rows:
+        if identity:
+            row, pair = pages.find(rows, identity, Preference)
+            session.show(pair, view.pair, rows.place(row))
+        elif browse:
+            view.browse(view.stdout_console(), rows, offset)
+        else:
+            _show_page(session, rows, Preference, view.pair_list, offset, limit)
+
+
+@command("completions", parent=inspector)
+def inspect_completions(
+    session: Session, identity: Identity = None, stats: Stats = False, limit: Page = 20, offset: Offset = 0
+) -> None:
+    """What the SFT adapter answered."""
+    from dpo_cli import pages, view
+    from dpo_cli import stats as numbers
+    from dpo_cli.schema import Completions
+    from dpo_cli.store import read_latest
+
+    path = session.data / "completions.jsonl"
+    if stats:
+        session.show(numbers.completion_stats(read_latest(path, Completions).values()), view.completion_stats)
+        return
+    with pages.Rows.open([path]) as rows:
+        if identity:
+            row, found = pages.find(rows, identity, Completions)
+            session.show(found, view.completions, rows.place(row))
+        else:
+            _show_page(session, rows, Completions, view.completions_list, offset, limit)
+
+
+@command("judgments", parent=inspector)
+def inspect_judgments(
+    session: Session, identity: Identity = None, stats: Stats = False, limit: Page = 20, offset: Offset = 0
+) -> None:
+    """What the judge said."""
+    from dpo_cli import pages, view
+    from dpo_cli import stats as numbers
+    from dpo_cli.schema import Completions, Judgment
+    from dpo_cli.store import read_latest
+
+    path = session.data / "judgments.jsonl"
+    if stats:
+        session.show(numbers.judgment_stats(read_latest(path, Judgment).values()), view.judgment_stats)
+        return
+    with pages.Rows.open([path]) as rows:
+        if identity:
+            row, found = pages.find(rows, identity, Judgment)
+            judged = read_latest(session.data / "completions.jsonl", Completions).get(found.id)
+            session.show(found, view.judgment, judged, rows.place(row))
+        else:
+            _show_page(session, rows, Judgment, view.judgments_list, offset, limit)
+
+
+@command("run", parent=inspector)
+def inspect_run(
+    session: Session, name: Annotated[str, typer.Argument(metavar="[NAME]", help="Name of the run.")] = "dpo"
+) -> None:
+    """A training run: curves, guards, gates."""
+    from dpo_cli import stats, view
+
+    session.show(stats.read_run(Path(session.config.runs) / name), view.run)
+
+
+@command("config", parent=inspector)
+def inspect_config(session: Session) -> None:
+    """Every setting, its value, and where that came from."""
+    from dpo_cli import stats, view
+
+    session.show(stats.settings(session.resolved), view.settings)
+
+
+def _show_page(
+    session: Session, rows: Any, kind: type[Any], render: Callable[..., None], offset: int, limit: int
+) -> None:
+    """A page of rows, through the pager where it is longer than the terminal is high."""
+    from dpo_cli import view
+
+    if session.json:
+        typer.echo(msgspec.json.encode([rows.decode(row, kind) for row in rows.slice(offset, limit)]))
+        return
+    console = view.stdout_console()
+    with view.paged(console):
+        render(console, rows, offset, limit)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from dpo_cli.view.console import make_console, paged, stdout_console
 from dpo_cli.view.pairs import pair, pair_list
 from dpo_cli.view.progress import LineProgress, RichProgress, make_progress
 from dpo_cli.view.run import run
+from dpo_cli.view.summary import demonstrated, evaluated, generated, judged, judged_and_paired, paired, trained
 from dpo_cli.view.tables import (
     completion_stats,
     completions,
@@ -29,6 +30,11 @@ __all__ = [
     "completion_stats",
     "completions",
     "completions_list",
+    "demonstrated",
+    "evaluated",
+    "generated",
+    "judged",
+    "judged_and_paired",
     "judgment",
     "judgment_stats",
     "judgments_list",
@@ -38,10 +44,12 @@ __all__ = [
     "pair",
     "pair_list",
     "pair_stats",
+    "paired",
     "plain",
     "run",
     "safe",
     "safe_line",
     "settings",
     "stdout_console",
+    "trained",
 ]

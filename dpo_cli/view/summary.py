@@ -1,0 +1,142 @@
+"""What a stage did, in a few lines: the last thing that a command prints."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dpo_cli.schema import Usage
+from dpo_cli.view.text import dollars, joined, number, percent, safe
+
+if TYPE_CHECKING:
+    from dpo_cli.demo import Demonstrated
+    from dpo_cli.evaluate import Evaluation
+    from dpo_cli.generate import Generated
+    from dpo_cli.judge import Judged
+    from dpo_cli.pair import Paired
+    from dpo_cli.train import Trained
+
+
+def generated(console: Console, result: "Generated") -> None:
+    """What `generate` did, or would do."""
+    table = _facts()
+    table.add_row("prompts", joined([_count(result.prompts, ""), _count(result.merged, "duplicates merged")]))
+    table.add_row(
+        "owed",
+        f"{result.owed_completions:,} completions of {result.owed_prompts:,} prompts"
+        + (f" · {result.done_before:,} prompts were done" if result.done_before else ""),
+    )
+    if not result.dry_run:
+        made = [f"{result.completions:,}"]
+        made += [f"{result.cut:,} cut by the token limit"] * bool(result.cut)
+        made += [f"{result.identical:,} identical to another of their prompt"] * bool(result.identical)
+        table.add_row("sampled", " · ".join(made))
+        table.add_row("tokens", _tokens(result.usage))
+        if result.retries or result.resent:
+            table.add_row("retries", f"{result.retries:,}, of which {result.resent:,} may have been answered unseen")
+        if result.failed:
+            table.add_row("failed", safe(f"{result.failed:,} prompts; the first: {result.error}", "red"))
+        table.add_row("wrote", safe(result.path))
+    console.print(table)
+
+
+def judged(console: Console, result: "Judged") -> None:
+    """What `judge` did, or would do."""
+    table = _facts()
+    table.add_row("prompts", f"{result.total:,} · {result.done_before:,} judged before · {result.owed:,} owed")
+    table.add_row("calls", f"at most {result.calls:,}")
+    if result.judged:
+        share = percent(result.consistent / result.judged)
+        table.add_row("judged", f"{result.judged:,} · in {share} no order inverts best and worst")
+    for name, style in (("skipped", "yellow"), ("errors", "red")):
+        counts = getattr(result, name)
+        if counts:
+            table.add_row(name, _reasons(counts, style))
+    if result.usage != Usage():
+        table.add_row("tokens", _tokens(result.usage))
+    if result.usd:
+        table.add_row("spent", dollars(result.usd))
+    console.print(table)
+
+
+def paired(console: Console, result: "Paired") -> None:
+    """What `pair` made."""
+    table = _facts()
+    table.add_row("pairs", f"{result.train:,} to train on · {result.val:,} held out")
+    if result.skipped:
+        table.add_row("no pair", _reasons(result.skipped, "yellow"))
+    for warning in result.warnings:
+        table.add_row("warning", safe(warning, "yellow"))
+    table.add_row("wrote", safe(f"{result.train_path}, {result.val_path}"))
+    console.print(table)
+
+
+def judged_and_paired(console: Console, results: Mapping[str, object]) -> None:
+    """What `judge` did, and the pairs that came of it."""
+    judged(console, results["judged"])  # type: ignore[arg-type]
+    paired(console, results["paired"])  # type: ignore[arg-type]
+
+
+def trained(console: Console, result: "Trained") -> None:
+    """What became of a training run."""
+    table = _facts()
+    table.add_row("rows", f"{result.rows:,} · {result.held_out:,} held out · {result.shortened:,} prompts shortened")
+    if result.refused:
+        table.add_row("refused", _reasons(result.refused, "yellow"))
+    steps = f"{result.step:,} of {result.steps:,}"
+    if result.finished_before:
+        steps += " · finished before, nothing done (--fresh starts over)"
+    elif result.resumed_from is not None:
+        steps += f" · resumed from {result.resumed_from:,}"
+    table.add_row("steps", steps)
+    if result.step_zero:
+        table.add_row("step zero", f"loss {result.step_zero['loss']:.4f}, margin {result.step_zero['margin']:.4f}")
+    for name, gate in result.gates.items():
+        verdict = Text("ok  " if gate.ok else "no  ", "green" if gate.ok else "bold red")
+        interval = f" [{number(gate.interval[0])}, {number(gate.interval[1])}]" if gate.interval else ""
+        table.add_row(name, verdict.append(f"{number(gate.value)}{interval} (limit {number(gate.limit)})", "default"))
+    if result.verdict:
+        table.add_row("adapter", safe(f"{result.adapter}, from {result.best_checkpoint}"))
+    console.print(table)
+
+
+def evaluated(console: Console, result: "Evaluation") -> None:
+    """Policy against reference."""
+    table = _facts()
+    low, high = result.interval
+    clear = "green" if low > 0.5 else "yellow" if high > 0.5 else "red"
+    table.add_row("win rate", Text(f"{percent(result.win_rate)} [{percent(low)}, {percent(high)}]", clear))
+    table.add_row("score", f"{number(result.scores.reference)} → {number(result.scores.policy)}")
+    table.add_row("length", f"{number(result.lengths.reference)} → {number(result.lengths.policy)} characters")
+    table.add_row("prompts", f"{result.n:,}" + (f" · {result.failed:,} failed" if result.failed else ""))
+    table.add_row("wrote", safe(result.path))
+    console.print(table)
+
+
+def demonstrated(console: Console, result: "Demonstrated") -> None:
+    """What the demo made."""
+    raise NotImplementedError
+
+
+def _facts() -> Table:
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style="dim", justify="right", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _count(count: int, noun: str) -> Text:
+    return Text(f"{count:,} {noun}".strip()) if count or not noun else Text()
+
+
+def _tokens(usage: Usage) -> str:
+    parts = [f"{usage.input:,} in", f"{usage.output:,} out"]
+    parts += [f"{usage.cached:,} cached"] * bool(usage.cached)
+    parts += [f"{usage.reasoning:,} reasoning"] * bool(usage.reasoning)
+    return " · ".join(parts)
+
+
+def _reasons(counts: Mapping[str, int], style: str) -> Text:
+    return Text("\n").join(safe(f"{count:,} × {reason}", style) for reason, count in counts.items())
