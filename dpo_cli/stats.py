@@ -21,7 +21,7 @@ from dpo_cli.errors import UserError
 from dpo_cli.schema import Completions, Judgment, Message, Preference, Usage
 
 Z95 = 1.959964  # two-sided 95% quantile of the normal distribution
-HISTOGRAM_BINS = 8
+BINS = 10
 
 
 class Spread(Struct):
@@ -35,7 +35,7 @@ class Spread(Struct):
 
 
 class Histogram(Struct):
-    """Counts between edges; the last bin holds its upper edge. `edges` has one more element than `counts`."""
+    """Counts from one edge up to, and without, the next; `edges` has one element more than `counts`."""
 
     edges: list[float]
     counts: list[int]
@@ -148,17 +148,24 @@ def spread(values: Sequence[float]) -> Spread | None:
     return Spread(len(values), min(values), statistics.median(values), statistics.fmean(values), max(values))
 
 
-def histogram(values: Sequence[float], bins: int = HISTOGRAM_BINS) -> Histogram | None:
-    """Equal bins from the least to the greatest value; one bin where all are equal, None if there are none."""
+def histogram(values: Sequence[float]) -> Histogram | None:
+    """Counts in at most ten or so bins whose width is 1, 2 or 5 times a power of ten; None if there are no numbers."""
     if not len(values):
         return None
     low, high = min(values), max(values)
-    if low == high:
-        return Histogram([low, high], [len(values)])
-    counts = [0] * bins
+    width = _round_width((high - low) / BINS)
+    first = math.floor(low / width)
+    counts = [0] * (math.floor(high / width) - first + 1)
     for value in values:
-        counts[min(bins - 1, int((value - low) / (high - low) * bins))] += 1
-    return Histogram([low + (high - low) * i / bins for i in range(bins + 1)], counts)
+        counts[math.floor(value / width) - first] += 1
+    return Histogram([(first + i) * width for i in range(len(counts) + 1)], counts)
+
+
+def _round_width(least: float) -> float:
+    if least == 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(least))
+    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least)
 
 
 def proportion(count: int, n: int) -> Proportion | None:

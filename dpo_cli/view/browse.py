@@ -17,7 +17,10 @@ from dpo_cli.view.keys import Keys, keys_of
 from dpo_cli.view.pairs import pair_view
 from dpo_cli.view.text import safe_line
 
-HELP = "n j → next · p k ← previous · space b scroll · g row · G last · / search · s system · q quit"
+HELP = "n next · p back · g row · / search · q quit · ? all keys"
+ALL_KEYS = "n j → next · p k ← back · space b ↑ ↓ scroll · g row · G last · / search · s system · q quit"
+COUNTING = "counting rows …"
+SLOW_KEYS = ("g", "G", "end", "/")  # Ctrl-C stops what they do; elsewhere it leaves
 RESIZE_SECONDS = 0.5  # how soon a new size of the window is seen
 
 
@@ -63,7 +66,12 @@ class _Browser:
                 return
             if key is not None:
                 self.message = ""
-                self.obey(key, lines)
+                try:
+                    self.obey(key, lines)
+                except KeyboardInterrupt:
+                    if key not in SLOW_KEYS:
+                        raise
+                    self.message = "stopped"
 
     def obey(self, key: str, lines: int) -> None:
         page = self.height - 1
@@ -73,6 +81,7 @@ class _Browser:
             case "p" | "k" | "left" | "backspace":
                 self.go(self.index - 1)
             case "G" | "end":
+                self.draw(COUNTING)
                 self.go(self.rows.last())
             case "home":
                 self.go(0)
@@ -91,7 +100,7 @@ class _Browser:
             case "up":
                 self.scroll(-1, lines)
             case _:
-                self.message = HELP
+                self.message = ALL_KEYS
 
     def go(self, index: int) -> None:
         """Show a row, as far as there is one."""
@@ -108,6 +117,7 @@ class _Browser:
     def ask_row(self) -> None:
         answer = (self.ask("row ") or "").replace(",", "").strip()
         if answer.isdecimal() and int(answer):
+            self.draw(COUNTING)
             self.go(int(answer) - 1)
         elif answer:
             self.message = f"'{answer}' is no row number"
@@ -127,15 +137,15 @@ class _Browser:
             self.index, self.top = self.rows.number(found), 0
 
     def having(self, text: str, start: int) -> Iterator[Row]:
-        """Rows whose id begins with a text, or whose texts have it in either case."""
-        escaped = [json.dumps(text, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True)]
-        pattern = b"|".join(re.escape(form.encode(errors="surrogateescape")) for form in escaped)
-        for row in self.rows.matches(re.compile(pattern, re.IGNORECASE), start):
+        """Rows whose id begins with a text, or whose texts have it as it is written."""
+        forms = {json.dumps(text, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True)}
+        pattern = re.compile(b"|".join(re.escape(form.encode(errors="surrogateescape")) for form in forms))
+        for row in self.rows.matches(pattern, start):
+            if row.start < start:  # the match is in the rest of the row that is shown
+                continue
             pair = self.rows.decode(row, Preference)
-            texts = (*(message["content"] for message in pair.prompt), text_of(pair.chosen), text_of(pair.rejected))
-            if row.start >= start and (
-                pair.id.startswith(text) or any(text.casefold() in part.casefold() for part in texts)
-            ):
+            texts = (text_of(pair.prompt), text_of(pair.chosen), text_of(pair.rejected))
+            if pair.id.startswith(text) or any(text in part for part in texts):
                 yield row
 
     def ask(self, question: str, before: str = "") -> str | None:

@@ -13,7 +13,7 @@ from dpo_cli.pages import Rows
 from dpo_cli.schema import Message, Preference
 from dpo_cli.stats import text_of, words
 from dpo_cli.view.console import NARROW
-from dpo_cli.view.text import number, safe, safe_line
+from dpo_cli.view.text import joined, number, safe, safe_line
 
 CHOSEN, REJECTED, LABEL = "green", "red", "cyan"
 TEXTS = ("prompt ends", "chosen", "rejected", "completions")
@@ -227,4 +227,4 @@ def _scores(pair: Preference) -> Text:
     if pair.chosen_score is None or pair.rejected_score is None:
         return Text("–", "dim")
     chosen, rejected = Text(number(pair.chosen_score), CHOSEN), Text(number(pair.rejected_score), REJECTED)
-    return Text(" > ", "dim").join((chosen, rejected))
+    return joined((chosen, rejected), " > ")

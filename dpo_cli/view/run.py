@@ -59,13 +59,13 @@ def plot(run: Run, name: str, width: int) -> RenderableType:
     for points, style in ((trained, TRAIN_STYLE), (evaluated, EVAL_STYLE)):
         if points:
             title.append(f"  {number(points[-1][1])}", f"not bold {style}")
-    labels = [number(window.high), *[""] * (PLOT_HEIGHT - 2), number(window.low)]
+    high, low = (number(round(edge, 4)) for edge in (window.high, window.low))  # what fits beside an axis
+    labels = [high, *[""] * (PLOT_HEIGHT - 2), low]
     if window.low == window.high:
         labels = [""] * PLOT_HEIGHT
-        labels[PLOT_HEIGHT // 2] = number(window.low)
+        labels[PLOT_HEIGHT // 2] = low
     rows = [
-        Text(f"{label:>{AXIS_WIDTH - 1}} ", "dim").append("│").append_text(line)
-        for label, line in zip(labels, lines, strict=True)
+        Text.assemble((f"{label:>{AXIS_WIDTH - 1}} │", "dim"), line) for label, line in zip(labels, lines, strict=True)
     ]
     steps = f"{number(window.left)} – {number(window.right)} steps"
     return Group(title, *rows, Text(f"{'':{AXIS_WIDTH}}└{steps:─^{window.width}}", "dim", no_wrap=True), "")
@@ -104,7 +104,7 @@ def _values(run: Run) -> Table:
     table.add_column("train", justify="right", style=TRAIN_STYLE)
     table.add_column("evaluation", justify="right", style=EVAL_STYLE)
     names = dict.fromkeys(name.removeprefix(EVALUATED) for name in run.last)
-    for name in sorted(names, key=lambda name: (name not in PLOTS, name)):
+    for name in [*(name for name in PLOTS if name in names), *sorted(names.keys() - PLOTS.keys())]:
         trained, evaluated = run.last.get(name), run.last.get(EVALUATED + name)
         table.add_row(safe_line(name), _or_nothing(trained), _or_nothing(evaluated))
     return table
@@ -142,6 +142,8 @@ def _report(report: dict[str, Any]) -> RenderableType:
             safe_line(str(name)), safe(_value(gate.get("value"))), safe(_value(gate.get("limit"))), _ok(gate.get("ok"))
         )
     made = Table.grid(padding=(0, 2, 0, 0))
+    made.add_column(no_wrap=True)
+    made.add_column(overflow="fold")
     for key in ("verdict", "best_checkpoint", "adapter", "policy_sha256", "reference_sha256"):
         if report.get(key) is not None:
             made.add_row(Text(key.replace("_", " "), "dim"), safe(str(report[key])))

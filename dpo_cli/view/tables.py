@@ -28,7 +28,7 @@ from dpo_cli.stats import (
 )
 from dpo_cli.view.pairs import ID_SHOWN, LABEL, ending, excerpt, list_table, position, prompt_view
 from dpo_cli.view.plot import bar
-from dpo_cli.view.text import dollars, number, percent, safe, safe_line
+from dpo_cli.view.text import dollars, joined, number, percent, safe, safe_line
 
 BAR_WIDTH = 30
 UNBIASED_Z = 1.96  # below, chosen being longer may be chance
@@ -74,7 +74,7 @@ def completion_stats(console: Console, stats: CompletionStats) -> None:
     grid = _facts()
     grid.add_row("prompts", f"{stats.prompts:,}")
     grid.add_row("completions", f"{stats.completions:,}")
-    grid.add_row("a prompt", _counts({f"{n} completions": count for n, count in stats.per_prompt.items()}, "prompts"))
+    grid.add_row("a prompt", _counts({f"{n} for": count for n, count in stats.per_prompt.items()}, "prompts"))
     grid.add_row("ended by", _shares(stats.finish_reasons))
     grid.add_row("identical", _alarm(stats.identical, _of(stats.identical, stats.completions)))
     grid.add_row("empty", _alarm(stats.empty, _of(stats.empty, stats.completions)))
@@ -189,6 +189,8 @@ def settings(console: Console, rows: Sequence[Setting]) -> None:
 
 
 def _setting(value: Any) -> str:
+    if value is None:
+        return "none"  # as --set takes it
     return value if isinstance(value, str) else json.dumps(msgspec.to_builtins(value), ensure_ascii=False)
 
 
@@ -212,7 +214,7 @@ def _of(count: int, total: int) -> Text:
 
 def _counts(counts: Mapping[str, int], unit: str = "") -> Text:
     parts = [safe_line(f"{name} ").append(f"{count:,}", "bold") for name, count in counts.items()]
-    text = Text(" · ", "dim").join(parts) if parts else Text("–", "dim")
+    text = joined(parts) if parts else Text("–", "dim")
     return text.append(f" {unit}", "dim") if unit and parts else text
 
 
@@ -221,7 +223,7 @@ def _counts_of(values: Sequence[str]) -> Text:
     for value in dict.fromkeys(values):
         count = values.count(value)
         parts.append(safe_line(value + (f" {count}" if count < len(values) else ""), _reason_style(value)))
-    return Text(", ").join(parts)
+    return joined(parts, ", ")
 
 
 def _shares(counts: Mapping[str, int]) -> Text:
@@ -230,7 +232,7 @@ def _shares(counts: Mapping[str, int]) -> Text:
         safe_line(f"{name} ", _reason_style(name)).append(f"{count:,}", "bold").append(f" ({percent(count / total)})")
         for name, count in counts.items()
     ]
-    return Text(" · ", "dim").join(parts) if parts else Text("–", "dim")
+    return joined(parts) if parts else Text("–", "dim")
 
 
 def _reason_style(reason: str) -> str:
@@ -256,7 +258,7 @@ def _spread(spread: Spread | None) -> Text:
     if spread is None:
         return Text("not known", "dim")
     named = {"min": spread.min, "median": spread.median, "mean": spread.mean, "max": spread.max}
-    return Text("  ").join(Text(f"{name} ", "dim").append(_short(value), "not dim") for name, value in named.items())
+    return joined((Text.assemble((f"{name} ", "dim"), _short(value)) for name, value in named.items()), "  ")
 
 
 def _short(value: float) -> str:
@@ -311,7 +313,7 @@ def _score_row(record: Judgment) -> Text:
         return Text("–", "dim")
     best = (record.ranking or [record.scores.index(max(record.scores))])[0]
     parts = [Text(number(score), "green bold" if index == best else "") for index, score in enumerate(record.scores)]
-    return Text("  ").join(parts)
+    return joined(parts, "  ")
 
 
 def _agrees(consistent: bool | None) -> Text:

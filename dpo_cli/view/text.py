@@ -7,6 +7,7 @@ program did not write itself passes through `safe`. Letters that are written rig
 
 import math
 import re
+from collections.abc import Iterable
 
 from rich.text import Text
 
@@ -41,6 +42,16 @@ def safe_line(text: str, style: str = "") -> Text:
             shown.append(" ⏎ ", HIDDEN_STYLE)
         shown.append_text(safe(line))
     return shown
+
+
+def joined(parts: Iterable[Text], separator: str = " · ") -> Text:
+    """Texts in a row, each in its own style."""
+    row = Text()
+    for position, part in enumerate(parts):
+        if position:
+            row.append(separator, "dim")
+        row.append_text(part)
+    return row
 
 
 def plain(text: str) -> str:
@@ -82,9 +93,7 @@ def number(value: float | None) -> str:
         return str(value)
     if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.4f}" if 0.001 <= abs(value) < 1 else f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def percent(share: float | None) -> str:
