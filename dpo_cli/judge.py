@@ -110,12 +110,13 @@ def _plan(rows: Iterable[Completions], known: dict[str, Judgment], config: Confi
         old = known.get(row.id)
         if old is not None and old.completions_id != completions_id(row.completions):
             old = None
+        if old is not None and old.error is None and old.skipped != TOO_FEW:
+            continue
         task = make_task(row, lambda text: _in_format(text, pattern), old.failures if old else 0)
-        if len(task.shown) < 2:
-            skip = Judgment(id=row.id, completions_id=task.completions_id, skipped=TOO_FEW)
-            skips += [skip] if old != skip else []
-        elif old is None or old.error is not None or old.skipped == TOO_FEW:
+        if len(task.shown) > 1:
             tasks.append(task)
+        elif old is None or old.skipped is None:
+            skips.append(Judgment(id=row.id, completions_id=task.completions_id, skipped=TOO_FEW))
     return tasks, skips
 
 

@@ -46,6 +46,8 @@ _POLICY = ("content_filter", "content_policy_violation", "invalid_prompt")
 
 # Shutdowns that OpenAI has announced (model list of its SDK, 3.52).
 ENDINGS = {
+    "2026-07-23": ("gpt-5-chat-latest", "gpt-5.1-chat-latest", "gpt-5.1-codex"),
+    "2026-08-10": ("gpt-5.2-chat-latest", "gpt-5.3-chat-latest"),
     "2026-12-11": ("gpt-5", "gpt-5-mini", "gpt-5-nano", "gpt-5-2025-08-07", "gpt-5-mini-2025-08-07",
                    "gpt-5-nano-2025-08-07"),
     "2027-01-14": ("gpt-4.1", "gpt-4.1-mini", "gpt-4.1-2025-04-14", "gpt-4.1-mini-2025-04-14", "gpt-4o",
