@@ -75,7 +75,7 @@ def run(config: Config, progress: Progress, limit: int | None = None, dry_run: b
         _find_owed(config, engine, limit, result)
         return result
     with Journal(path) as journal:
-        requests = _find_owed(config, engine, limit, result)
+        requests, superseded = _find_owed(config, engine, limit, result)
         if requests:
             work = _Work(_open_rows(config, engine, requests, path), keep, journal, progress, result)
             progress.begin("generate", result.prompts, result.done_before)
@@ -83,7 +83,8 @@ def run(config: Config, progress: Progress, limit: int | None = None, dry_run: b
                 work.finish(engines.load(engine), requests, config)
             finally:
                 progress.end()
-        journal.compact()
+        if requests or superseded:
+            journal.compact()
     return result
 
 
@@ -126,7 +127,7 @@ def _made_with(config: Config, engine: str) -> dict[str, Any]:
     return {"engine": engine, **{key.partition(".")[2]: get(config, key) for key in keys}}
 
 
-class _Made(Struct):
+class _Made(Struct, gc=False):
     """What a row says without its texts: a hundred thousand are read in the blink of an eye."""
 
     id: str
@@ -135,13 +136,15 @@ class _Made(Struct):
     sampling: Raw
 
 
-def _find_owed(config: Config, engine: str, limit: int | None, result: Generated) -> list[Request]:
-    """What is missing, in the order of the prompts; counts it in `result`."""
+def _find_owed(config: Config, engine: str, limit: int | None, result: Generated) -> tuple[list[Request], int]:
+    """What is missing, in the order of the prompts, and the number of superseded rows; counts it in `result`."""
     path = Path(result.path)
     counts: dict[str, int] = {}
     kinds: dict[tuple[bytes, bytes], int] = {}
+    rows = 0
     if path.exists():
         for number, row in read_rows(path, _Made):
+            rows += 1
             counts[row.id] = len(row.completions)
             kinds.setdefault((bytes(row.model), bytes(row.sampling)), number)
     _refuse_mixture(config, engine, path, kinds)
@@ -163,7 +166,7 @@ def _find_owed(config: Config, engine: str, limit: int | None, result: Generated
     result.prompts = len(seen)
     result.owed_prompts = len(owed)
     result.done_before = len(seen) - len(owed)
-    return owed
+    return owed, rows - len(counts)
 
 
 def _refuse_mixture(config: Config, engine: str, path: Path, kinds: dict[tuple[bytes, bytes], int]) -> None:
