@@ -79,7 +79,7 @@ class Meter:
         moved = done != self.done
         if not self.counters and self.done_before:
             # A resumed stage may count on from its former totals: these are where this run starts.
-            self._samples[0] = self._first = self._first._replace(counters=dict(counters))
+            self._samples[0] = self._first = _Sample(now, done, counters)
         self.done, self.updated = done, now
         self.counters = {**self.counters, **counters}
         if moved:

@@ -92,7 +92,7 @@ def _title(run: Run) -> Text:
         text.append(f" · step {number(max(steps))}", "not bold")
     verdict = (run.report or {}).get("verdict")
     if verdict is not None:
-        text.append(" · ", "dim").append(*_verdict(verdict == "pass", str(verdict)))
+        text.append(" · ", "dim").append_text(_verdict(verdict == "pass", str(verdict)))
     text.append("   ").append("── ", TRAIN_STYLE).append("train  ", "not bold dim")
     return text.append(f"{EVAL_MARK} ", EVAL_STYLE).append("evaluation", "not bold dim")
 
@@ -120,7 +120,9 @@ def _events(events: list[dict[str, Any]]) -> RenderableType:
         details = {key: value for key, value in event.items() if key not in ("event", "step", "time")}
         told = ", ".join(f"{key} {_value(value)}" for key, value in details.items())
         table.add_row(
-            Text(f"step {event.get('step', '–')}", "dim"), safe_line(str(event.get("event", "")), "bold"), safe(told)
+            safe_line(f"step {event.get('step', '–')}", "dim"),
+            safe_line(str(event.get("event", "")), "bold"),
+            safe(told),
         )
     left_out = len(events) - EVENTS_SHOWN
     return Group(
@@ -151,11 +153,11 @@ def _report(report: dict[str, Any]) -> RenderableType:
 
 
 def _ok(ok: Any) -> Text:
-    return Text("–", "dim") if ok is None else Text(*_verdict(bool(ok), "pass" if ok else "fail"))
+    return Text("–", "dim") if ok is None else _verdict(bool(ok), "pass" if ok else "fail")
 
 
-def _verdict(ok: bool, word: str) -> tuple[str, str]:
-    return f"{'✓' if ok else '✗'} {word}", "bold green" if ok else "bold red"
+def _verdict(ok: bool, word: str) -> Text:
+    return safe_line(f"{'✓' if ok else '✗'} {word}", "bold green" if ok else "bold red")
 
 
 def _value(value: Any) -> str:

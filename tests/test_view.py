@@ -1,0 +1,370 @@
+import io
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import termios
+import textwrap
+import time
+import unicodedata
+from functools import partial
+
+import msgspec
+import pytest
+from rich.console import Console
+
+from dpo_cli import config, stats, view
+from dpo_cli.errors import UserError
+from dpo_cli.pages import Rows
+from dpo_cli.schema import Completions, Judgment, Order, Preference
+from dpo_cli.view import pairs, plot, progress, text
+
+HOSTILE = [
+    "\x1b[31mred\x1b[0m \x1b[2J\x1b[H \x1b]0;title\x07 \x1b]8;;http://evil\x1b\\link \x1bP+q\x1b\\ \x1b[?1049h",
+    "\x9b31m \x9d0;title\x9c \x90",
+    "bell\x07 back\x08\x08 feed\x0c vertical\x0b shift\x0e\x0f null\x00 delete\x7f return\rover tab\tbed",
+    "\u202eright to left\u202c \u2066isolate\u2069 \u061c\u200f\u200e",
+    "zero\u200bwidth\u200c\u200d\u2060\ufeff soft\u00adhyphen \u2028line\u2029paragraph \u00a0no break",
+    "[bold red]markup[/] [link=http://evil]x[/link] [/] \\[ :smile: [@click=app.quit]y[/]",
+    "tags \U000e0041\U000e0042 selector a\ufe0f\ufe00 filler \u3164\u115f surrogate \ud800",
+    "wide 漢字 emoji ❤️ 👩 שלום",
+]
+# What rich itself writes: colours and styles.
+SGR = re.compile(r"\x1b\[[0-9;]*m")
+FORBIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+
+
+def terminal(width=100, height=40):
+    return Console(
+        file=io.StringIO(),
+        force_terminal=True,
+        width=width,
+        height=height,
+        color_system="truecolor",
+        legacy_windows=False,
+    )
+
+
+def drawn(console):
+    return console.file.getvalue()
+
+
+def unstyled(console):
+    return SGR.sub("", drawn(console))
+
+
+def message(content, role="user"):
+    return {"role": role, "content": content}
+
+
+def pair(chosen="good", rejected="bad", prompt="ask", identity="0123456789abcdef", **fields):
+    return Preference(
+        id=identity, prompt=[message("be kind", "system"), message(prompt)], chosen=[message(chosen, "assistant")],
+        rejected=[message(rejected, "assistant")], **fields,
+    )  # fmt: skip
+
+
+def rows_of(path, *records):
+    path.write_bytes(b"".join(msgspec.json.encode(record) + b"\n" for record in records))
+    return Rows.open([path])
+
+
+def hostile_drawings(folder):
+    """Every function that draws what models and users wrote, with a hostile text in every place."""
+    for number, wild in enumerate(HOSTILE):
+        bad = wild.encode(errors="replace").decode()  # a JSON file holds no lone surrogate
+        preference = pair(bad, bad + " more", bad, bad, chosen_score=2, rejected_score=1, score_gap=1)
+        record = Completions(
+            id=bad, prompt=[message(bad, bad)], completions=[bad, "x"], finish_reasons=[bad, "stop"], model=bad,
+            sampling={"stop": bad},
+        )  # fmt: skip
+        rationale = msgspec.json.encode({"rationale": bad}).decode()
+        judgment = Judgment(
+            id=bad, completions_id="c", scores=[1.0, 2.0], ranking=[1, 0], judge={"model": bad},
+            orders=[Order([0, 1], {"A": 1.0, "B": 2.0}, bad), Order([1, 0], {}, rationale)],
+        )  # fmt: skip
+        failed = Judgment(id=bad, completions_id="c", error=bad)
+        gates = {wild: {"value": wild, "limit": wild, "ok": False}}
+        run = stats.Run(
+            name=wild, series={wild: [(1, 2.0)], "loss": [(1, 2.0)]}, last={wild: 2.0, "loss": 2.0},
+            events=[{"event": wild, "step": wild, wild: wild}],
+            report={"verdict": wild, "adapter": wild, "gates": gates},
+        )  # fmt: skip
+        pair_file, completion_file, judgment_file = (
+            rows_of(folder / f"{number}-{len(records)}-{records[0].__class__.__name__}.jsonl", *records)
+            for records in ([preference], [record], [judgment, failed])
+        )
+        setting = stats.Setting("a.b", wild, wild, "")
+        judged = stats.judgment_stats([judgment, failed])
+        yield from (
+            partial(view.pair, preference=preference, place=wild),
+            partial(view.pair_list, rows=pair_file, first=0, count=9),
+            partial(view.completions_list, rows=completion_file, first=0, count=9),
+            partial(view.judgments_list, rows=judgment_file, first=0, count=9),
+            partial(view.completions, record=record, place=wild),
+            partial(view.judgment, record=judgment, judged=record, place=wild),
+            partial(view.completion_stats, stats=stats.completion_stats([record])),
+            partial(view.judgment_stats, stats=judged),
+            partial(view.run, run=run),
+            partial(view.settings, rows=[setting]),
+            lambda console, wild=wild: view.RichProgress(console).log(wild),
+        )
+
+
+@pytest.mark.parametrize("width", [60, 100])
+def test_hostile_text_is_shown_and_never_obeyed(tmp_path, width):
+    for draw in hostile_drawings(tmp_path):
+        console = terminal(width)
+        draw(console)
+        left = unstyled(console)
+        obeyed = {c for c in left if unicodedata.category(c) in FORBIDDEN} - {"\n", "\ufe0f"}
+        assert not obeyed, (sorted(map(ascii, obeyed)), left)
+
+
+def test_what_is_hidden_is_named():
+    assert text.safe("a\x1bb\x07\x9b\u202e\u200b\r\n\x7f").plain == "a␛b␇\\x9b<U+202E><U+200B>␍\n␡"
+    assert text.safe("[bold]x[/] :smile:").plain == "[bold]x[/] :smile:"
+    assert text.safe_line("a\nb").plain == "a ⏎ b"
+    assert text.safe("❤\ufe0f a\ufe0f").plain == "❤\ufe0f a<U+FE0F>"
+
+
+def test_no_character_that_formats_is_forgotten():
+    # Arabic and Kaithi number signs, Egyptian joiners and shorthand are of category Cf and visible.
+    visible = {*range(0x600, 0x606), 0x6DD, 0x70F, 0x890, 0x891, 0x8E2, 0x110BD, 0x110CD, *range(0x13430, 0x13440)}
+    formats = {code for code in range(0x110000) if unicodedata.category(chr(code)) in FORBIDDEN} - visible - {0x0A}
+    assert not [hex(code) for code in formats if chr(code) in text.safe(chr(code)).plain]
+
+
+def test_the_words_that_differ_are_named():
+    left, right = "one two three four five six.", "one two three 4 five six."
+    assert pairs.difference(left, right) == ([(14, 18)], [(14, 15)])
+    assert pairs.difference("same words here", "same words here") == ([], [])
+
+
+def test_single_words_in_common_are_chance():
+    # `the` and `of` stand in both, alone: each side differs as a whole, from the common beginning on.
+    left, right = "[A] the end of days", "[A] sum of the parts"
+    spans = pairs.difference(left, right)
+    assert [left[start:end] for start, end in spans[0]] == ["the end of days"]
+    assert [right[start:end] for start, end in spans[1]] == ["sum of the parts"]
+    assert pairs.difference("nothing alike", "wholly other words") == ([], [])
+    assert pairs.difference("", "something") == ([], [])
+
+
+def test_a_pair_stands_side_by_side_where_there_is_room():
+    record = pair("the good one", "the bad one", chosen_score=8.5, rejected_score=4.0, score_gap=4.5,
+                  chosen_finish_reason="length")  # fmt: skip
+    wide, narrow = terminal(80), terminal(79)
+    view.pair(wide, record, "train.jsonl:7")
+    view.pair(narrow, record)
+    assert any("the good one" in row and "the bad one" in row for row in unstyled(wide).split("\n"))
+    assert not any("the good one" in row and "the bad one" in row for row in unstyled(narrow).split("\n"))
+    for shown in ("0123456789abcdef", "train.jsonl:7", "gap 4.5", "chosen  8.5", "rejected  4", "cut", "be kind"):
+        assert shown in unstyled(wide)
+    assert max(map(len, unstyled(narrow).split("\n"))) <= 79
+
+
+def test_a_list_says_where_it_stands(tmp_path):
+    records = [pair(identity=f"{number:016x}") for number in range(30)]
+    console = terminal(80)
+    view.pair_list(console, rows_of(tmp_path / "train.jsonl", *records), 10, 5)
+    assert "rows 11–15 of about 30 · next: --offset 15" in unstyled(console)
+    console = terminal(80)
+    view.pair_list(console, rows_of(tmp_path / "train.jsonl", *records), 99, 5)
+    assert "no row 100: there are 30" in unstyled(console)
+
+
+def test_a_run_with_gaps_one_point_or_nothing_is_drawn():
+    nan = float("nan")
+    for series in (
+        {},
+        {"loss": [(1, 0.5)]},
+        {"loss": [(1, nan)]},
+        {"loss": [(1, 1.0), (2, nan), (3, 0.0)], "eval_kl": [(3, nan)]},
+    ):
+        last = {name: points[-1][1] for name, points in series.items()}
+        console = terminal(80)
+        view.run(console, stats.Run(name="dpo", series=series, last=last, events=[], report=None))
+        assert ("loss" in unstyled(console)) == bool(series)
+        assert ("no metrics yet" in unstyled(console)) == (not series)
+
+
+def test_a_curve_goes_from_the_first_point_to_the_last():
+    falling = [(0, 1.0), (1, 0.0)]
+    assert plot.braille(falling, plot.frame(falling, 2, 1)) == ["⠑⢄"]
+    broken = [(0, 1.0), (1, float("nan")), (2, 1.0), (3, 0.0)]
+    assert plot.braille(broken, plot.frame(broken, 2, 1)) == ["⠁⢣"]
+    assert plot.sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
+    assert plot.sparkline([1, float("nan"), 1], 3) == "▄ ▄"
+    assert plot.sparkline([0, 0, 7, 7], 2) == "▁█"
+
+
+def test_settings_that_are_no_default_stand_out():
+    console = terminal(100)
+    view.settings(console, stats.settings(config.resolve({"train.beta": 0.2}, environment={})))
+    rows = {row.split()[0]: row for row in drawn(console).split("\n") if len(row.split()) > 1}
+    [changed] = [row for row in rows.values() if "train.beta" in row]
+    [default] = [row for row in rows.values() if "train.loss_type" in row]
+    assert "\x1b[1m" in changed and "flag" in changed
+    assert "\x1b[2m" in default
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_lines_come_at_most_every_few_seconds():
+    stream, clock = io.StringIO(), Clock()
+    lines = progress.LineProgress(stream, every=5, clock=clock)
+    lines.begin("generate", 300, done=100)
+    for done in range(101, 301):
+        clock.now += 0.0625
+        new = done - 100
+        lines.update(done, completions=3 * new, tokens=300 * new, in_flight=8, failed=1, usd=0.5)
+    lines.log("a warning\n\x1b[31m")
+    lines.end()
+    lines.end()
+    assert stream.getvalue().splitlines() == [
+        "generate: 100/300  33% (100 from before)",
+        "generate: 180/300  60% · 48 completions/s · 4,800 tokens/s · 8 in flight · 1 failed · $0.5000 · 8 s left",
+        "generate: 260/300  86% · 48 completions/s · 4,800 tokens/s · 8 in flight · 1 failed · $0.5000 · 2 s left",
+        "a warning ⏎ ␛[31m",
+        "generate: 300/300  100% · 48 completions/s · 4,800 tokens/s · 1 failed · $0.5000 · in 12 s",
+    ]
+
+
+def test_rates_are_of_this_run_and_of_the_recent_past():
+    clock = Clock()
+    meter = progress.Meter("judge", 10_000, done=5_000, clock=clock)
+    meter.update(5_000, {"tokens": 1e9})  # totals of a former run
+    for _ in range(100):
+        clock.now += 1
+        meter.update(meter.done + 10, {"tokens": meter.counters["tokens"] + 100})
+    assert meter.rate() == pytest.approx(10)
+    assert meter.rate("tokens") == pytest.approx(100)
+    assert meter.eta() == pytest.approx(400)
+    for _ in range(120):  # ten times as slow
+        clock.now += 1
+        meter.update(meter.done + 1, {})
+    assert meter.rate() == pytest.approx(1)
+    assert meter.rate(whole_run=True) == pytest.approx(1120 / 220)
+    clock.now += 120  # a stall
+    assert meter.rate() < 0.5
+
+
+def test_the_panel_shows_the_counters_that_there_are():
+    clock = Clock()
+    meter = progress.Meter("train", 8, clock=clock)
+    for step in range(1, 5):
+        clock.now += 1
+        meter.update(step, {"loss": 5 - step, "margin": step, "accuracy": 0.5, "kl": 0.1, "memory_gb": 12.34})
+    console = terminal(120)
+    console.print(progress.panel(meter, 120))
+    shown = unstyled(console)
+    for part in ("train", "4/8", "50%", "4 s left", "loss 1 █▆▃▁", "margin 4 ▁▃▆█", "50.0%", "kl 0.1", "12.3 GB"):
+        assert part in shown
+    assert "completions/s" not in shown
+    assert "failed" not in shown
+
+
+def test_the_live_panel_keeps_log_lines_and_leaves_the_cursor_visible():
+    console = terminal(100)
+    live = view.RichProgress(console)
+    live.begin("generate", 10)
+    for done in range(11):
+        live.update(done, completions=done)
+    live.log("[bold]a warning[/bold]")
+    live.end()
+    live.end()
+    shown = drawn(console)
+    assert "[bold]a warning[/bold]" in shown
+    assert "10/10" in shown
+    assert shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l")
+
+
+class Terminal:
+    """A program in a terminal of its own: what it draws, what is typed."""
+
+    def __init__(self, code, *arguments):
+        self.main, self.side = pty.openpty()
+        termios.tcsetwinsize(self.side, (24, 100))
+        self.before = termios.tcgetattr(self.side)
+        environment = {**os.environ, "TERM": "xterm-256color", "PAGER": "cat"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(code), *arguments],
+            stdin=self.side, stdout=self.side, stderr=self.side, start_new_session=True, env=environment,
+        )  # fmt: skip
+        self.drawn = ""
+
+    def wait_for(self, expected):
+        """Read until a text is drawn after what was awaited before."""
+        end = time.monotonic() + 60
+        while expected not in self.drawn:
+            assert time.monotonic() < end, f"no {expected!r} in {self.drawn!r}"
+            if select.select([self.main], [], [], 0.1)[0]:
+                self.drawn += os.read(self.main, 65536).decode(errors="replace")
+        self.drawn = self.drawn.partition(expected)[2]
+
+    def type(self, keys):
+        os.write(self.main, keys.encode())
+
+    def finish(self):
+        code = self.process.wait(60)
+        after = termios.tcgetattr(self.side)
+        os.close(self.main)
+        os.close(self.side)
+        return code, after == self.before
+
+
+BROWSE = """
+    import sys
+    from pathlib import Path
+    from dpo_cli import view
+    from dpo_cli.pages import Rows
+
+    with Rows.open([Path(sys.argv[1])]) as rows:
+        view.browse(view.stdout_console(), rows)
+"""
+
+
+@pytest.fixture
+def many_pairs(tmp_path):
+    path = tmp_path / "train.jsonl"
+    rows_of(path, *(pair(f"answer {n} of café", prompt=f"question {n}.", identity=f"{n:016x}") for n in range(1, 301)))
+    return str(path)
+
+
+def test_browsing_by_keys(many_pairs):
+    screen = Terminal(BROWSE, many_pairs)
+    for keys, expected in (
+        ("", "question 1."), ("n", "question 2."), ("j", "question 3."), ("k", "question 2."),
+        ("\x1b[D", "question 1."), ("p", "first pair"), ("g150\r", "question 150."),
+        ("/answer 277\r", "question 277."), (f"/{42:016x}\r", "question 42."), ("/of café\r", "question 43."),
+        ("/nowhere\r", "nothing has 'nowhere'"), ("G", "question 300."), ("n", "last pair"), ("/\x1b", "all keys"),
+    ):  # fmt: skip
+        screen.type(keys)
+        screen.wait_for(expected)
+    screen.type("q")
+    screen.wait_for("\x1b[?1049l")  # the screen as it was
+    assert screen.finish() == (0, True)
+
+
+def test_an_interrupt_gives_the_terminal_back(many_pairs):
+    screen = Terminal(BROWSE, many_pairs)
+    screen.wait_for("question 1.")
+    os.killpg(screen.process.pid, signal.SIGINT)
+    screen.wait_for("\x1b[?1049l")
+    code, restored = screen.finish()
+    assert code != 0
+    assert restored
+
+
+def test_browsing_needs_a_terminal(many_pairs):
+    with Rows.open([]) as rows, pytest.raises(UserError, match="needs a terminal"):
+        view.browse(Console(file=io.StringIO()), rows)
