@@ -102,8 +102,8 @@ class Server:
         models: names that exist; unset: every name does.
         api_key: the key that is asked for; unset: none.
 
-    `calls` counts requests and `paid` those that were accepted for an answer, by content; `highest` is the most
-    that were in flight at once; `arrivals` are the times (monotonic seconds) of all requests.
+    `calls` counts requests and `paid` those that were accepted for an answer, by content; `bodies`, `arrivals`
+    (monotonic seconds) and `keys` are what came; `highest` is the most that were in flight at once.
     """
 
     def __init__(
@@ -128,6 +128,7 @@ class Server:
         self.paid: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
         self.arrivals: list[float] = []
+        self.keys: set[str] = set()
         self.in_flight = 0
         self.highest = 0
         self._started = threading.Event()
@@ -149,8 +150,13 @@ class Server:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(10)
+        self.stop()
+
+    def stop(self) -> None:
+        """Close the port and every connection; safe to call twice."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._stop.set)
+            self._thread.join(10)
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -188,8 +194,10 @@ class Server:
             self.in_flight -= 1
 
     async def _respond(self, call: Call, request: web.Request) -> web.StreamResponse:
-        if self.api_key and request.headers.get("Authorization") != f"Bearer {self.api_key}":
-            return _error(401, "Incorrect API key provided", code="invalid_api_key")
+        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        self.keys.add(given)
+        if self.api_key and given != self.api_key:
+            return _error(401, f"Incorrect API key provided: {given}", code="invalid_api_key")
         if self.models and call.body["model"] not in self.models:
             return _error(404, f"The model `{call.body['model']}` does not exist.", param="model")
         if self.capacity and self.in_flight > self.capacity:

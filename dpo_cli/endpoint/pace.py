@@ -9,8 +9,9 @@ from collections import deque
 class Pace:
     """How many requests may be in flight: additive increase, multiplicative decrease, as in TCP (RFC 5681).
 
-    The limit doubles a round trip until the first sign of congestion, then grows by a 32nd of `most`; a sign cuts it
-    to 0.7 of what was in flight, at most once a round trip: requests sent before the last cut say nothing new.
+    The limit doubles a round trip until the first sign of congestion, then grows by a 32nd of what it had reached; a
+    sign cuts it to 0.7 of what was in flight, at most once a round trip: requests sent before the last cut say
+    nothing new.
     """
 
     START = 32
@@ -57,8 +58,9 @@ class Pace:
         """A request that was sent at `sent` met congestion."""
         if sent > self._last_cut:
             self._last_cut = time.monotonic()
-            self._step = max(1.0, self.most / 32)
-            self.limit = max(1.0, self.CUT * min(self.limit, self.in_flight))
+            reached = min(self.limit, self.in_flight)
+            self._step = max(1.0, reached / 32)
+            self.limit = max(1.0, self.CUT * reached)
 
     def hold(self, seconds: float) -> bool:
         """Send nothing for that long; return whether the gate was open before."""
