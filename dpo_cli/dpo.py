@@ -114,7 +114,7 @@ class Trainer(ResumableTrainer, DPOTrainer):  # type: ignore[misc]
             output.metrics["eval_rewards/margins_stderr"] = margins.std().item() / math.sqrt(len(margins))
         if self.kl_prompts:
             per_token, per_sequence = self._kl()
-            output.metrics |= {"eval_kl_nats_per_token": per_token, "eval_kl_nats_per_sequence": per_sequence}
+            output.metrics.update(eval_kl_nats_per_token=per_token, eval_kl_nats_per_sequence=per_sequence)
         return output
 
     @torch.no_grad()

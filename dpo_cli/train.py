@@ -134,7 +134,7 @@ def run(
         folder.begin({"identity": identity, "config": as_dict(config), "versions": _versions(), **_models(identity)})
         result.finished_before = folder.finished() is not None
         if not result.finished_before:
-            if stage == "sft" and output.exists() and not fresh:
+            if stage == "sft" and output.exists() and not fresh and not folder.complete_checkpoints():
                 raise UserError(
                     "there is an SFT adapter already", where=str(output),
                     hint="set model.adapter to another folder, or replace it with --fresh",
@@ -196,7 +196,7 @@ def _tell(rows: Encoded, held_out: Encoded, events: store.Journal, progress: Pro
 
 
 def _finish(result: Trained, folder: RunFolder, output: Path, base: str, identity: dict[str, Any]) -> Trained:
-    """Judge the run by its best checkpoint, write the report, put the adapter in its place."""
+    """Judge the run by its best checkpoint, put its adapter in its place, write the report."""
     state = folder.trainer_state()
     checkpoints = folder.complete_checkpoints()
     rows = metric_rows(state["log_history"])
@@ -211,12 +211,12 @@ def _finish(result: Trained, folder: RunFolder, output: Path, base: str, identit
     result.best_checkpoint = checkpoints[best].name
     result.policy_sha256 = sha256(checkpoints[best] / ADAPTER_FILES[1])
     result.reference_sha256 = _models(identity)["reference_sha256"]
+    if not result.finished_before or not output.exists():
+        publish(checkpoints[best], output, base)
     if not result.finished_before:
         names = ("step_zero", "gates", "verdict", "best_checkpoint", "adapter", "policy_sha256", "reference_sha256")
         report = {key: getattr(result, key) for key in names}
         store.write_json(folder.report, report | {"shortened": result.shortened, "refused": result.refused})
-    if not result.finished_before or not output.exists():
-        publish(checkpoints[best], output, base)
     return result
 
 

@@ -80,6 +80,16 @@ class ResumableTrainer:
             "metrics": dict(self._metrics["train"]),
         }
 
+    def counters(self) -> dict[str, float]:
+        """What the next log would say, by the names that progress has for it."""
+        names = {"margin": "rewards/margins", "accuracy": "rewards/accuracies", "kl": "kl"}
+        values = {name: self._metrics["train"].get(key) for name, key in names.items()}
+        return {
+            "tokens": self._total_train_tokens,
+            "loss": self._tr_loss.item() / (self.state.global_step - self._globalstep_last_logged),
+            **{name: sum(value) / len(value) for name, value in values.items() if value},
+        }
+
     def restore_meters(self, checkpoint: Path) -> None:
         """Go on summing up from where a checkpoint was saved."""
         meters = json.loads((checkpoint / METERS).read_text())
@@ -98,7 +108,6 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         self.progress = progress
         self.stop = stop
         self.resumed_from: Path | None = None
-        self.counters: dict[str, float] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.resumed_from is not None:
@@ -108,10 +117,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         for row in metric_rows(state.log_history[-1:]):
             self.metrics.append(row)
-            if "loss" in row:
-                names = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies", "kl": "kl"}
-                self.counters |= {name: row[key] for name, key in names.items() if key in row}
-            else:
+            if "eval_loss" in row:
                 self.progress.log(f"step {row['step']}: {_evaluation(row)}")
 
     def on_step_end(
@@ -121,9 +127,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
             control.should_log = True
         elif self.stop.signal is not None:
             control.should_save = control.should_training_stop = True
-        self.progress.update(
-            state.global_step, tokens=self.trainer._total_train_tokens, memory_gb=peak_memory(), **self.counters
-        )
+        self.progress.update(state.global_step, memory_gb=peak_memory(), **self.trainer.counters())
         return control
 
 
@@ -204,6 +208,7 @@ def arguments(section: TrainingSection, run: RunFolder, evaluates: bool, metric:
         "run_name": run.path.name,
         "max_length": None,  # rows come shortened; TRL would cut the completion's end
         "bf16": uses_bf16(section),
+        "use_cpu": uses_bf16(section) and not gpu,  # else transformers refuses bf16 where there is no GPU
         "gradient_checkpointing": gpu if section.gradient_checkpointing is None else section.gradient_checkpointing,
         "logging_first_step": True,
         "logging_nan_inf_filter": False,  # a NaN is logged as such, not as the mean of what came before

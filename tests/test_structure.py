@@ -13,7 +13,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Rooms, lowest first: each imports only rooms before it.
 ROOMS = [
     "errors", "schema", "store", "config", "progress", "adapter", "endpoint", "engines", "judges", "generate", "judge",
-    "pair", "train", "sft", "dpo", "evaluate", "backends", "stats", "serve_config", "demo", "view", "cli",
+    "pair", "encode", "run_folder", "trainer", "sft", "dpo", "train", "evaluate", "backends", "stats", "serve_config",
+    "demo", "view", "cli",
 ]  # fmt: skip
 STAGES = {"generate", "judge", "pair", "train", "evaluate", "serve_config"}
 ALLOWED = {
@@ -22,7 +23,7 @@ ALLOWED = {
     "aiohttp": {"endpoint"},
     **dict.fromkeys(
         ("torch", "transformers", "trl", "peft", "datasets"),
-        {"train", "sft", "dpo", "engines/transformers", "judges/reward_model", "evaluate", "demo/tiny"},
+        {"trainer", "sft", "dpo", "engines/transformers", "judges/reward_model", "evaluate", "demo/tiny"},
     ),
 }
 

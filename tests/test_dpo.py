@@ -1,0 +1,276 @@
+"""The DPO trainer: its loss by hand, its reference, its guards, its KL; and where SFT puts its loss."""
+
+import math
+
+import pytest
+from adapters import base_model, save_adapter
+from training import Lines, pair, settings, write_data
+
+from dpo_cli import store
+from dpo_cli.errors import Exit, UserError
+from dpo_cli.progress import Silent
+from dpo_cli.run_folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    import torch
+
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("start")
+    base = base_model(folder / "base")
+    for seed, name in enumerate(("sft", "other")):
+        save_adapter(folder / name, base, seed=seed)
+    write_data(folder)
+    return folder
+
+
+@pytest.fixture
+def trainer_of(start, tmp_path):
+    """Make a trainer for the SFT adapter, or a fresh LoRA, over four pairs, two of them held out."""
+    from peft import PeftModel
+    from trl import DPOConfig
+
+    from dpo_cli import dpo
+    from dpo_cli.trainer import arguments, fresh_lora, load_base, load_encoder
+
+    with store.Journal(tmp_path / "events.jsonl") as events:
+
+        def make(*sets, adapter="sft"):
+            config = settings(start, start / "base", *sets)
+            encoder = load_encoder(start / "base", config.model, 256)
+            pairs = [pair(number) for number in range(4)]
+            rows = encoder.encode([(row["prompt"], [row["chosen"], row["rejected"]]) for row in pairs]).rows
+            model = load_base(start / "base", config.train)
+            if adapter:
+                model = PeftModel.from_pretrained(model, start / adapter, is_trainable=True)
+            return dpo.Trainer(
+                events=events, kl_prompts=[row.prompt for row in rows[2:]], kl_tokens=8, model=model,
+                args=DPOConfig(
+                    **arguments(config.train, RunFolder(tmp_path), True, dpo.BEST_METRIC, 1),
+                    beta=config.train.beta, loss_type=config.train.loss_type,
+                ),
+                train_dataset=dpo._dataset(rows), eval_dataset=dpo._dataset(rows[2:]),
+                processing_class=encoder.tokenizer, peft_config=None if adapter else fresh_lora(config.train),
+            )  # fmt: skip
+
+        yield make
+
+
+def shift(model, name, amount):
+    """Move one adapter's weights."""
+    import torch
+
+    with torch.no_grad():
+        for key, value in model.named_parameters():
+            if f".{name}." in key and "lora_B" in key:
+                value += amount
+
+
+def test_the_first_loss_is_ln_2(trainer_of):
+    trainer = trainer_of("train.max_steps=1")
+    trainer.train()
+    assert abs(trainer.state.log_history[0]["loss"] - math.log(2)) < 1e-6
+    [event] = [row for _, row in store.read_rows(trainer.events.path, dict)]
+    assert event["ok"] and event["margin"] == 0 and abs(event["loss"] - math.log(2)) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", ["false", "true"], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("checkpointing", ["false", "true"], ids=["plain", "checkpointing"])
+def test_step_zero_passes_in_every_precision(trainer_of, dtype, checkpointing):
+    trainer = trainer_of("train.max_steps=1", f"train.bf16={dtype}", f"train.gradient_checkpointing={checkpointing}")
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_gradient_checkpointing_changes_no_loss(trainer_of):
+    losses = []
+    for checkpointing in ("false", "true"):
+        trainer = trainer_of(
+            "train.max_steps=3", "train.logging_steps=1", f"train.gradient_checkpointing={checkpointing}"
+        )
+        trainer.train()
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    assert losses[0] == losses[1] and losses[0][2] != losses[0][0]
+
+
+def base_as_reference(trainer):
+    trainer.model.delete_adapter("ref")
+
+
+def other_adapter_as_reference(trainer):
+    shift(trainer.model, "ref", 0.05)
+
+
+def dropout(trainer):
+    import torch
+
+    for module in trainer.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    for module in trainer.model.base_model.modules():  # LoRA layers without dropout hold an Identity
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = torch.nn.Dropout(0.5)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "cause"),
+    [
+        (base_as_reference, "the reference is the base model"),
+        (other_adapter_as_reference, "the reference is another adapter"),
+        (dropout, "dropout is on"),
+    ],
+)
+def test_a_wrong_step_zero_stops_with_its_cause_before_anything_is_trained(trainer_of, mistake, cause):
+    from dpo_cli.dpo import adapter_weights
+
+    trainer = trainer_of()
+    mistake(trainer)
+    before = {name: value.clone() for name, value in adapter_weights(trainer.model, "default").items()}
+    with pytest.raises(UserError, match=cause) as stopped:
+        trainer.train()
+    assert stopped.value.code == Exit.FAILED
+    assert all(value.equal(before[name]) for name, value in adapter_weights(trainer.model, "default").items())
+    [event] = [row for _, row in store.read_rows(trainer.events.path, dict)]
+    assert not event["ok"]
+
+
+def test_a_failed_step_zero_is_reported_and_no_result(start, tmp_path, monkeypatch):
+    import json
+
+    from dpo_cli import dpo, train
+
+    config = settings(start, start / "base", f"runs={tmp_path / 'runs'}", f"model.dpo_adapter={tmp_path / 'out'}")
+    monkeypatch.setattr(dpo, "check_reference", lambda model, adapter: shift(model, "ref", 0.05))
+    with pytest.raises(UserError, match="step zero"):
+        train.run(config, Silent())
+    report = json.loads((tmp_path / "runs/dpo/report.json").read_text())
+    assert report["verdict"] == "fail" and report["step_zero"]["ok"] is False
+    assert not (tmp_path / "out").exists() and not list((tmp_path / "runs/dpo").glob("checkpoints/*"))
+
+
+def test_the_reference_must_hold_the_sft_adapter(start, trainer_of):
+    from dpo_cli.dpo import check_reference
+
+    trainer = trainer_of()
+    check_reference(trainer.model, start / "sft")
+    with pytest.raises(UserError, match="does not hold the SFT adapter's weights"):
+        check_reference(trainer.model, start / "other")
+    base_as_reference(trainer)
+    with pytest.raises(UserError, match="not a frozen copy"):
+        check_reference(trainer.model, start / "sft")
+
+
+def test_loss_margin_and_kl_of_one_batch_by_hand(trainer_of):
+    """Eq. 7 of arXiv:2305.18290, from plain forwards of one row at a time."""
+    import torch
+
+    trainer = trainer_of("train.beta=0.3")
+    shift(trainer.model, "default", 0.1)
+    rows = [trainer.eval_dataset[index] for index in range(2)]
+
+    def log_probs(prompt, completion):
+        logits = trainer.model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+        return logits.log_softmax(-1)[range(len(completion)), completion]
+
+    from dpo_cli.dpo import reference_of
+
+    losses, margins, k3 = [], [], []
+    with torch.no_grad():
+        for row in rows:
+            rewards = []
+            for side in ("chosen_ids", "rejected_ids"):
+                policy = log_probs(row["prompt_ids"], row[side])
+                with reference_of(trainer.model):
+                    reference = log_probs(row["prompt_ids"], row[side])
+                difference = policy - reference
+                rewards.append(0.3 * difference.sum())
+                k3 += (difference.exp() - 1 - difference).tolist()
+            margins.append((rewards[0] - rewards[1]).item())
+            losses.append(-torch.log(torch.sigmoid(rewards[0] - rewards[1])).item())
+    evaluation = trainer.evaluate()
+    assert abs(sum(margins)) > 0.01
+    assert math.isclose(evaluation["eval_loss"], sum(losses) / 2, rel_tol=1e-5)
+    logged = trainer.state.log_history[-1]
+    assert math.isclose(logged["eval_rewards/margins"], sum(margins) / 2, rel_tol=1e-3)
+    assert math.isclose(logged["eval_kl"], sum(k3) / len(k3), rel_tol=1e-3)
+    assert math.isclose(logged["eval_rewards/margins_stderr"], abs(margins[0] - margins[1]) / 2, rel_tol=1e-3)
+
+
+def test_kl_is_that_of_the_two_distributions(trainer_of):
+    """KL is 0 for equal models; else what torch's own kl_div says on the same completions, always positive."""
+    import torch
+
+    from dpo_cli.dpo import reference_of
+
+    trainer = trainer_of()
+    trainer.model.eval()
+    assert trainer._kl() == (0.0, 0.0)
+    shift(trainer.model, "default", 0.02)
+    per_token, per_sequence = trainer._kl()
+    completions = trainer._sample()
+    assert completions == trainer._sample() and all(1 <= len(ids) <= 8 for ids in completions)
+    total = 0.0
+    with torch.no_grad():
+        for prompt, completion in zip(trainer.kl_prompts, completions, strict=True):
+            ids = torch.tensor([prompt + completion])
+            where = slice(len(prompt) - 1, -1)
+            policy = trainer.model(input_ids=ids).logits[0, where].log_softmax(-1)
+            with reference_of(trainer.model):
+                reference = trainer.model(input_ids=ids).logits[0, where].log_softmax(-1)
+            total += torch.nn.functional.kl_div(reference, policy, reduction="sum", log_target=True).item()
+    assert total > 0
+    assert math.isclose(per_sequence, total / 2, rel_tol=1e-4)
+    assert math.isclose(per_token, total / sum(map(len, completions)), rel_tol=1e-4)
+
+
+def test_a_fresh_adapter_is_held_against_the_base(trainer_of):
+    trainer = trainer_of("train.max_steps=2", "train.logging_steps=1", adapter=None)
+    trainer.train()
+    assert "ref" not in trainer.model.peft_config
+    assert abs(trainer.state.log_history[0]["loss"] - math.log(2)) < 1e-6
+
+
+def test_evaluation_draws_nothing_from_the_generator_of_training(trainer_of):
+    import torch
+
+    trainer = trainer_of()
+    trainer.model.eval()
+    before = torch.random.get_rng_state()
+    trainer._kl()
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_sft_learns_the_completion_and_its_end_alone(start):
+    from dpo_cli import sft
+    from dpo_cli.trainer import load_encoder
+
+    config = settings(start, start / "base")
+    encoder = load_encoder(start / "base", config.model, 256)
+    row = pair(1)
+    [example] = sft.dataset(encoder.encode([(row["prompt"], [row["chosen"]])]).rows)
+    learnt = [token for token in example["labels"] if token != sft.IGNORED]
+    assert encoder.tokenizer.decode(learnt) == row["chosen"][0]["content"] + "<|end|>"
+    assert example["input_ids"][-len(learnt) :] == learnt and example["labels"][-len(learnt) :] == learnt
+
+
+def test_the_libraries_keep_off_the_terminal(start, tmp_path, capfd):
+    import logging
+    import warnings
+
+    from dpo_cli import train
+
+    config = settings(start, start / "base", f"runs={tmp_path / 'runs'}", f"model.dpo_adapter={tmp_path / 'out'}")
+    config.train.max_steps = 1
+    progress = Lines()
+    capfd.readouterr()
+    train.run(config, progress)
+    assert capfd.readouterr() == ("", "")
+
+    from dpo_cli.trainer import hushed
+
+    with hushed(progress):
+        logging.getLogger("trl.trainer").warning("a real\nwarning")
+        warnings.warn("another one", stacklevel=1)
+        warnings.warn("another one", stacklevel=1)
+    assert progress.lines[-2:] == ["a real warning", "another one"]
