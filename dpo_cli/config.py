@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import msgspec
 from msgspec import Meta, Struct
@@ -24,6 +24,10 @@ Count = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(gt=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 NonNegative = Annotated[float, Meta(ge=0)]
+LossType = Literal[
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+]  # fmt: skip
 
 
 def _doc(text: str) -> Meta:
@@ -122,7 +126,7 @@ class TrainSection(TrainingSection, kw_only=True):
     """Preferences to the DPO adapter."""
 
     beta: Annotated[NonNegative, _doc("Strength of the pull towards the reference.")] = 0.1
-    loss_type: Annotated[str, _doc("TRL loss type.")] = "sigmoid"
+    loss_type: Annotated[LossType, _doc("TRL loss type.")] = "sigmoid"
     label_smoothing: Annotated[Share, _doc("Assumed share of flipped labels.")] = 0.0
     kl_prompts: Annotated[int, Meta(ge=0), _doc("Held-out prompts on which each evaluation measures KL.")] = 8
     kl_tokens: Annotated[Count, _doc("Longest completion sampled for that, in tokens.")] = 64
