@@ -70,7 +70,7 @@ def test_an_unfinished_last_line_is_a_row_if_it_is_whole(tmp_path):
 
 
 def test_a_row_is_found_by_a_unique_beginning_of_its_id(tmp_path):
-    path = write(tmp_path / "a.jsonl", line(1, "aa11"), line(2, "ab22"), line(3, "ab23", note='"id":"cc" is text'))
+    path = write(tmp_path / "a.jsonl", line(1, "aa11"), line(2, "ab22"), line(3, "ab23", note={"id": "cc"}))
     with Rows.open([path]) as rows:
         row, pair = pages.find(rows, "ab22", Preference)
         assert (rows.place(row), pair.id) == (f"{path}:2", "ab22")

@@ -44,21 +44,22 @@ def test_pair_stats_by_hand():
         pair("p1", "a longer one", "short", chosen_score=8, rejected_score=5, score_gap=3),
         pair("p1", "a longer one", "short", score_gap=3),  # the same pair again
         pair("p1", "short", "a longer one", score_gap=1),  # and the other way round
+        pair("p1", "a longer one", "short"),  # contradicts once, however often it stands there
         pair("p2", "same", "same"),
         pair("p3", "ab", "cd", chosen_score=6, rejected_score=4.5, chosen_finish_reason="length",
              rejected_finish_reason="stop"),
     ]  # fmt: skip
     found = stats.pair_stats({"train": train, "val": [pair("p3", "one two\nthree", "x"), pair("p4", "y", "zz")]})
-    assert found.pairs == {"train": 5, "val": 2}
+    assert found.pairs == {"train": 6, "val": 2}
     assert found.prompts == {"train": 3, "val": 2}
     assert found.shared_prompts == 1  # p3
     assert found.repeated_prompts == 2  # p1, p3
-    assert (found.duplicate_pairs, found.contradictory_pairs, found.identical_sides) == (1, 1, 1)
+    assert (found.duplicate_pairs, found.contradictory_pairs, found.identical_sides) == (2, 1, 1)
     assert found.gaps == stats.Spread(4, 1, 2.25, 2.125, 3)  # 3, 3, 1, 1.5 (from the scores)
-    assert (found.longer_chosen.count, found.longer_chosen.n) == (3, 5)  # two pairs are of equal length
+    assert (found.longer_chosen.count, found.longer_chosen.n) == (4, 6)  # two pairs are of equal length
     assert (found.chosen_cut.count, found.chosen_cut.n) == (1, 1)
     assert (found.rejected_cut.count, found.rejected_cut.n) == (0, 1)
-    assert found.chosen.words == stats.Spread(7, 1, 1, 13 / 7, 3)
+    assert found.chosen.words == stats.Spread(8, 1, 2, 2, 3)
     assert found.rejected.characters.max == len("a longer one")
 
 

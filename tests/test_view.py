@@ -254,6 +254,7 @@ def test_rates_are_of_this_run_and_of_the_recent_past():
         meter.update(meter.done + 1, {})
     assert meter.rate() == pytest.approx(1)
     assert meter.rate(whole_run=True) == pytest.approx(1120 / 220)
+    assert meter.rate("tokens", whole_run=True) == pytest.approx(100 * 100 / 220)
     clock.now += 120  # a stall
     assert meter.rate() < 0.5
 
