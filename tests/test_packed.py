@@ -1,0 +1,213 @@
+"""The packed forward against TRL's own: losses, gradients, metrics, evaluation, generation, parts, fallbacks."""
+
+import itertools
+
+import pytest
+import torch
+from packing import PAIRS, Packed, Plain, assert_equal, configuration, make, outcome, rows
+
+from dpo_cli import attention, head, packed
+from dpo_cli.errors import UserError
+
+torch.set_num_threads(1)
+
+ARCHITECTURES = {
+    "Llama": {},
+    "Llama, tied": {"tie_word_embeddings": True},
+    "Llama, no groups": {"num_key_value_heads": 4},
+    "Qwen2": {},
+    "Qwen3": {"head_dim": 16},
+    "Gemma": {"head_dim": 16},
+    "Gemma3Text": {"head_dim": 16, "sliding_window": 64},
+    "Mistral": {"sliding_window": None},
+}
+LOSSES = [
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+]  # fmt: skip
+
+
+def both(folder, config, tokens_per_batch=None, **arguments):
+    """(our trainer, what ours comes to, what TRL's comes to)."""
+    theirs = outcome(make(Plain, folder, config, **arguments))
+    trainer = make(Packed, folder, config, **arguments)
+    assert packed.enable(trainer, tokens_per_batch) is None
+    return trainer, outcome(trainer), theirs
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures_come_to_what_trl_comes_to(tmp_path, name):
+    _, ours, theirs = both(tmp_path, configuration(name.partition(",")[0], **ARCHITECTURES[name]))
+    assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_come_to_what_trl_comes_to(tmp_path, loss):
+    _, ours, theirs = both(tmp_path, configuration("Llama"), loss_type=loss, label_smoothing=0.1)
+    assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"gradient_checkpointing": True},
+        {"lora": False},
+        {"ld_alpha": 0.5},
+        {"max_length": 12},
+        {"max_length": 12, "truncation_mode": "keep_end"},
+        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 3},
+    ],
+    ids=str,
+)
+def test_settings_come_to_what_trl_comes_to(tmp_path, arguments):
+    _, ours, theirs = both(tmp_path, configuration("Llama"), **arguments)
+    assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("budget", [1, 40, 10_000])
+def test_a_divided_batch_comes_to_what_trls_undivided_one_does(tmp_path, budget):
+    trainer, ours, theirs = both(tmp_path, configuration("Llama"), budget)
+    assert_equal(ours, theirs)
+    batch = trainer.data_collator(PAIRS)
+    divided = [part for _, part in packed.parts(batch)]
+    assert all(len(part["packing"]["tokens"]) <= budget or len(part["input_ids"]) == 2 for part in divided)
+    assert len(divided) in {1: [len(PAIRS)], 40: range(3, 7), 10_000: [1]}[budget]
+
+
+def test_parts_of_a_model_left_to_trl_count_their_padding(tmp_path):
+    theirs = outcome(make(Plain, tmp_path, configuration("Granite", logits_scaling=8.0)))
+    trainer = make(Packed, tmp_path, configuration("Granite", logits_scaling=8.0))
+    assert "differ" in packed.enable(trainer, 60)
+    assert_equal(outcome(trainer), theirs)
+    parts = [part["input_ids"] for _, part in packed.parts(trainer.data_collator(PAIRS))]
+    assert len(parts) > 2 and all(ids.numel() <= 60 or len(ids) == 2 for ids in parts)
+
+
+@pytest.mark.parametrize("loss", ["aot", "aot_unpaired", "sft"])
+def test_a_loss_over_the_whole_batch_is_not_divided(tmp_path, loss):
+    with pytest.raises(UserError, match="no mean over pairs"):
+        packed.enable(make(Packed, tmp_path, configuration("Llama"), loss_type=loss), 40)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("Mistral", {"sliding_window": 16}, "slides over 16 tokens"),
+        ("Gemma3Text", {"head_dim": 16, "sliding_window": 16}, "layers of sliding_attention"),
+        ("Gemma2", {"head_dim": 16, "sliding_window": 64}, "attention is eager"),
+        ("Mixtral", {"num_local_experts": 2}, "mixture of experts"),
+        ("Llama", {"attention_dropout": 0.1}, "attention dropout"),
+        ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic position"),
+        ("Granite", {"logits_scaling": 8.0}, "would differ by"),
+    ],
+)  # fmt: skip
+def test_other_architectures_are_left_to_trl(tmp_path, name, changes, reason):
+    theirs = outcome(make(Plain, tmp_path, configuration(name, **changes)))
+    trainer = make(Packed, tmp_path, configuration(name, **changes))
+    assert reason in packed.enable(trainer)
+    assert "packing" not in trainer.data_collator(PAIRS)
+    assert_equal(outcome(trainer), theirs)
+
+
+def test_padded_generation_is_as_before(tmp_path):
+    trainer = make(Packed, tmp_path, configuration("Llama"))
+    ids = torch.tensor([[0, 0, 0, 7, 9, 11], [5, 6, 7, 8, 9, 10]])
+    arguments = {"input_ids": ids, "attention_mask": (ids > 0).long(), "do_sample": False, "max_new_tokens": 12}
+    before = trainer.model.generate(**arguments, output_logits=True, return_dict_in_generate=True)
+    assert packed.enable(trainer) is None
+    after = trainer.model.generate(**arguments, output_logits=True, return_dict_in_generate=True)
+    assert torch.equal(before.sequences, after.sequences)
+    assert all(torch.equal(one, other) for one, other in zip(before.logits, after.logits, strict=True))
+
+
+def dense_mask(segments):
+    """(T, T): who may see whom, from the ends that a variable-length call gets."""
+    tokens = int(segments["query_ends"][-1])
+    mask = torch.zeros(tokens, tokens, dtype=torch.bool)
+    query_ends, key_ends = segments["query_ends"].tolist(), segments["key_ends"].tolist()
+    for run, (first, last) in enumerate(itertools.pairwise(query_ends)):
+        keys = segments["keys"][key_ends[run] : key_ends[run + 1]]
+        for query in range(first, last):
+            mask[query, keys[: len(keys) - (last - first) + (query - first) + 1]] = True
+    return mask
+
+
+def test_a_plan_shows_each_token_what_stands_before_it_in_its_row(tmp_path):
+    batch = make(Plain, tmp_path, configuration("Llama")).data_collator(PAIRS)
+    plan = packed.plan(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
+    ids, mask = batch["input_ids"].flatten()[plan["tokens"]], dense_mask(plan["segments"])
+    width = batch["input_ids"].shape[1]
+    scored = {}
+    for place, target in zip(plan["scored"].tolist(), plan["targets"].tolist(), strict=True):
+        row, column = divmod(target, width - 1)
+        scored[row, column + 1] = ids[mask[place]].tolist()
+        assert plan["positions"][0][mask[place]].tolist() == list(range(column + 1))
+    completions = batch["completion_mask"].nonzero().tolist()
+    assert scored == {(row, at): batch["input_ids"][row, :at].tolist() for row, at in completions}
+    beginnings = {
+        (number, *(row["prompt_ids"] + row[side])[:end])
+        for number, row in enumerate(PAIRS)
+        for side in ("chosen_ids", "rejected_ids")
+        for end in range(1, len(row["prompt_ids"] + row[side]))
+    }
+    assert len(ids) == len(beginnings)  # what begins alike is there once, what predicts nothing is not there
+    assert plan["segments"]["most_keys"] == max(plan["segments"]["key_ends"].diff())
+    assert plan["segments"]["most_queries"] == max(plan["segments"]["query_ends"].diff())
+
+
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_split_attention_is_attention_under_the_dense_mask(key_heads):
+    chosen, rejected, shared = torch.tensor([9, 4, 6]), torch.tensor([7, 8, 6]), torch.tensor([5, 4, 6])
+    segments = attention.segments(chosen, rejected, shared)
+    tokens = int(segments["query_ends"][-1])
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, tokens, 8) for heads in (4, key_heads, key_heads))
+    ours = attention.split_attention(query, key, value, segments, 0.3)
+    theirs = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=dense_mask(segments), scale=0.3, enable_gqa=key_heads < 4
+    )
+    assert torch.allclose(ours, theirs.transpose(1, 2), atol=1e-6)
+
+
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_the_call_for_cuda_fits_torchs_signature_forward_and_backward(key_heads):
+    segments = attention.segments(torch.tensor([9, 4]), torch.tensor([7, 8]), torch.tensor([5, 4]))
+    query, key, value = (
+        torch.empty(1, heads, 19, 64, device="meta", dtype=torch.bfloat16, requires_grad=True)
+        for heads in (4, key_heads, key_heads)
+    )
+    for name in ("keys", "query_ends", "key_ends"):
+        segments[name] = segments[name].to("meta")
+    output = attention.varlen_attention(query, key, value, segments, 0.1)
+    output.sum().backward()
+    assert output.shape == (1, 19, 4, 64)
+    assert key.grad.shape == (1, key_heads, 19, 64) and query.grad.shape == (1, 4, 19, 64)
+
+
+@pytest.mark.parametrize("needs_grad", [True, False])
+def test_the_frozen_head_comes_to_what_trls_head_comes_to(needs_grad, monkeypatch):
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    monkeypatch.setattr(head, "TILE", 3 * 50)
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(16, 50, bias=False).requires_grad_(False)
+    targets = torch.randint(0, 50, (11,))
+    hidden, same = (3 * torch.randn(11, 16, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    hidden.requires_grad_(needs_grad), same.requires_grad_(needs_grad)
+    ours = head.score(hidden, layer, targets, None, metrics=True)
+    log_probs, entropy, _, mean_logits, is_top1 = ChunkedLogProbFunction.apply(
+        same, layer.weight, None, targets, 1.0, 50, None, 1.0, head.METRICS
+    )
+    for one, other in zip(ours, (log_probs, entropy, mean_logits, is_top1), strict=True):
+        assert torch.allclose(one.float(), other.float(), atol=1e-5)
+    if needs_grad:
+        weights = torch.randn(11)
+        (ours.log_probs * weights).sum().backward(), (log_probs * weights).sum().backward()
+        assert torch.allclose(hidden.grad, same.grad, rtol=2e-5, atol=1e-6)
+
+
+def test_a_long_row_is_seen_before_a_window_closes(tmp_path):
+    pairs = rows([(40, 5, 5), (3, 3, 3)])
+    assert packed.enable(make(Packed, tmp_path, configuration("Mistral", sliding_window=45), pairs)) is None
+    assert "44" in packed.enable(make(Packed, tmp_path, configuration("Mistral", sliding_window=44), pairs))
