@@ -24,6 +24,7 @@ from dpo_cli.schema import Preference, preference_id, read_preference
 T = TypeVar("T")
 
 _COUNT_BLOCK = 1 << 20
+COUNTED = 1 << 20  # bytes; rows of smaller files are counted, not estimated
 AMBIGUOUS_SHOWN = 5
 
 
@@ -80,8 +81,9 @@ class Rows:
 
     def total(self) -> tuple[int, bool]:
         """How many rows there are, and whether that is exact or estimated from the bytes of the rows so far."""
-        self._index(1)
-        seen, size = len(self._starts), self._bases[-1]
+        size = self._bases[-1]
+        self._index(None if size < COUNTED else 1)
+        seen = len(self._starts)
         if self._scanned >= size:
             return seen, True
         return max(seen + 1, round(seen * size / self._scanned)), False

@@ -171,7 +171,7 @@ def test_a_list_says_where_it_stands(tmp_path):
     records = [pair(identity=f"{number:016x}") for number in range(30)]
     console = terminal(80)
     view.pair_list(console, rows_of(tmp_path / "train.jsonl", *records), 10, 5)
-    assert "rows 11–15 of about 30 · next: --offset 15" in unstyled(console)
+    assert "rows 11–15 of 30 · next: --offset 15" in unstyled(console)
     console = terminal(80)
     view.pair_list(console, rows_of(tmp_path / "train.jsonl", *records), 99, 5)
     assert "no row 100: there are 30" in unstyled(console)
