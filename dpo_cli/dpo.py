@@ -144,7 +144,8 @@ class Trainer(ResumableTrainer, DPOTrainer):  # type: ignore[misc]
             torch.manual_seed(self.args.seed)
             output = self.model.generate(
                 input_ids=torch.tensor(ids, device=device), attention_mask=torch.tensor(mask, device=device),
-                do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=self.kl_tokens,
+                do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
+                max_new_tokens=self.kl_tokens,
                 eos_token_id=sorted(stop for stop in stops if stop is not None), pad_token_id=pad,
             )  # fmt: skip
         return [_until(row, stops) for row in output[:, width:].tolist()]

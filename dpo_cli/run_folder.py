@@ -67,7 +67,7 @@ class RunFolder:
     def finished(self) -> dict[str, Any] | None:
         """The report of a run that has nothing left to do."""
         report = read_json(self.report) if self.report.exists() else {}
-        return report if report.get("adapter") else None
+        return report if report.get("best_checkpoint") else None
 
     def complete_checkpoints(self) -> dict[int, Path]:
         """Step -> folder of every checkpoint that can be resumed from, oldest first."""

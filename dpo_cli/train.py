@@ -9,8 +9,9 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
@@ -33,11 +34,10 @@ from dpo_cli.run_folder import (
     publish,
     sha256,
 )
-from dpo_cli.schema import Message, Preference, prompt_id, read_demonstration, read_preference, split_side
+from dpo_cli.schema import Message, prompt_id, read_demonstration, read_preference, split_side
 
 Stage = Literal["dpo", "sft"]
-Demonstration = tuple[list[Message], list[Message]]
-Row = TypeVar("Row", Preference, Demonstration)
+Row = tuple[list[Message], list[list[Message]]]  # a prompt and its completions: chosen and rejected, or one
 
 PACKAGES = ("nothing-dpo", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 MODEL_FILES = ["*.json", "*.jinja", "*.model", "*.safetensors"]
@@ -81,11 +81,12 @@ class Trained(Struct, kw_only=True):
 
 
 class Inputs(Struct):
-    """Rows to train on and rows held out, as messages, and a hash of each file read."""
+    """Rows to train on and rows held out, as messages; hashes of the files read; how we split, where we did."""
 
-    rows: list[tuple[list[Message], list[list[Message]]]]
-    held_out: list[tuple[list[Message], list[list[Message]]]]
+    rows: list[Row]
+    held_out: list[Row]
     files: dict[str, str]
+    split: dict[str, float]
 
 
 def run(
@@ -113,6 +114,7 @@ def run(
     if Path(name).name != name:
         raise UserError(f"'{name}' is no name for a run", hint="--name takes a folder name without '/'")
     errors.require("train", "training")
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # read when huggingface_hub is first imported
     folder = RunFolder(Path(config.runs) / name)
     inputs = _read_inputs(config, stage, data, limit)
     base = _base_folder(config.model.base)
@@ -132,16 +134,28 @@ def run(
     with store.Journal(folder.events) as events:
         identity = _identity(config, stage, base, adapter, inputs, limit)
         folder.begin({"identity": identity, "config": as_dict(config), "versions": _versions(), **_models(identity)})
-        result.finished_before = folder.finished() is not None
-        if not result.finished_before:
-            if stage == "sft" and output.exists() and not fresh and not folder.complete_checkpoints():
-                raise UserError(
-                    "there is an SFT adapter already", where=str(output),
-                    hint="set model.adapter to another folder, or replace it with --fresh",
-                )  # fmt: skip
-            result.resumed_from = max(folder.complete_checkpoints(), default=None)
-            if not _is_trained(folder):
+        report = folder.finished()
+        if report is not None:
+            return _finished_before(report, folder, output, config.model.base)
+        checkpoints = folder.complete_checkpoints()
+        result.resumed_from = max(checkpoints, default=None)
+        if stage == "sft" and output.exists() and not fresh and not checkpoints:
+            raise UserError(
+                "there is an SFT adapter already", where=str(output),
+                hint="set model.adapter to another folder, or replace it with --fresh",
+            )  # fmt: skip
+        if not _is_trained(folder):
+            progress.begin("train", result.steps, result.resumed_from or 0)
+            try:
                 _train(config, stage, base, adapter, inputs, folder, events, progress)
+            except UserError:
+                result.step_zero = folder.last_event("step_zero")
+                if result.step_zero is not None and not result.step_zero["ok"]:
+                    result.verdict = "fail"
+                    store.write_json(folder.report, result)
+                raise
+            finally:
+                progress.end()
         return _finish(result, folder, output, config.model.base, identity)
 
 
@@ -150,7 +164,6 @@ def _train(
     events: store.Journal, progress: Progress,
 ) -> None:  # fmt: skip
     """Encode the rows and run the stage's trainer; everything that needs torch is imported here."""
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     from dpo_cli import trainer
 
     for torn in folder.drop_incomplete():
@@ -165,16 +178,8 @@ def _train(
         if stage == "dpo":
             from dpo_cli import dpo
 
-            try:
-                dpo.train(
-                    config.train, base, adapter.path if adapter else None, encoder.tokenizer, rows.rows,
-                    held_out.rows, folder, events, progress,
-                )  # fmt: skip
-            except UserError:
-                step_zero = folder.last_event("step_zero")
-                if step_zero is not None and not step_zero["ok"]:
-                    store.write_json(folder.report, {"step_zero": step_zero, "gates": {}, "verdict": "fail"})
-                raise
+            start = adapter.path if adapter else None
+            dpo.train(config.train, base, start, encoder.tokenizer, rows.rows, held_out.rows, folder, events, progress)
         else:
             from dpo_cli import sft
 
@@ -191,6 +196,8 @@ def _tell(rows: Encoded, held_out: Encoded, events: store.Journal, progress: Pro
         progress.log(f"{shortened} prompts lost their oldest part to fit into max_length")
     for reason, count in refused.items():
         progress.log(f"{count} rows refused: {reason}")
+    if os.environ.get("WANDB_API_KEY") and not find_spec("wandb"):
+        progress.log("WANDB_API_KEY is set, but wandb is not installed: nothing is reported to it")
     if not held_out.rows:
         progress.log("no held-out rows: nothing will show whether what is learnt holds elsewhere")
 
@@ -211,12 +218,23 @@ def _finish(result: Trained, folder: RunFolder, output: Path, base: str, identit
     result.best_checkpoint = checkpoints[best].name
     result.policy_sha256 = sha256(checkpoints[best] / ADAPTER_FILES[1])
     result.reference_sha256 = _models(identity)["reference_sha256"]
-    if not result.finished_before or not output.exists():
-        publish(checkpoints[best], output, base)
-    if not result.finished_before:
-        names = ("step_zero", "gates", "verdict", "best_checkpoint", "adapter", "policy_sha256", "reference_sha256")
-        report = {key: getattr(result, key) for key in names}
-        store.write_json(folder.report, report | {"shortened": result.shortened, "refused": result.refused})
+    publish(checkpoints[best], output, base)
+    store.write_json(folder.report, result)
+    return result
+
+
+def _finished_before(report: dict[str, Any], folder: RunFolder, output: Path, base: str) -> Trained:
+    """The result of a run that has nothing left to do; its adapter is put back if it is gone."""
+    result = msgspec.convert(report, Trained)
+    result.finished_before, result.adapter = True, str(output)
+    if not output.exists():
+        checkpoint = folder.checkpoints / str(result.best_checkpoint)
+        if not checkpoint.exists():
+            raise UserError(
+                "this run is finished, but its adapter and its checkpoints are gone", where=str(folder.path),
+                hint="--fresh trains again", code=Exit.FAILED,
+            )  # fmt: skip
+        publish(checkpoint, output, base)
     return result
 
 
@@ -254,44 +272,46 @@ def _steps(section: Any, rows: int) -> int:
 
 def _read_inputs(config: Config, stage: Stage, data: Path | None, limit: int | None) -> Inputs:
     if stage == "dpo":
-        source = data or Path(config.data)
-        pairs, held_out, files = _read_rows(source, _pair, config, "nothing-dpo judge makes it from completions")
+        source, parse = data or Path(config.data), _pair
+        hint = "nothing-dpo judge makes it from completions"
     else:
-        source = data or Path(config.generate.prompts)
+        source, parse = data or Path(config.generate.prompts), _demonstration
         hint = "a JSONL file of prompt-completion rows, or a folder that holds one as train.jsonl"
-        pairs, held_out, files = _read_rows(source, _demonstration, config, hint)
-    if not pairs:
-        raise UserError("no rows to train on", where=next(iter(files)))
-    return Inputs(pairs[:limit], held_out, files)
+    inputs = _read_folder(source, parse, hint) if source.is_dir() else _read_file(source, parse, hint, config)
+    if not inputs.rows:
+        raise UserError("no rows to train on", where=str(source), hint=hint)
+    inputs.rows = inputs.rows[:limit]
+    return inputs
 
 
-def _pair(row: dict[str, Any]) -> tuple[list[Message], list[list[Message]]]:
+def _pair(row: dict[str, Any]) -> Row:
     preference = read_preference(row)
     return preference.prompt, [preference.chosen, preference.rejected]
 
 
-def _demonstration(row: dict[str, Any]) -> tuple[list[Message], list[list[Message]]]:
+def _demonstration(row: dict[str, Any]) -> Row:
     prompt, completion = read_demonstration(row)
     return prompt, [completion]
 
 
-def _read_rows(
-    source: Path, parse: Callable[[dict[str, Any]], Any], config: Config, hint: str
-) -> tuple[list[Any], list[Any], dict[str, str]]:
-    """Rows to train on, rows held out, file name -> hash."""
-    if source.is_dir():
-        train, val = source / "train.jsonl", source / "val.jsonl"
-        if not train.exists():
-            raise UserError("no train.jsonl in it", where=str(source), hint=hint)
-        files = [train, val] if val.exists() else [train]
-        rows = [[row for _, row in store.parse_rows(file, parse)] for file in files]
-        return rows[0], rows[1] if len(rows) > 1 else [], {file.name: sha256(file) for file in files}
-    if not source.exists():
-        raise UserError("no such file or folder", where=str(source), hint=hint)
-    sides: tuple[list[Any], list[Any]] = ([], [])
-    for _, row in store.parse_rows(source, parse):
+def _read_folder(folder: Path, parse: Callable[[dict[str, Any]], Row], hint: str) -> Inputs:
+    train, val = folder / "train.jsonl", folder / "val.jsonl"
+    if not train.exists():
+        raise UserError("no train.jsonl in it", where=str(folder), hint=hint)
+    files = [train, val] if val.exists() else [train]
+    rows = [[row for _, row in store.parse_rows(file, parse)] for file in files]
+    return Inputs(rows[0], rows[1] if len(rows) > 1 else [], {file.name: sha256(file) for file in files}, {})
+
+
+def _read_file(file: Path, parse: Callable[[dict[str, Any]], Row], hint: str, config: Config) -> Inputs:
+    """One file, split by prompt as `pair` would."""
+    if not file.exists():
+        raise UserError("no such file or folder", where=str(file), hint=hint)
+    split = {"seed": config.pair.seed, "val_share": config.pair.val_share}
+    sides: tuple[list[Row], list[Row]] = ([], [])
+    for _, row in store.parse_rows(file, parse):
         sides[split_side(prompt_id(row[0]), config.pair.seed, config.pair.val_share)].append(row)
-    return *sides, {source.name: sha256(source)}
+    return Inputs(*sides, {file.name: sha256(file)}, split)
 
 
 def _base_folder(base: str) -> Path:
@@ -356,12 +376,8 @@ def _identity(
             "adapter_alpha": adapter.alpha if adapter else None,
             "chat_template_kwargs": config.model.chat_template_kwargs,
         },
-        "data": {
-            "sha256": inputs.files,
-            "limit": limit,
-            "pair.seed": config.pair.seed,
-            "pair.val_share": config.pair.val_share,
-        },
+        "data": {"sha256": inputs.files, "limit": limit},
+        "pair": inputs.split,
     }
 
 

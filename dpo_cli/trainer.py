@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -59,6 +60,9 @@ class ResumableTrainer:
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """TRL writes one with every checkpoint; nobody reads it."""
+
+    def _send_telemetry(self) -> None:
+        """Nothing is sent; by the time this runs, it is too late for HF_HUB_DISABLE_TELEMETRY."""
 
     def _save(self, output_dir: str, state_dict: dict[str, Any] | None = None) -> None:
         # `ref` is the SFT adapter: it is loaded from there again, never from a checkpoint. Asking whether the
@@ -112,7 +116,6 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.resumed_from is not None:
             self.trainer.restore_meters(self.resumed_from)
-        self.progress.begin("train", state.max_steps, state.global_step)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         for row in metric_rows(state.log_history[-1:]):
@@ -170,10 +173,7 @@ def fit(trainer: Any, run: RunFolder, events: store.Journal, progress: Progress)
         recorder.resumed_from = checkpoint
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(recorder)
-        try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        finally:
-            progress.end()
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     step = trainer.state.global_step
     if stop.signal is None or step >= trainer.state.max_steps:
         return
@@ -218,7 +218,7 @@ def arguments(section: TrainingSection, run: RunFolder, evaluates: bool, metric:
         "greater_is_better": sign > 0,
         "dataloader_pin_memory": gpu,
         "disable_tqdm": True,
-        "report_to": "wandb" if os.environ.get("WANDB_API_KEY") else "none",
+        "report_to": "wandb" if os.environ.get("WANDB_API_KEY") and find_spec("wandb") else "none",
     }
 
 
