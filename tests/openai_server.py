@@ -43,9 +43,10 @@ from aiohttp import web
 
 NAMES = ("MABEL", "OTIS", "RUTH", "VIC")
 CHATTER = """
-    well you see the soup was never mine and the ladder was only borrowed from a man who sells umbrellas in July
-    so naturally I said keep the change because nobody counts buttons on a Tuesday except my aunt
+well you see the soup was never mine and the ladder was only borrowed from a man who sells umbrellas in July
+so naturally I said keep the change because nobody counts buttons on a Tuesday except my aunt
 """
+WORDS = CHATTER.split()
 
 
 @dataclass
@@ -185,7 +186,7 @@ class Server:
         key = hashlib.sha256(raw).hexdigest()[:16]
         self.calls[key] += 1
         self.bodies.append(body)
-        call = Call(body, key, self.calls.total(), self.calls[key])
+        call = Call(body, key, len(self.bodies), self.calls[key])
         self.in_flight += 1
         self.highest = max(self.highest, self.in_flight)
         try:
@@ -254,7 +255,7 @@ def scene(body: dict[str, Any], index: int) -> tuple[str, str]:
     """Text and finish reason of choice `index`: the one that seed + index gives with n = 1, as vLLM does it."""
     seed = body.get("seed", 0) + index if body.get("temperature", 1) else 0
     rng = random.Random(f"{seed}/{json.dumps(body['messages'])}")
-    lines = [f"[{rng.choice(NAMES)}] {' '.join(rng.choices(CHATTER.split(), k=rng.randint(4, 14)))}." for _ in range(3)]
+    lines = [f"[{rng.choice(NAMES)}] {' '.join(rng.choices(WORDS, k=rng.randint(4, 14)))}." for _ in range(3)]
     words = "\n".join(lines).split(" ")
     most = body.get("max_tokens") or body.get("max_completion_tokens") or 256
     return " ".join(words[:most]), "length" if len(words) > most else "stop"

@@ -1,5 +1,4 @@
 import asyncio
-import os
 import signal
 import socket
 import subprocess
@@ -50,8 +49,9 @@ def ledger(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def short_backoff(monkeypatch):
+def short_waits(monkeypatch):
     monkeypatch.setattr(endpoint, "MAX_BACKOFF_SECONDS", 0.05)
+    monkeypatch.setattr(endpoint, "RESTART_SECONDS", 20)
 
 
 def test_a_paid_reply_is_never_paid_again(ledger):
@@ -227,7 +227,7 @@ def test_a_full_disk_stops_the_calls(ledger):
     )
     with Server(latency=0.01) as server:
         arguments = [server.url, str(ledger), str(Path(__file__).parent)]
-        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
         assert "UserError" in done.stderr.splitlines()[-1]
         kept = ledger.read_bytes()
         assert kept.endswith(b"\n")
@@ -380,7 +380,7 @@ def test_more_in_flight_than_the_shell_allows_open_files(ledger):
     with Server(latency=0.05) as server:
         arguments = [server.url, str(ledger), str(Path(__file__).parent)]
         done = subprocess.run(
-            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=os.environ, check=True
+            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True, timeout=60
         )
         assert done.stdout == "400 0\n"
         assert server.highest <= 150 - 64
