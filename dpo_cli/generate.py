@@ -297,13 +297,14 @@ class _Work:
                 self._errors.add(sampled.error)
                 self._tally.log(f"prompt {sampled.id}: {sampled.error}")
             return False
-        result.completions += len(sampled.texts)
-        result.cut += sampled.finish_reasons.count("length")
         return True
 
     def _write(self, made: _Open) -> None:
         self._journal.append(made.row)
         del self._open[made.row.id]
+        new = made.row.finish_reasons[made.had :]
+        self._result.completions += len(new)
+        self._result.cut += new.count("length")
         self._tally.done += 1
 
 

@@ -399,3 +399,14 @@ def test_a_fault_before_the_first_reply_is_one_line(folder):
     assert process.returncode == Exit.USAGE
     assert server.url in errors
     assert "Traceback" not in errors
+
+
+def test_a_server_that_asks_for_a_key_is_given_it_or_the_variable_is_named(folder, monkeypatch):
+    monkeypatch.delenv("SERVE_API_KEY", raising=False)
+    with Server(api_key="secret") as server:
+        with pytest.raises(UserError) as raised:
+            run(server)
+        assert raised.value.hint == "export SERVE_API_KEY=..."
+        monkeypatch.setenv("SERVE_API_KEY", "secret")
+        assert run(server).completions == 36
+    assert not any("secret" in file.read_text() for file in (folder / "data/dpo").iterdir())

@@ -91,10 +91,11 @@ class Endpoint:
         concurrency: most requests in flight.
         timeout: seconds to wait for one reply.
         price: to count dollars with; None counts none.
+        api_key_required: whether to ask for a key that is not set before an endpoint elsewhere does.
         log: told in a line about long waits.
 
     Raises:
-        UserError: the URL is none, or the variable is not set and the endpoint is not on this machine.
+        UserError: the URL is none, or a required key is not set.
     """
 
     def __init__(
@@ -106,13 +107,14 @@ class Endpoint:
         concurrency: int,
         timeout: float,
         price: Price | None = None,
+        api_key_required: bool = True,
         log: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.url = _base_url(url)
         self.spend = Spend()
         self._variable = api_key_variable
         self._key = os.environ.get(api_key_variable, "") if api_key_variable else ""
-        if api_key_variable and not self._key and not is_local(url):
+        if api_key_variable and api_key_required and not self._key and not is_local(url):
             raise UserError(f"no API key for {self.url}", hint=f"export {api_key_variable}=...")
         self._post_url = f"{self.url}/chat/completions"
         self._place = self.url.partition("://")[2]

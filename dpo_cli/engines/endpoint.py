@@ -5,7 +5,6 @@ refuses by name (`n`, a sampling parameter) is left out for the rest of the run,
 """
 
 import asyncio
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +44,8 @@ async def _sample(
     assert settings.url is not None
     async with Endpoint(
         settings.url,
-        api_key_variable=KEY_VARIABLE if os.environ.get(KEY_VARIABLE) else None,
+        api_key_variable=KEY_VARIABLE,
+        api_key_required=False,
         ledger=Path(config.data) / LEDGER,
         concurrency=settings.concurrency,
         timeout=settings.timeout,
