@@ -6,6 +6,7 @@ stdout, progress and errors to stderr. Flags take their names, help and defaults
 
 import inspect as introspect
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -64,6 +65,7 @@ class Session:
         self.resolved = resolved
         self.json = json
         self._quiet = quiet
+        self._progress: Progress = Silent()
 
     @property
     def config(self) -> Config:
@@ -77,20 +79,26 @@ class Session:
 
     def progress(self) -> Progress:
         """A live panel in a terminal, plain lines in a log, nothing with --quiet."""
-        if self._quiet:
-            return Silent()
-        from dpo_cli.view import make_progress
+        if not self._quiet:
+            from dpo_cli.view import make_progress
 
-        return make_progress()
+            self._progress = make_progress()
+        return self._progress
+
+    def close(self) -> None:
+        """Give the terminal back, whatever happened."""
+        self._progress.end()
 
     def show(self, result: Any, render: Callable[..., None], *arguments: Any) -> None:
-        """Print a result: as JSON with --json, else rendered by a function of `view` that takes a console first."""
+        """Print a result: as JSON with --json, else by a function of `view`, paged if it is longer than the screen."""
         if self.json:
             typer.echo(msgspec.json.encode(result))
             return
-        from dpo_cli.view import stdout_console
+        from dpo_cli.view import paged, stdout_console
 
-        render(stdout_console(), result, *arguments)
+        console = stdout_console()
+        with paged(console):
+            render(console, result, *arguments)
 
     def suggest(self, next_command: str) -> None:
         """Say on stderr what to type next."""
@@ -116,7 +124,8 @@ def command(
                 resolved = config.resolve(flags, given.pop("sets"), given.pop("config_file"), given.pop("preset"))
                 _check_choices(resolved)
                 session = Session(resolved, given.pop("json"), given.pop("quiet"))
-                code = function(session, **given)
+                with closing(session):
+                    code = function(session, **given)
             except UserError as error:
                 if debug:
                     raise
@@ -415,15 +424,11 @@ def inspect_config(session: Session) -> None:
 def _show_page(
     session: Session, rows: Any, kind: type[Any], render: Callable[..., None], offset: int, limit: int
 ) -> None:
-    """A page of rows, through the pager where it is longer than the terminal is high."""
-    from dpo_cli import view
-
+    """A page of rows."""
     if session.json:
         typer.echo(msgspec.json.encode([rows.decode(row, kind) for row in rows.slice(offset, limit)]))
-        return
-    console = view.stdout_console()
-    with view.paged(console):
-        render(console, rows, offset, limit)
+    else:
+        session.show(rows, render, offset, limit)
 
 
 if __name__ == "__main__":

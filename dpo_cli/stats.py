@@ -153,7 +153,9 @@ def histogram(values: Sequence[float]) -> Histogram | None:
     if not len(values):
         return None
     low, high = min(values), max(values)
-    width = _round_width((high - low) / BINS)
+    # Gaps of scores are whole or half numbers; finer bins would stand empty between them.
+    grain = next((grain for grain in (1.0, 0.5) if all(value % grain == 0 for value in values)), 0.0)
+    width = max(grain, _round_width((high - low) / BINS))
     first = math.floor(low / width)
     counts = [0] * (math.floor(high / width) - first + 1)
     for value in values:

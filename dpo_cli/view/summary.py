@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_cli.schema import Usage
-from dpo_cli.view.text import dollars, joined, number, percent, safe
+from dpo_cli.view.text import dollars, number, percent, safe
 
 if TYPE_CHECKING:
     from dpo_cli.demo import Demonstrated
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 def generated(console: Console, result: "Generated") -> None:
     """What `generate` did, or would do."""
     table = _facts()
-    table.add_row("prompts", joined([_count(result.prompts, ""), _count(result.merged, "duplicates merged")]))
+    merged = f" · {result.merged:,} duplicates merged" if result.merged else ""
+    table.add_row("prompts", f"{result.prompts:,}{merged}")
     table.add_row(
         "owed",
         f"{result.owed_completions:,} completions of {result.owed_prompts:,} prompts"
@@ -125,10 +126,6 @@ def _facts() -> Table:
     table.add_column(style="dim", justify="right", no_wrap=True)
     table.add_column(overflow="fold")
     return table
-
-
-def _count(count: int, noun: str) -> Text:
-    return Text(f"{count:,} {noun}".strip()) if count or not noun else Text()
 
 
 def _tokens(usage: Usage) -> str:
