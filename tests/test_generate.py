@@ -176,8 +176,12 @@ def test_what_stays_identical_is_recorded_and_counted(folder):
         result = run(server)
         assert server.calls.total() == 13
         assert run(server).owed_prompts == 0
-    assert texts(folder)[prompt_id(messages(3))] == ["[OTIS] Always this."] * 3
-    assert result.identical == 2
+        assert texts(folder)[prompt_id(messages(3))] == ["[OTIS] Always this."] * 3
+        assert result.identical == 2
+        server.fault = None
+        run(server, generate__n=4)  # what is recorded stays, identical or not
+        assert [body["n"] for body in server.bodies[13:]] == [1] * 12
+    assert texts(folder)[prompt_id(messages(3))][:3] == ["[OTIS] Always this."] * 3
 
 
 def test_a_prompt_that_is_refused_fails_alone_and_is_asked_again(folder):
