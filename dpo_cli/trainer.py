@@ -197,13 +197,22 @@ def arguments(section: TrainingSection, run: RunFolder, evaluates: bool, metric:
         sign: 1 where larger is better, -1 where smaller is.
     """
     gpu = torch.cuda.is_available()
-    same_name = (
-        "learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
-        "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm",
-        "logging_steps", "eval_steps", "save_steps", "save_total_limit", "seed",
-    )  # fmt: skip
     return {
-        **{name: getattr(section, name) for name in same_name},
+        "learning_rate": section.learning_rate,
+        "num_train_epochs": section.num_train_epochs,
+        "max_steps": section.max_steps,
+        "per_device_train_batch_size": section.per_device_train_batch_size,
+        "per_device_eval_batch_size": section.per_device_eval_batch_size,
+        "gradient_accumulation_steps": section.gradient_accumulation_steps,
+        "lr_scheduler_type": section.lr_scheduler_type,
+        "warmup_steps": section.warmup_steps,
+        "weight_decay": section.weight_decay,
+        "max_grad_norm": section.max_grad_norm,
+        "logging_steps": section.logging_steps,
+        "eval_steps": section.eval_steps,
+        "save_steps": section.save_steps,
+        "save_total_limit": section.save_total_limit,
+        "seed": section.seed,
         "output_dir": str(run.checkpoints),
         "run_name": run.path.name,
         "max_length": None,  # rows come shortened; TRL would cut the completion's end
