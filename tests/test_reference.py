@@ -5,7 +5,7 @@ import torch
 from packing import PAIRS, Packed, Plain, assert_equal, configuration, make, outcome
 from training import Lines
 
-from dpo_cli import packed, reference
+from dpo_cli import packed, reference, store
 from dpo_cli.errors import UserError
 
 torch.set_num_threads(1)
