@@ -117,8 +117,47 @@ def evaluated(console: Console, result: "Evaluation") -> None:
 
 
 def demonstrated(console: Console, result: "Demonstrated") -> None:
-    """What the demo made."""
-    raise NotImplementedError
+    """What the demo made, stage by stage, and whether it is better."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
+    for header in ("stage", "made", "seconds"):
+        table.add_column(header, justify="right" if header == "seconds" else "left")
+    dpo, pairs = result.dpo, result.paired
+    margin = dpo.metrics.get("eval_rewards/margins")
+    made = {
+        "base": "tiny Llama and tokenizer, from the scenes that ship with it",
+        "sft": f"LoRA adapter, {result.sft.steps:,} steps on {result.sft.rows:,} scenes",
+        "generate": f"{result.generated.prompts:,} prompts, several completions each",
+        "judge": f"{result.judged.total:,} judgments, {pairs.train:,} + {pairs.val:,} pairs",
+        "dpo": f"DPO adapter, {dpo.steps:,} steps, held-out margin {number(margin)}",
+        "evaluate": f"both adapters on {result.evaluation.n:,} held-out prompts",
+    }
+    for stage, what in made.items():
+        table.add_row(Text(stage, "cyan"), what, number(result.seconds.get(stage)))
+    console.print(table)
+    if dpo.step_zero:
+        console.print(
+            Text(f"\nstep zero: loss {dpo.step_zero['loss']:.4f} (ln 2), margin {dpo.step_zero['margin']:.4f}")
+        )
+    console.print(Text("\nIs the DPO adapter better than the SFT adapter?", "bold"))
+    evaluated(console, result.evaluation)
+    if result.example:
+        console.print(Text("\nThe same opening, by both", "bold"))
+        texts = Table.grid(padding=(0, 3, 0, 0), expand=True)
+        texts.add_column(ratio=1)
+        texts.add_column(ratio=1)
+        example = result.example
+        texts.add_row(
+            Text(f"SFT, score {number(example.reference_score)}", "yellow"),
+            Text(f"DPO, score {number(example.policy_score)}", "green"),
+        )
+        texts.add_row(safe(example.reference), safe(example.policy))
+        console.print(safe(example.prompt[-1]["content"], "dim"))
+        console.print(texts)
+    console.print(Text("\nServe both", "bold"))
+    console.print(safe(result.serve_config), soft_wrap=True)
+    console.print(Text("\nNext", "bold"))
+    for line in result.next:
+        console.print(safe(f"  {line}", "green"))
 
 
 def _facts() -> Table:
