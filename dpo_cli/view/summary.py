@@ -135,7 +135,8 @@ def demonstrated(console: Console, result: "Demonstrated") -> None:
         table.add_row(Text(stage, "cyan"), what, number(result.seconds.get(stage)))
     console.print(table)
     if dpo.step_zero:
-        console.print(
+        zero = dpo.step_zero
+        console.print(Text(f"\nstep zero: loss {zero['loss']:.4f} (ln 2), margin {zero['margin']:.4f}"))
             Text(f"\nstep zero: loss {dpo.step_zero['loss']:.4f} (ln 2), margin {dpo.step_zero['margin']:.4f}")
         )
     console.print(Text("\nIs the DPO adapter better than the SFT adapter?", "bold"))
