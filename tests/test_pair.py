@@ -80,7 +80,7 @@ def test_no_pair_and_why(tmp_path, texts, scores, fields, reason):
 
 def test_a_gap_of_exactly_min_gap_is_enough_whatever_floats_make_of_it(tmp_path):
     completions = row(1, "a", "b")
-    make(tmp_path, [(completions, judged(completions, 0.1 + 0.2, 0.2))], min_gap=0.1)
+    make(tmp_path, [(completions, judged(completions, 0.3, 0.2))], min_gap=0.1)
     assert only(tmp_path).score_gap == pytest.approx(0.1)
 
 

@@ -58,7 +58,7 @@ def write_message(rubric: str, prompt: Sequence[Message], candidates: dict[str, 
         seed: makes the nonce, together with the texts; the same texts give the same message.
     """
     conversation = "\n\n".join(f"({message['role']})\n{message['content']}" for message in prompt)
-    nonce = _nonce(seed, [conversation, *candidates.values()])
+    nonce = content_id("nonce", seed, conversation, candidates)  # no text can hold a hash of itself
     fenced = [_fence(nonce, "conversation", conversation)]
     fenced += [_fence(nonce, f"candidate {label}", text) for label, text in candidates.items()]
     scores = ", ".join(f'"{label}": integer' for label in candidates)
@@ -151,14 +151,6 @@ def _objects(text: str) -> Iterator[Any]:
             end = opening.start() + 1
         except RecursionError:
             return
-
-
-def _nonce(seed: int, texts: list[str]) -> str:
-    """16 hexadecimal digits that stand in no text."""
-    nonce = content_id("nonce", seed, texts)
-    while any(nonce in text for text in texts):
-        nonce = content_id(nonce)
-    return nonce
 
 
 def _fence(nonce: str, name: str, text: str) -> str:
