@@ -17,6 +17,7 @@ from dpo_cli import __version__, backends, config, engines, judges
 from dpo_cli.config import Config, Resolved
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Progress, Silent
+from dpo_cli.terminal import plain
 
 app = typer.Typer(
     name="nothing-dpo",
@@ -172,8 +173,6 @@ def _check_choices(resolved: Resolved) -> None:
 
 def _say(error: UserError) -> None:
     """One line of what failed and where, one of what to do; never a control character of anybody's text."""
-    from dpo_cli.view import plain
-
     typer.echo(f"{typer.style('error:', fg='red')} {plain(str(error))}", err=True)
     if error.hint:
         typer.echo(f"{typer.style(' next:', fg='green')} {plain(error.hint)}", err=True)
@@ -219,8 +218,9 @@ def generate(session: Session, limit: Limit = None, dry_run: DryRun = False) -> 
 
 
 @command(
-    "judge", "judge.judge", "judge.model", "judge.url", "judge.function", "judge.rubric", "judge.orders",
-    "judge.reasoning_effort", "judge.max_tokens", "judge.price", "judge.concurrency", "judge.seed", "pair.min_gap",
+    "judge", "judge.judge", "judge.model", "judge.url", "judge.function", "judge.reward_model", "judge.batch_size",
+    "judge.against", "judge.rubric", "judge.orders", "judge.reasoning_effort", "judge.max_tokens", "judge.price",
+    "judge.concurrency", "judge.seed", "pair.min_gap",
 )  # fmt: skip
 def judge(session: Session, limit: Limit = None, dry_run: DryRun = False) -> Exit | None:
     """Completions to judgments to preference pairs."""

@@ -74,6 +74,9 @@ class JudgeSection(Struct, kw_only=True):
     model: Annotated[str, _doc("Judge model.")] = "gpt-5.4-mini"
     url: Annotated[str, _doc("OpenAI-compatible endpoint of the judge.")] = "https://api.openai.com/v1"
     function: Annotated[str | None, _doc("module:callable for --judge function.")] = None
+    reward_model: Annotated[str | None, _doc("Folder or Hub id of a scoring model for --judge reward-model.")] = None
+    batch_size: Annotated[Count, _doc("Completions at once, --judge reward-model.")] = 8
+    against: Annotated[str | None, _doc("judgments.jsonl of another judge, for --judge human to compare with.")] = None
     rubric: Annotated[str | None, _doc("File that replaces the default rubric.")] = None
     orders: Annotated[int, Meta(ge=1, le=8), _doc("Orders in which the candidates are shown.")] = 2
     seed: Annotated[int, _doc("Seed of the orders.")] = SEED

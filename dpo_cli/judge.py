@@ -8,6 +8,7 @@ that `generate.keep_lines` asks for) never. Making pairs is `pair`'s work.
 import re
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +178,6 @@ class _After(Silent):
 
     def log(self, text: str) -> None:
         self._progress.log(text)
+
+    def aside(self) -> AbstractContextManager[None]:
+        return self._progress.aside()

@@ -4,6 +4,7 @@ A stage calls `begin` once, `update` as often as it likes, `log` for a line that
 `view.py` draws it; `Silent` throws it away (`--quiet`, tests).
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 
@@ -18,6 +19,9 @@ class Progress(Protocol):
 
     def log(self, text: str) -> None:
         """Keep a line: a warning, a guard's action, an evaluation."""
+
+    def aside(self) -> AbstractContextManager[None]:
+        """Leave the screen to somebody else within; `update` goes on, `log` must wait."""
 
     def end(self) -> None:
         """Finish the stage; safe to call after a failure."""
@@ -34,6 +38,9 @@ class Silent:
 
     def log(self, text: str) -> None:
         pass
+
+    def aside(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def end(self) -> None:
         pass

@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Rooms, lowest first: each imports only rooms before it.
 ROOMS = [
-    "errors", "schema", "store", "config", "progress", "adapter", "endpoint", "engines", "judges", "generate", "judge",
+    "errors", "terminal", "schema", "store", "config", "progress", "adapter", "endpoint", "engines", "judges", "generate", "judge",
     "formats", "rollouts", "pair", "encode", "run_folder", "attention", "head", "packed", "reference", "trainer",
     "sft", "dpo", "train", "evaluate", "backends", "pages", "stats", "lint", "serve_config", "demo", "view", "cli",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Who ranks the completions: one module a judge, whose name is the value of `--judge`.
+"""Who ranks the completions: one module a judge, whose name is the value of `--judge`, with hyphens for underscores.
 
 A judge module has the three functions of `Judge`. It is handed tasks, one a prompt, and builds each `Judgment` with
 `conclude`, which gives what was never shown its score: a twin that of its like, what is unusable the lowest.
@@ -13,6 +13,7 @@ from typing import Any, Protocol, cast
 from msgspec import Struct
 
 from dpo_cli.config import Config
+from dpo_cli.errors import require
 from dpo_cli.progress import Progress
 from dpo_cli.schema import Completions, Judgment, Message, Order, canonical, completions_id
 
@@ -55,12 +56,18 @@ class Judge(Protocol):
 def names() -> list[str]:
     """Every judge's name."""
     found = (module.name for module in pkgutil.iter_modules(__path__))
-    return sorted(name for name in found if not name.startswith("_"))
+    return sorted(name.replace("_", "-") for name in found if not name.startswith("_"))
 
 
 def load(name: str) -> Judge:
-    """The judge of a name that `names` lists."""
-    return cast(Judge, import_module(f"{__name__}.{name}"))
+    """The judge of a name that `names` lists.
+
+    Raises:
+        UserError: it needs an extra that is not installed.
+    """
+    if name == "reward-model":
+        require("train", "--judge reward-model")
+    return cast(Judge, import_module(f"{__name__}.{name.replace('-', '_')}"))
 
 
 def make_task(row: Completions, usable: Callable[[str], bool], failures: int = 0) -> Task:

@@ -21,7 +21,7 @@ from dpo_cli.view.tables import (
     pair_stats,
     settings,
 )
-from dpo_cli.view.text import plain, safe, safe_line
+from dpo_cli.view.text import safe, safe_line
 
 __all__ = [
     "LineProgress",
@@ -45,7 +45,6 @@ __all__ = [
     "pair_list",
     "pair_stats",
     "paired",
-    "plain",
     "run",
     "safe",
     "safe_line",

@@ -13,7 +13,7 @@ from dpo_cli.errors import UserError
 from dpo_cli.pages import Row, Rows
 from dpo_cli.schema import Preference
 from dpo_cli.stats import text_of
-from dpo_cli.view.keys import Keys, keys_of
+from dpo_cli.terminal import Keys, keys_of
 from dpo_cli.view.pairs import pair_view
 from dpo_cli.view.text import safe_line
 

@@ -9,7 +9,8 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import IO, NamedTuple
 
 from rich.console import Console, Group, RenderableType
@@ -171,15 +172,8 @@ class RichProgress:
     def begin(self, stage: str, total: int | None, done: int = 0) -> None:
         """Start a stage, ending the one before."""
         self.end()
-        self._meter = meter = Meter(stage, total, done)
-        self._live = Live(
-            get_renderable=lambda: panel(meter, self.console.width, ended=self._live is None),
-            console=self.console,
-            refresh_per_second=REFRESHES_PER_SECOND,
-            # A result that goes to a file must not be drawn into the panel instead.
-            redirect_stdout=sys.stdout.isatty(),
-        )
-        self._live.start()
+        self._meter = Meter(stage, total, done)
+        self._draw(self._meter)
 
     def update(self, done: int, **counters: float) -> None:
         """Note the numbers; the panel shows them when it is next drawn."""
@@ -190,12 +184,36 @@ class RichProgress:
         """Print a line above the panel."""
         self.console.print(safe(text), soft_wrap=True)
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Take the panel off the screen, and bring it back with what was reported meanwhile."""
+        live, meter = self._live, self._meter
+        if live is None or meter is None:
+            yield
+            return
+        live.transient = True
+        live.stop()
+        try:
+            yield
+        finally:
+            self._draw(meter)
+
     def end(self) -> None:
         """Leave the last state on the screen, and the cursor as it was."""
         live, self._live = self._live, None
         if live is not None:
             live.stop()
         self._meter = None
+
+    def _draw(self, meter: Meter) -> None:
+        self._live = Live(
+            get_renderable=lambda: panel(meter, self.console.width, ended=self._live is None),
+            console=self.console,
+            refresh_per_second=REFRESHES_PER_SECOND,
+            # A result that goes to a file must not be drawn into the panel instead.
+            redirect_stdout=sys.stdout.isatty(),
+        )
+        self._live.start()
 
 
 class LineProgress:
@@ -234,6 +252,10 @@ class LineProgress:
     def log(self, text: str) -> None:
         """Print a line."""
         self._print(text)
+
+    def aside(self) -> AbstractContextManager[None]:
+        """Lines go past by themselves."""
+        return nullcontext()
 
     def end(self) -> None:
         """Print the last state."""

@@ -6,31 +6,20 @@ program did not write itself passes through `safe`. Letters that are written rig
 """
 
 import math
-import re
 from collections.abc import Iterable
 
 from rich.text import Text
 
-HIDDEN_STYLE = "dim italic"
+from dpo_cli.terminal import pieces
 
-# Everything that moves the cursor, reorders text or takes no room. The emoji selector U+FE0F stays after a symbol.
-_HIDDEN = re.compile(
-    "[\x00-\x09\x0b-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
-    "\u2060-\u206f\u3164\ufe00-\ufe0e\ufeff\uffa0\ufff0-\ufffb\ufffe\uffff\ud800-\udfff\U0001bca0-\U0001bca3"
-    "\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
-    "|(?<![\u203c-\u3299\U0001f000-\U0001faff])\ufe0f"
-)
+HIDDEN_STYLE = "dim italic"
 
 
 def safe(text: str, style: str = "") -> Text:
     """Text to render: newlines are obeyed, everything else that would act on the terminal is shown."""
     shown = Text(style=style)
-    position = 0
-    for match in _HIDDEN.finditer(text):
-        shown.append(text[position : match.start()])
-        shown.append(_name(match.group()), HIDDEN_STYLE)
-        position = match.end()
-    shown.append(text[position:])
+    for piece, hidden in pieces(text):
+        shown.append(piece, HIDDEN_STYLE if hidden else None)
     return shown
 
 
@@ -52,22 +41,6 @@ def joined(parts: Iterable[Text], separator: str = " · ") -> Text:
             row.append(separator, "dim")
         row.append_text(part)
     return row
-
-
-def plain(text: str) -> str:
-    """The same without styles, for output that is not drawn by rich."""
-    return safe(text).plain
-
-
-def _name(character: str) -> str:
-    code = ord(character)
-    if character == "\t":
-        return "→   "
-    if code < 0x20:
-        return chr(0x2400 + code)  # U+2400 CONTROL PICTURES: ␀ … ␟
-    if code == 0x7F:
-        return "␡"
-    return f"\\x{code:02x}" if code < 0xA0 else f"<U+{code:04X}>"
 
 
 def duration(seconds: float) -> str:
