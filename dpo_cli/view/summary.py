@@ -137,8 +137,6 @@ def demonstrated(console: Console, result: "Demonstrated") -> None:
     if dpo.step_zero:
         zero = dpo.step_zero
         console.print(Text(f"\nstep zero: loss {zero['loss']:.4f} (ln 2), margin {zero['margin']:.4f}"))
-            Text(f"\nstep zero: loss {dpo.step_zero['loss']:.4f} (ln 2), margin {dpo.step_zero['margin']:.4f}")
-        )
     console.print(Text("\nIs the DPO adapter better than the SFT adapter?", "bold"))
     evaluated(console, result.evaluation)
     if result.example:
