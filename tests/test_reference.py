@@ -107,10 +107,8 @@ def test_where_a_completion_begins_is_part_of_a_row(tmp_path):
 def test_values_that_this_reference_does_not_compute_are_refused(tmp_path):
     trainer, _ = kept(tmp_path, wanted=True)
     [file] = (tmp_path / "reference").glob("*.jsonl")
-    rows = [
-        reference.Known(key, (value + 0.1).numpy().tobytes()) for key, value in trainer.data_collator.reference.items()
-    ]
-    reference.store.write_rows(file, rows)
+    values = trainer.data_collator.reference.items()
+    store.write_rows(file, [reference.Known(key, (value + 0.1).numpy().tobytes()) for key, value in values])
     with pytest.raises(UserError, match="does not hold what this reference computes"):
         kept(tmp_path, wanted=True)
 

@@ -162,9 +162,8 @@ def _status(name: str) -> float:
 def encoded(path: Path, count: int, vocabulary: int, folder: Path) -> list[dict[str, list[int]]]:
     """Pairs of a JSONL file in TRL's conversational format, with a tokenizer made from them."""
     pairs = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    texts = [
-        message["content"] for pair in pairs for name in ("prompt", "chosen", "rejected") for message in pair[name]
-    ]
+    sides = ("prompt", "chosen", "rejected")
+    texts = [message["content"] for pair in pairs for side in sides for message in pair[side]]
     encoder = AutoTokenizer.from_pretrained(make_base(folder, texts, vocabulary=vocabulary))
 
     def ids(messages: list[dict[str, str]], answer_next: bool) -> list[int]:
