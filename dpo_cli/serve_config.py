@@ -7,15 +7,16 @@ base's own config where it is on this machine. Writes nothing. The flags are tho
 import math
 import shlex
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import msgspec
 from msgspec import Struct
 
 from dpo_cli.adapter import RANKS, Adapter, absolute, base_folder, chat_template, check_adapter, read_json
-from dpo_cli.config import Config, ServeSection
+from dpo_cli.config import Config
 from dpo_cli.errors import UserError
 
-Argument = str | int | float | bool | list[str]
+Argument = str | int | float | bool | dict[str, Any] | list[dict[str, str]]
 
 
 class ServePlan(Struct, kw_only=True):
@@ -28,7 +29,7 @@ class ServePlan(Struct, kw_only=True):
 
 
 def render(config: Config, format: str) -> str:
-    """The vLLM configuration as text.
+    """The vLLM configuration as text, without a final newline.
 
     Args:
         config: names the base, both adapters and the server's settings.
@@ -54,18 +55,18 @@ def plan(config: Config) -> ServePlan:
     notes: list[str] = []
     adapters: dict[str, Adapter] = {}
     for stage, name, folder in (("SFT", model.name, model.adapter), ("DPO", model.dpo_name, model.dpo_adapter)):
-        if absolute(folder).exists():
+        if folder is not None and absolute(folder).exists():
             adapters[name] = check_adapter(absolute(folder), model.base)
             notes += [f"{name}: {note}" for note in adapters[name].notes]
         else:
-            notes.append(f"no {stage} adapter at {folder}: '{name}' is not served")
+            notes.append(f"no {stage} adapter{f' at {folder}' if folder else ''}: '{name}' is not served")
     if not adapters:
         raise UserError(
             f"no adapter at {model.adapter} or {model.dpo_adapter}", hint="nothing-dpo train, or ADAPTER_PATH=FOLDER"
         )
     if len(adapters) == 2 and len({adapter.sha256 for adapter in adapters.values()}) == 1:
         notes.append("both adapters have the same weights")
-    arguments = _arguments(config.serve, adapters, base)
+    arguments = _arguments(config, adapters, base)
     if (length := arguments["max-model-len"]) != config.serve.max_model_len:
         notes.append(f"max-model-len is {length}, the base's own limit, not {config.serve.max_model_len}")
     if config.serve.chat_template is None:
@@ -73,7 +74,8 @@ def plan(config: Config) -> ServePlan:
     return ServePlan(model=base, adapters=adapters, arguments=arguments, notes=notes)
 
 
-def _arguments(serve: ServeSection, adapters: dict[str, Adapter], base: str) -> dict[str, Argument]:
+def _arguments(config: Config, adapters: dict[str, Adapter], base: str) -> dict[str, Argument]:
+    serve, template_settings = config.serve, config.model.chat_template_kwargs
     rank = max(adapter.rank for adapter in adapters.values())
     return {
         "host": serve.host,
@@ -83,26 +85,25 @@ def _arguments(serve: ServeSection, adapters: dict[str, Adapter], base: str) -> 
         "gpu-memory-utilization": serve.gpu_memory_utilization,
         "generation-config": "vllm",  # otherwise the base's own top_p, top_k and penalties fill what a request omits
         **({"chat-template": str(absolute(serve.chat_template))} if serve.chat_template else {}),
+        **({"default-chat-template-kwargs": template_settings} if template_settings else {}),
         "enable-lora": True,
         "max-loras": len(adapters),
         "max-lora-rank": next(allowed for allowed in RANKS if allowed >= rank),
         "lora-modules": [
-            msgspec.json.encode({"name": name, "path": str(adapter.path), "base_model_name": base}).decode()
-            for name, adapter in adapters.items()
+            {"name": name, "path": str(adapter.path), "base_model_name": base} for name, adapter in adapters.items()
         ],
     }
 
 
 def _cli(plan: ServePlan) -> str:
     lines = [shlex.join(["vllm", "serve", plan.model]), *map(shlex.join, _flags(plan))]
-    return " \\\n  ".join(lines) + "\n"
+    return " \\\n  ".join(lines)
 
 
 def _json(plan: ServePlan) -> str:
-    arguments = {key: value for key, value in plan.arguments.items() if key != "lora-modules"}
-    modules = [msgspec.json.decode(module) for module in plan.arguments["lora-modules"]]  # type: ignore[union-attr]
-    content = {"model": plan.model, "lora_modules": modules, "arguments": arguments}
-    return msgspec.json.format(msgspec.json.encode(content), indent=2).decode() + "\n"
+    arguments = dict(plan.arguments)
+    content = {"model": plan.model, "lora_modules": arguments.pop("lora-modules"), "arguments": arguments}
+    return msgspec.json.format(msgspec.json.encode(content), indent=2).decode()
 
 
 def _yaml(plan: ServePlan) -> str:
@@ -113,8 +114,9 @@ def _yaml(plan: ServePlan) -> str:
     """
     import yaml
 
-    content = {"model": plan.model, **plan.arguments}
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=math.inf)
+    arguments = {key: _strings(value) if isinstance(value, list) else value for key, value in plan.arguments.items()}
+    content = {"model": plan.model, **arguments}
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=math.inf).rstrip("\n")
 
 
 FORMATS: dict[str, Callable[[ServePlan], str]] = {"cli": _cli, "json": _json, "yaml": _yaml}
@@ -124,8 +126,14 @@ def _flags(plan: ServePlan) -> Iterator[list[str]]:
     for key, value in plan.arguments.items():
         if isinstance(value, bool):
             yield [f"--{key}" if value else f"--no-{key}"]
+        elif isinstance(value, dict | list):
+            yield [f"--{key}", *_strings(value if isinstance(value, list) else [value])]
         else:
-            yield [f"--{key}", *(value if isinstance(value, list) else [str(value)])]
+            yield [f"--{key}", str(value)]
+
+
+def _strings(items: list[dict[str, Any]]) -> list[str]:
+    return [msgspec.json.encode(item).decode() for item in items]
 
 
 def _check_names(config: Config) -> None:
