@@ -186,22 +186,6 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fingerprint(folder: Path) -> str:
-    """Hash of a model folder: of each file its name, size and first and last MiB, as all of it takes long to read."""
-    edge = 1 << 20
-    digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix not in (".json", ".jinja", ".model", ".safetensors"):
-            continue
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}\n".encode())
-        with file.open("rb") as handle:
-            digest.update(handle.read(edge))
-            handle.seek(max(size - edge, 0))
-            digest.update(handle.read(edge))
-    return digest.hexdigest()
-
-
 def _is_complete(checkpoint: Path) -> bool:
     try:
         sizes = msgspec.json.decode((checkpoint / MARKER).read_bytes(), type=dict[str, int])

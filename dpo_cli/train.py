@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Struct
 
 from dpo_cli import errors, store
-from dpo_cli.adapter import Adapter, check_adapter
+from dpo_cli.adapter import Adapter, check_adapter, fingerprint
 from dpo_cli.config import Config, as_dict
 from dpo_cli.encode import Encoded
 from dpo_cli.errors import Exit, UserError
@@ -29,7 +29,6 @@ from dpo_cli.run_folder import (
     best_checkpoint,
     check_replaceable,
     event,
-    fingerprint,
     metric_rows,
     publish,
     sha256,
