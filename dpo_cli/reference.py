@@ -39,7 +39,7 @@ class Known(Struct):
     log_probs: bytes
 
 
-def prepare(trainer: Any, folder: Path, progress: Progress, wanted: bool | None = None) -> None:
+def keep_reference(trainer: Any, folder: Path, progress: Progress, wanted: bool | None = None) -> None:
     """Look up, or compute and keep, the reference's log-probabilities of the rows that come up more than once.
 
     Args:

@@ -16,7 +16,7 @@ def kept(folder, trainer=None, pairs=PAIRS, wanted=None, **arguments):
     trainer = trainer or make(Packed, folder / "run", configuration("Llama"), pairs, **arguments)
     assert packed.enable(trainer) is None
     said = Lines()
-    reference.prepare(trainer, folder / "reference", said, wanted)
+    reference.keep_reference(trainer, folder / "reference", said, wanted)
     return trainer, said.lines[-1]
 
 
@@ -137,5 +137,5 @@ def test_it_is_not_kept_for_a_forward_that_is_trls(tmp_path):
     trainer = make(Packed, tmp_path, configuration("Granite", logits_scaling=8.0), max_steps=5)
     assert packed.enable(trainer) is not None
     said = Lines()
-    reference.prepare(trainer, tmp_path / "reference", said)
+    reference.keep_reference(trainer, tmp_path / "reference", said)
     assert "live" in said.lines[0] and not (tmp_path / "reference").exists()

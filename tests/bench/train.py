@@ -85,7 +85,7 @@ class Variant:
             assert reason is None, reason
             began = time.perf_counter()
             if self.kept:
-                reference.prepare(self.trainer, folder / "reference", Silent(), wanted=True)
+                reference.keep_reference(self.trainer, folder / "reference", Silent(), wanted=True)
         self.fill = time.perf_counter() - began if self.kept else 0.0
         self.trainer.current_gradient_accumulation_steps = 1
         self.trainer.create_optimizer()
