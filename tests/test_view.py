@@ -1,20 +1,14 @@
 import io
 import os
-import pty
 import re
-import select
 import signal
-import subprocess
-import sys
-import termios
-import textwrap
-import time
 import unicodedata
 from functools import partial
 
 import msgspec
 import pytest
 from rich.console import Console
+from screen import FORBIDDEN, HOSTILE, Terminal
 
 from dpo_cli import config, stats, view
 from dpo_cli.errors import UserError
@@ -22,19 +16,8 @@ from dpo_cli.pages import Rows
 from dpo_cli.schema import Completions, Judgment, Order, Preference
 from dpo_cli.view import pairs, plot, progress, text
 
-HOSTILE = [
-    "\x1b[31mred\x1b[0m \x1b[2J\x1b[H \x1b]0;title\x07 \x1b]8;;http://evil\x1b\\link \x1bP+q\x1b\\ \x1b[?1049h",
-    "\x9b31m \x9d0;title\x9c \x90",
-    "bell\x07 back\x08\x08 feed\x0c vertical\x0b shift\x0e\x0f null\x00 delete\x7f return\rover tab\tbed",
-    "\u202eright to left\u202c \u2066isolate\u2069 \u061c\u200f\u200e",
-    "zero\u200bwidth\u200c\u200d\u2060\ufeff soft\u00adhyphen \u2028line\u2029paragraph \u00a0no break",
-    "[bold red]markup[/] [link=http://evil]x[/link] [/] \\[ :smile: [@click=app.quit]y[/]",
-    "tags \U000e0041\U000e0042 selector a\ufe0f\ufe00 filler \u3164\u115f surrogate \ud800",
-    "wide 漢字 emoji ❤️ 👩 שלום",
-]
 # What rich itself writes: colours and styles.
 SGR = re.compile(r"\x1b\[[0-9;]*m")
-FORBIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
 def terminal(width=100, height=40):
@@ -287,40 +270,6 @@ def test_the_live_panel_keeps_log_lines_and_leaves_the_cursor_visible():
     assert "[bold]a warning[/bold]" in shown
     assert "10/10" in shown
     assert shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l")
-
-
-class Terminal:
-    """A program in a terminal of its own: what it draws, what is typed."""
-
-    def __init__(self, code, *arguments):
-        self.main, self.side = pty.openpty()
-        termios.tcsetwinsize(self.side, (24, 100))
-        self.before = termios.tcgetattr(self.side)
-        environment = {**os.environ, "TERM": "xterm-256color", "PAGER": "cat"}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(code), *arguments],
-            stdin=self.side, stdout=self.side, stderr=self.side, start_new_session=True, env=environment,
-        )  # fmt: skip
-        self.drawn = ""
-
-    def wait_for(self, expected):
-        """Read until a text is drawn after what was awaited before."""
-        end = time.monotonic() + 60
-        while expected not in self.drawn:
-            assert time.monotonic() < end, f"no {expected!r} in {self.drawn!r}"
-            if select.select([self.main], [], [], 0.1)[0]:
-                self.drawn += os.read(self.main, 65536).decode(errors="replace")
-        self.drawn = self.drawn.partition(expected)[2]
-
-    def type(self, keys):
-        os.write(self.main, keys.encode())
-
-    def finish(self):
-        code = self.process.wait(60)
-        after = termios.tcgetattr(self.side)
-        os.close(self.main)
-        os.close(self.side)
-        return code, after == self.before
 
 
 BROWSE = """
