@@ -220,7 +220,7 @@ def generate(session: Session, limit: Limit = None, dry_run: DryRun = False) -> 
 @command(
     "judge", "judge.judge", "judge.model", "judge.url", "judge.function", "judge.reward_model", "judge.batch_size",
     "judge.against", "judge.rubric", "judge.orders", "judge.reasoning_effort", "judge.max_tokens", "judge.price",
-    "judge.concurrency", "judge.seed", "pair.min_gap",
+    "judge.concurrency", "judge.seed", "pair.min_gap", "pair.length_control",
 )  # fmt: skip
 def judge(session: Session, limit: Limit = None, dry_run: DryRun = False) -> Exit | None:
     """Completions to judgments to preference pairs."""
@@ -240,7 +240,7 @@ def judge(session: Session, limit: Limit = None, dry_run: DryRun = False) -> Exi
     return None
 
 
-@command("pair", "pair.min_gap", "pair.require_consistent", "pair.val_share", "pair.seed")
+@command("pair", "pair.min_gap", "pair.require_consistent", "pair.length_control", "pair.val_share", "pair.seed")
 def pair(session: Session, dry_run: DryRun = False) -> None:
     """Judgments to pairs again, by other rules: free."""
     from dpo_cli import pair as stage

@@ -92,6 +92,7 @@ class PairSection(Struct, kw_only=True):
 
     min_gap: Annotated[NonNegative, _doc("Least score gap between chosen and rejected.")] = 1.0
     require_consistent: Annotated[bool, _doc("Drop a pair that any order inverts.")] = True
+    length_control: Annotated[bool, _doc("Pair by scores without the part that is linear in length.")] = False
     val_share: Annotated[Share, _doc("Share of the prompts that go to val.jsonl.")] = 0.1
     seed: Annotated[int, _doc("Seed of the split.")] = SEED
 

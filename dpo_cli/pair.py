@@ -14,6 +14,7 @@ from msgspec import Struct
 from dpo_cli.config import Config, PairSection
 from dpo_cli.errors import UserError
 from dpo_cli.judges import inverts
+from dpo_cli.length import length_controlled
 from dpo_cli.schema import (
     Completions,
     Judgment,
@@ -55,11 +56,12 @@ def run(config: Config, dry_run: bool = False) -> Paired:
     if not judgments:
         raise UserError("no judgments", where=str(data / "judgments.jsonl"), hint="nothing-dpo judge")
     completions = read_latest(data / "completions.jsonl", Completions)
+    used = length_controlled(judgments, completions) if config.pair.length_control else judgments
     sides: dict[bool, list[Preference]] = {False: [], True: []}
     skipped: Counter[str] = Counter()
     for key in sorted(judgments.keys() | completions.keys()):
         try:
-            pair = make_pair(completions.get(key), judgments.get(key), config.pair)
+            pair = make_pair(completions.get(key), used.get(key), config.pair)
         except _NoPair as reason:
             skipped[str(reason)] += 1
         else:

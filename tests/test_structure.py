@@ -13,8 +13,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Rooms, lowest first: each imports only rooms before it.
 ROOMS = [
     "errors", "terminal", "schema", "store", "config", "progress", "adapter", "endpoint", "engines", "judges", "generate", "judge",
-    "formats", "rollouts", "pair", "encode", "run_folder", "attention", "head", "packed", "reference", "trainer",
-    "sft", "dpo", "train", "evaluate", "backends", "pages", "stats", "lint", "serve_config", "demo", "view", "cli",
+    "formats", "rollouts", "length", "pair", "encode", "run_folder", "attention", "head", "packed", "reference", "trainer",
+    "sft", "dpo", "train", "evaluate", "backends", "pages", "stats", "audit", "svg", "report", "lint", "serve_config", "demo", "view", "cli",
 ]  # fmt: skip
 STAGES = {"generate", "judge", "pair", "train", "evaluate", "serve_config"}
 ALLOWED = {
