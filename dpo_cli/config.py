@@ -22,8 +22,11 @@ SEED = 42
 
 Count = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(gt=0)]
+Positive = Annotated[float, Meta(gt=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 NonNegative = Annotated[float, Meta(ge=0)]
+Tracker = Literal["none", "wandb", "trackio", "tensorboard"]
+KlAction = Literal["halve_lr", "raise_beta", "rollback", "stop"]
 LossType = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
@@ -113,6 +116,9 @@ class TrainingSection(Struct, kw_only=True):
     )
     lr_scheduler_type: Annotated[str, _doc("Learning rate schedule.")] = "cosine"
     warmup_steps: Annotated[int, Meta(ge=0), _doc("Warmup, in optimizer steps.")] = 20
+    warmup_ratio: Annotated[
+        float | None, Meta(ge=0, lt=1), _doc("Warmup as a share of the steps; wins over the steps.")
+    ] = None
     weight_decay: Annotated[NonNegative, _doc("Weight decay.")] = 0.0
     max_grad_norm: Annotated[NonNegative, _doc("Gradient clipping norm.")] = 1.0
     logging_steps: Annotated[Count, _doc("Steps between two metric lines.")] = 10
@@ -124,6 +130,10 @@ class TrainingSection(Struct, kw_only=True):
     lora_alpha: Annotated[NonNegative, _doc("LoRA alpha of a fresh adapter.")] = 64
     lora_dropout: Annotated[Share, _doc("LoRA dropout of a fresh adapter.")] = 0.0
     target_modules: Annotated[str | list[str], _doc("LoRA targets of a fresh adapter.")] = "all-linear"
+    load_in_4bit: Annotated[bool, _doc("Base weights in 4 bits: NF4, double quantisation, bfloat16 compute.")] = False
+    report_to: Annotated[Tracker | None, _doc("Tracker; unset: wandb where WANDB_API_KEY is set and it is there.")] = (
+        None
+    )
 
 
 class TrainSection(TrainingSection, kw_only=True):
@@ -134,12 +144,39 @@ class TrainSection(TrainingSection, kw_only=True):
     label_smoothing: Annotated[Share, _doc("Assumed share of flipped labels.")] = 0.0
     kl_prompts: Annotated[int, Meta(ge=0), _doc("Held-out prompts on which each evaluation measures KL.")] = 8
     kl_tokens: Annotated[Count, _doc("Longest completion sampled for that, in tokens.")] = 64
+    full: Annotated[bool, _doc("Train every weight, the adapter folded in, against a frozen copy.")] = False
+    curriculum: Annotated[bool, _doc("First epoch from the largest score gap to the smallest.")] = False
+    merge: Annotated[bool, _doc("Also save the base with the adapter folded in, and check it.")] = False
 
 
 class SftSection(TrainingSection, kw_only=True):
     """`train --stage sft`: the adapter that DPO starts from."""
 
     learning_rate: Annotated[NonNegative, _doc("Peak learning rate.")] = 3e-5
+
+
+class GateSection(Struct, kw_only=True):
+    """What a DPO run must not do, and what is done about it."""
+
+    kl_limit: Annotated[Positive, _doc("Most KL(policy || reference) of the policy's own text, in nats a token.")] = 0.1
+    kl_actions: Annotated[
+        list[KlAction], _doc("What each evaluation over the limit sets off, the first one first; then the run stops.")
+    ] = msgspec.field(default_factory=lambda: ["halve_lr", "raise_beta", "rollback", "stop"])
+    adaptive_beta: Annotated[bool, _doc("Steer beta towards kl_target at each evaluation.")] = False
+    kl_target: Annotated[Positive, _doc("KL that adaptive_beta aims at, in nats a token.")] = 0.05
+    patience: Annotated[
+        int, Meta(ge=0), _doc("Evaluations without a better held-out margin until the run ends; 0: all.")
+    ] = 5
+
+
+class PlanSection(Struct, kw_only=True):
+    """What `inspect plan` reckons with."""
+
+    gpu_memory_gb: Annotated[Positive, _doc("Memory that the card can really give; of an L4's 24 GB.")] = 23.6
+    gpu_tflops: Annotated[Positive, _doc("Dense bfloat16 peak of the card; an L4's.")] = 121.0
+    utilization: Annotated[Share, _doc("Share of that peak that training reaches; assumed, not measured.")] = 0.35
+    modal_usd_per_hour: Annotated[NonNegative, _doc("Price of the card on Modal.")] = 0.80
+    gke_usd_per_hour: Annotated[NonNegative, _doc("Price of a node with the card on GKE.")] = 0.71
 
 
 class EvaluateSection(Struct, kw_only=True):
@@ -173,6 +210,8 @@ class Config(Struct, kw_only=True):
     pair: PairSection = msgspec.field(default_factory=PairSection)
     train: TrainSection = msgspec.field(default_factory=TrainSection)
     sft: SftSection = msgspec.field(default_factory=SftSection)
+    gate: GateSection = msgspec.field(default_factory=GateSection)
+    plan: PlanSection = msgspec.field(default_factory=PlanSection)
     evaluate: EvaluateSection = msgspec.field(default_factory=EvaluateSection)
     serve: ServeSection = msgspec.field(default_factory=ServeSection)
 
@@ -191,7 +230,41 @@ ENVIRONMENT = {
 }
 
 # `l4` is the recipe of the defaults: one L4, an SFT adapter of rank 32 on a 3B model.
-PRESETS: dict[str, dict[str, Any]] = {"l4": {}}
+PRESETS: dict[str, dict[str, Any]] = {
+    "l4": {},
+    "l4-qlora": {"train.load_in_4bit": True, "train.bf16": True, "train.gradient_checkpointing": True},
+    "rank1": {
+        "model.adapter": None, "train.r": 1, "train.lora_alpha": 1.0,
+        "train.target_modules": ["o_proj", "v_proj", "up_proj", "down_proj"], "train.learning_rate": 5e-7,
+        "train.max_steps": 100, "train.per_device_train_batch_size": 2, "train.gradient_accumulation_steps": 4,
+        "train.merge": True,
+    },
+    "lora16": {
+        "model.adapter": None, "train.r": 16, "train.lora_alpha": 32.0, "train.lora_dropout": 0.05,
+        "train.target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "train.learning_rate": 5e-5,
+    },
+    "full": {
+        "train.full": True, "train.learning_rate": 5e-7, "train.warmup_ratio": 0.1, "train.weight_decay": 0.01,
+    },
+    "conservative": {
+        "train.learning_rate": 1e-6, "train.num_train_epochs": 3, "train.steps_at_most": 1000, "train.warmup_steps": 100,
+        "train.weight_decay": 0.01, "train.max_grad_norm": 1.0, "train.max_length": 1024,
+        "train.gradient_checkpointing": True,
+    },
+    "demo": {
+        "model.base": "base", "model.adapter": "adapters/sft", "model.dpo_adapter": "adapters/dpo",
+        "model.name": "spin", "model.dpo_name": "spin-dpo",
+        "generate.engine": "transformers", "generate.n": 4, "generate.max_tokens": 96,
+        "generate.temperature": 1.0, "generate.frequency_penalty": 0.0, "generate.batch_size": 64,
+        "judge.judge": "function", "judge.function": "dpo_cli.demo.score:voices",
+        "sft.learning_rate": 3e-3, "sft.num_train_epochs": 1, "sft.per_device_train_batch_size": 16,
+        "sft.gradient_accumulation_steps": 1, "sft.warmup_steps": 5, "sft.per_device_eval_batch_size": 32, "sft.r": 8, "sft.lora_alpha": 16,
+        "sft.eval_steps": 60, "sft.save_steps": 60,
+        "train.learning_rate": 1e-3, "train.num_train_epochs": 1, "train.per_device_train_batch_size": 16,
+        "train.per_device_eval_batch_size": 16, "train.gradient_accumulation_steps": 1, "train.warmup_steps": 5, "train.logging_steps": 5,
+        "evaluate.prompts": "data/heldout.jsonl", "evaluate.samples": 2,
+    },
+}  # fmt: skip
 
 DEFAULT_FILE = "nothing-dpo.toml"
 DEFAULT_PRESET = "l4"

@@ -44,7 +44,7 @@ class UserError(Exception):
 
 
 # The module that shows whether an extra is installed. The extras themselves are in pyproject.toml.
-EXTRAS = {"train": "trl"}
+EXTRAS = {"train": "trl", "qlora": "bitsandbytes"}
 
 
 def require(extra: str, purpose: str) -> None:
