@@ -116,9 +116,7 @@ class TrainingSection(Struct, kw_only=True):
     )
     lr_scheduler_type: Annotated[str, _doc("Learning rate schedule.")] = "cosine"
     warmup_steps: Annotated[int, Meta(ge=0), _doc("Warmup, in optimizer steps.")] = 20
-    warmup_ratio: Annotated[
-        float | None, Meta(ge=0, lt=1), _doc("Warmup as a share of the steps; wins over the steps.")
-    ] = None
+    warmup_ratio: Annotated[Share | None, _doc("Warmup as a share of the steps; wins over the steps.")] = None
     weight_decay: Annotated[NonNegative, _doc("Weight decay.")] = 0.0
     max_grad_norm: Annotated[NonNegative, _doc("Gradient clipping norm.")] = 1.0
     logging_steps: Annotated[Count, _doc("Steps between two metric lines.")] = 10
