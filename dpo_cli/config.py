@@ -105,7 +105,8 @@ class TrainingSection(Struct, kw_only=True):
 
     learning_rate: Annotated[NonNegative, _doc("Peak learning rate.")] = 5e-6
     num_train_epochs: Annotated[NonNegative, _doc("Passes over the rows.")] = 1.0
-    max_steps: Annotated[int, _doc("Most optimizer steps; -1: as num_train_epochs says.")] = -1
+    max_steps: Annotated[int, _doc("Optimizer steps, whatever num_train_epochs says; -1: as it says.")] = -1
+    steps_at_most: Annotated[Count | None, _doc("Cap on the optimizer steps that num_train_epochs makes.")] = None
     per_device_train_batch_size: Annotated[Count, _doc("Rows a forward.")] = 4
     per_device_eval_batch_size: Annotated[Count, _doc("Rows a forward in evaluation.")] = 2
     gradient_accumulation_steps: Annotated[Count, _doc("Forwards an optimizer step.")] = 4
