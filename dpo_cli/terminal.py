@@ -77,7 +77,7 @@ def _columns(character: str) -> int:
 
 def wrap(text: str, room: int) -> list[str]:
     """The lines of a safe text, broken at spaces, and within a word that is wider than `room` columns."""
-    lines = []
+    lines, room = [], max(1, room)
     for line in text.split("\n"):
         current = ""
         for token in re.findall(r"\s+|\S+", line):
@@ -200,7 +200,7 @@ class Screen:
         """Replace what is shown by these lines, as many as there is room for."""
         height = self.size.lines
         rows = (lines + [""] * height)[:height]
-        self.stream.write("\x1b[H" + "\r\n".join(f"\x1b[2K{row}\x1b[0m" for row in rows))
+        self.stream.write("\x1b[H" + "\n".join(f"\x1b[2K{row}\x1b[0m" for row in rows))
         self.stream.flush()
 
     def read(self) -> str | None:
