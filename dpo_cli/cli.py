@@ -132,6 +132,12 @@ def command(
                     raise
                 _say(error)
                 code = error.code
+            except Exception as error:  # the one boundary: what nobody foresaw is a line as well
+                if debug:
+                    raise
+                hint = "this is a bug in nothing-dpo; --debug shows the traceback"
+                _say(UserError(f"{type(error).__name__}: {error}", hint=hint))
+                code = Exit.FAILED
             raise typer.Exit(code or Exit.OK)
 
         parameters = own + [
@@ -382,23 +388,30 @@ def inspect_completions(
 
 @command("judgments", parent=inspector)
 def inspect_judgments(
-    session: Session, identity: Identity = None, stats: Stats = False, limit: Page = 20, offset: Offset = 0
-) -> None:
-    """What the judge said."""
-    from dpo_cli import pages, view
-    from dpo_cli import stats as numbers
+    session: Session, identity: Identity = None, stats: Stats = False,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="The numbers as a page with plots.")] = None,
+    limit: Page = 20, offset: Offset = 0,
+) -> None:  # fmt: skip
+    """What the judge said, and whether to believe it."""
+    from dpo_cli import audit, pages, report, view
     from dpo_cli.schema import Completions, Judgment
-    from dpo_cli.store import read_latest
+    from dpo_cli.store import read_latest, write_file
 
-    path = session.data / "judgments.jsonl"
-    if stats:
-        session.show(numbers.judgment_stats(read_latest(path, Judgment).values()), view.judgment_stats)
+    path, texts = session.data / "judgments.jsonl", session.data / "completions.jsonl"
+    if stats or html:
+        judgments = read_latest(path, Judgment)
+        if not judgments:
+            raise UserError("no judgments", where=str(path), hint="nothing-dpo judge")
+        numbers = audit.audit(judgments, read_latest(texts, Completions))
+        session.show(numbers, view.audit)
+        if html:
+            write_file(html, report.page(numbers).encode())
+            session.suggest(f"look at {html} in a browser")
         return
     with pages.Rows.open([path]) as rows:
         if identity:
             row, found = pages.find(rows, identity, Judgment)
-            judged = read_latest(session.data / "completions.jsonl", Completions).get(found.id)
-            session.show(found, view.judgment, judged, rows.place(row))
+            session.show(found, view.judgment, read_latest(texts, Completions).get(found.id), rows.place(row))
         else:
             _show_page(session, rows, Judgment, view.judgments_list, offset, limit)
 
