@@ -56,8 +56,10 @@ class _TooLong(Exception):
 def identity(config: Config) -> dict[str, Any]:
     """The model's name, and its commit on the Hub or a hash of its folder."""
     name = _name(config)
+    _read_config(name)  # from the Hub: it names the commit
     folder = base_folder(name)
-    weights = _read_config(name)._commit_hash or (fingerprint(folder)[:16] if folder else None)
+    in_cache = folder is not None and folder.parent.name == "snapshots"
+    weights = None if folder is None else folder.name if in_cache else fingerprint(folder)[:16]
     return {"judge": "reward-model", "reward_model": name.rstrip("/").rpartition("/")[2], "weights": weights}
 
 
