@@ -268,14 +268,14 @@ def test_agreement_by_hand():
     assert result.share == pytest.approx(2 / 3)
     # By hand: (2/3 + 0.64025 ± 1.96 sqrt(0.07407 + 0.10671)) / 2.28049, with z² / 6 = 0.64025.
     assert result.interval == pytest.approx((0.2077, 0.9385), abs=1e-4)
-    assert str(result) == "τ-b 0.25, 2 of 3 pairs alike, 67% (21%–94%), 2 pairs tied by either; 3 prompts"
+    assert str(result) == "τ-b 0.25, 2 of 3 pairs alike, 67% (21%–94%); tied by either: 2; prompts: 3"
 
 
 def test_agreement_where_there_is_nothing_to_compare():
     assert str(agree({}, {})) == "no prompt that both judged"
     tied = agree({"a": judged("a", [5.5, 5.5], [0, 1])}, {"a": judged("a", [3, 2])})
     assert (tied.tau, tied.share) == (None, None)
-    assert str(tied) == "τ-b –, 1 pairs tied by either; 1 prompts"
+    assert str(tied) == "τ-b –; tied by either: 1; prompts: 1"
     assert wilson(0, 10)[0] == 0.0
 
 

@@ -42,4 +42,5 @@ def test_no_line_is_wider_than_its_room_and_no_letter_is_lost(room):
 
 
 def test_columns_are_reached_by_the_cursor():
-    assert side_by_side([["a"], ["b", "c"]], 10) == ["a\x1b[11G │ b", "\x1b[11G │ c"]
+    rule = "\x1b[11G\x1b[2m │ \x1b[0m"
+    assert side_by_side([["a"], ["b", "c"]], 10) == ["a" + rule + "b", rule + "c"]

@@ -30,13 +30,12 @@ class Agreement(Struct):
     def __str__(self) -> str:
         if not self.pairs:
             return "no prompt that both judged"
-        words = [f"τ-b {'–' if self.tau is None else format(self.tau, '.2f')}"]
+        words = f"τ-b {'–' if self.tau is None else format(self.tau, '.2f')}"
+        ordered = self.alike + self.contrary
         if self.share is not None:
             low, high = self.interval
-            ordered = self.alike + self.contrary
-            words.append(f"{self.alike} of {ordered} pairs alike, {self.share:.0%} ({low:.0%}–{high:.0%})")
-        words.append(f"{self.pairs - self.alike - self.contrary} pairs tied by either")
-        return f"{', '.join(words)}; {self.prompts} prompts"
+            words += f", {self.alike} of {ordered} pairs alike, {self.share:.0%} ({low:.0%}–{high:.0%})"
+        return f"{words}; tied by either: {self.pairs - ordered}; prompts: {self.prompts}"
 
 
 def agree(ours: Mapping[str, Judgment], theirs: Mapping[str, Judgment]) -> Agreement:

@@ -243,24 +243,27 @@ class _Sitting:
         where = f" {min(self.number + 1, len(self.tasks))} of {len(self.tasks)} "
         ranking = f" {typed(self.groups)}{'=' if self.tied else ''}"
         note = self.message or (f"{more} more lines: space" if more else "")
-        rest = cut(f" {note} · {HELP}" if note else f" {HELP}", columns - width(where + ranking))
-        bar = f"{REVERSE}{where}{OFF}{BOLD}{ranking}{OFF}{DIM}{rest}"
+        rest = cut(f"{note} · {HELP}" if note else HELP, columns - width(where + ranking) - 2)
+        bar = f"{REVERSE}{where}{OFF}{BOLD}{ranking}{OFF}{DIM}  {rest}"
         self.screen.draw([*shown, *[""] * (self.room - len(shown)), bar])
         return len(lines)
 
     def text(self, columns: int) -> list[str]:
         """Prompt and candidates as lines."""
-        return [*self.prompt(columns), "", *self.candidates(columns)]
+        return [*self.prompt(columns), f"{DIM}{'─' * columns}", *self.candidates(columns)]
 
     def prompt(self, columns: int) -> list[str]:
         """The prompt's end, where prompts differ most, or with `p` all of it."""
+        messages = self.tasks[self.number].prompt
+        roles = [cut(plain(message["role"]).replace("\n", " "), columns // 4) for message in messages]
+        indent = max(map(width, roles)) + 2
         lines = []
-        for message in self.tasks[self.number].prompt:
-            role = cut(plain(message["role"]).replace("\n", " "), columns // 4)
-            indent = width(role) + 2
-            for line_number, line in enumerate(wrap(plain(message["content"]), columns - indent)):
-                start = f"{BOLD}{role}{OFF}  " if line_number == 0 else " " * indent
-                lines.append(f"{start}{line}")
+        for role, message in zip(roles, messages, strict=True):
+            style = DIM if message["role"] == "system" else ""
+            start = f"{LABEL}{role}{OFF}{' ' * (indent - width(role))}"
+            for line in wrap(plain(message["content"]), columns - indent):
+                lines.append(f"{start}{style}{line}")
+                start = " " * indent
         most = max(4, self.room // 3)
         if self.whole or len(lines) <= most:
             return lines
