@@ -119,7 +119,10 @@ def side_by_side(texts: list[list[str]], room: int) -> list[str]:
     A column is reached by moving the cursor, so that a terminal that counts a character's width differently shifts
     nothing.
     """
-    steps = [f"\x1b[{column * (room + len(GUTTER)) - len(GUTTER) + 1}G\x1b[2m{GUTTER}\x1b[0m" for column in range(1, len(texts))]
+    steps = [
+        f"\x1b[{column * (room + len(GUTTER)) - len(GUTTER) + 1}G\x1b[2m{GUTTER}\x1b[0m"
+        for column in range(1, len(texts))
+    ]
     return [
         "".join(step + line for step, line in zip(["", *steps], row, strict=True))
         for row in zip_longest(*texts, fillvalue="")
