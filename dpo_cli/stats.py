@@ -1,7 +1,7 @@
 """What `inspect` says about pairs, completions, judgments and runs: pure numbers, printed as they are by `--json`.
 
 Takes records and metric files; prints nothing. Lengths are in words (what spaces and line ends part) and characters,
-since no tokenizer is at hand. What a judge is worth (agreement, position bias) is not covered here.
+since no tokenizer is at hand. What the judgments tell of their judge is `audit`'s.
 """
 
 import json
@@ -10,6 +10,7 @@ import statistics
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,20 @@ class Spread(Struct):
 
 
 class Histogram(Struct):
-    """Counts from one edge up to, and without, the next; `edges` has one element more than `counts`."""
+    """Counts from one edge up to, and without, the next; `edges` has one element more than `counts`.
+
+    `whole` says that the values are whole numbers and each bin is one of them.
+    """
 
     edges: list[float]
     counts: list[int]
+    whole: bool = False
+
+    @property
+    def labels(self) -> list[str]:
+        """What each bin holds, in words."""
+        names = [f"{edge:,.6g}" for edge in self.edges]
+        return names[:-1] if self.whole else [f"{low} – {high}" for low, high in pairwise(names)]
 
 
 class Proportion(Struct):
@@ -103,21 +114,6 @@ class CompletionStats(Struct, kw_only=True):
     usage: Usage
 
 
-class JudgmentStats(Struct, kw_only=True):
-    """`inspect judgments --stats`: how many were judged, skipped and failed, and what the judge said and cost."""
-
-    judged: int
-    skipped: dict[str, int]
-    errors: dict[str, int]
-    consistent: Proportion | None
-    scores: Spread | None
-    score_histogram: Histogram | None
-    gaps: Spread | None
-    judges: dict[str, int]
-    usage: Usage
-    usd: float
-
-
 class Run(Struct, kw_only=True):
     """`inspect run`: what a run folder holds.
 
@@ -160,7 +156,7 @@ def histogram(values: Sequence[float]) -> Histogram | None:
     counts = [0] * (math.floor(high / width) - first + 1)
     for value in values:
         counts[math.floor(value / width) - first] += 1
-    return Histogram([(first + i) * width for i in range(len(counts) + 1)], counts)
+    return Histogram([(first + i) * width for i in range(len(counts) + 1)], counts, whole=grain == width == 1)
 
 
 def _round_width(least: float) -> float:
@@ -284,42 +280,6 @@ def completion_stats(rows: Iterable[Completions]) -> CompletionStats:
         empty=empty,
         lengths=lengths.result(),
         usage=usage,
-    )
-
-
-def judgment_stats(rows: Iterable[Judgment]) -> JudgmentStats:
-    """Numbers of the judgments; one row a prompt."""
-    judged = usd = 0.0
-    skipped: Counter[str] = Counter()
-    errors: Counter[str] = Counter()
-    judges: Counter[str] = Counter()
-    consistent: Counter[bool] = Counter()
-    scores, gaps, usage = array("d"), array("d"), Usage()
-    for row in rows:
-        usage += row.usage
-        usd += row.usd
-        if row.skipped is not None:
-            skipped[row.skipped] += 1
-        elif row.error is not None:
-            errors[row.error] += 1
-        elif row.scores:
-            judged += 1
-            judges[judge_name(row)] += 1
-            scores.extend(row.scores)
-            gaps.append(max(row.scores) - min(row.scores))
-            if row.consistent is not None:
-                consistent[row.consistent] += 1
-    return JudgmentStats(
-        judged=int(judged),
-        skipped=dict(skipped.most_common()),
-        errors=dict(errors.most_common()),
-        consistent=proportion(consistent[True], consistent.total()),
-        scores=spread(scores),
-        score_histogram=histogram(scores),
-        gaps=spread(gaps),
-        judges=dict(judges.most_common()),
-        usage=usage,
-        usd=usd,
     )
 
 

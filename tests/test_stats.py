@@ -4,7 +4,7 @@ import pytest
 
 from dpo_cli import config, stats
 from dpo_cli.errors import UserError
-from dpo_cli.schema import Completions, Judgment, Preference, Usage
+from dpo_cli.schema import Completions, Preference, Usage
 
 
 def pair(prompt, chosen, rejected, **fields):
@@ -86,27 +86,6 @@ def test_completion_stats_by_hand():
     assert (found.identical, found.empty) == (1, 1)
     assert (found.usage.input, found.usage.output) == (30, 15)
     assert found.lengths.words == stats.Spread(7, 0, 1, 8 / 7, 2)
-
-
-def test_judgment_stats_by_hand():
-    def row(**fields):
-        return Judgment(id="x", completions_id="y", usage=Usage(100, 0, 10), usd=0.25, **fields)
-
-    found = stats.judgment_stats(
-        [
-            row(scores=[9.0, 4.0, 5.0], consistent=True, judge={"judge": "llm", "model": "m"}),
-            row(scores=[6.0, 6.0], consistent=False, judge={"model": "m"}),
-            row(skipped="identical"),
-            row(skipped="identical"),
-            row(error="timeout"),
-        ]
-    )
-    assert (found.judged, found.skipped, found.errors) == (2, {"identical": 2}, {"timeout": 1})
-    assert (found.consistent.count, found.consistent.n) == (1, 2)
-    assert found.scores == stats.Spread(5, 4, 6, 6, 9)
-    assert found.gaps == stats.Spread(2, 0, 2.5, 2.5, 5)
-    assert found.judges == {"m": 2}
-    assert (found.usd, found.usage.input) == (1.25, 500)
 
 
 def test_a_run_in_progress_is_read_as_far_as_it_is_written(tmp_path):

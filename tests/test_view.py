@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from screen import FORBIDDEN, HOSTILE, Terminal
 
-from dpo_cli import config, stats, view
+from dpo_cli import audit, config, stats, view
 from dpo_cli.errors import UserError
 from dpo_cli.pages import Rows
 from dpo_cli.schema import Completions, Judgment, Order, Preference
@@ -81,7 +81,8 @@ def hostile_drawings(folder):
             for records in ([preference], [record], [judgment, failed])
         )
         setting = stats.Setting("a.b", wild, wild, "")
-        judged = stats.judgment_stats([judgment, failed])
+        unnamed = Judgment(id=bad, completions_id="c", skipped=bad)
+        judged = audit.audit({"a": judgment, "b": failed, "c": unnamed}, {"a": record})
         yield from (
             partial(view.pair, preference=preference, place=wild),
             partial(view.pair_list, rows=pair_file, first=0, count=9),
@@ -90,7 +91,7 @@ def hostile_drawings(folder):
             partial(view.completions, record=record, place=wild),
             partial(view.judgment, record=judgment, judged=record, place=wild),
             partial(view.completion_stats, stats=stats.completion_stats([record])),
-            partial(view.judgment_stats, stats=judged),
+            partial(view.audit, found=judged),
             partial(view.run, run=run),
             partial(view.settings, rows=[setting]),
             lambda console, wild=wild: view.RichProgress(console).log(wild),

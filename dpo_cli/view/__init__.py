@@ -5,6 +5,7 @@ from `stats`, rows from `pages`. Every function takes the console to draw on; te
 `text.safe`.
 """
 
+from dpo_cli.view.audit import audit
 from dpo_cli.view.browse import browse
 from dpo_cli.view.console import make_console, paged, stdout_console
 from dpo_cli.view.pairs import pair, pair_list
@@ -16,7 +17,6 @@ from dpo_cli.view.tables import (
     completions,
     completions_list,
     judgment,
-    judgment_stats,
     judgments_list,
     pair_stats,
     settings,
@@ -26,6 +26,7 @@ from dpo_cli.view.text import safe, safe_line
 __all__ = [
     "LineProgress",
     "RichProgress",
+    "audit",
     "browse",
     "completion_stats",
     "completions",
@@ -36,7 +37,6 @@ __all__ = [
     "judged",
     "judged_and_paired",
     "judgment",
-    "judgment_stats",
     "judgments_list",
     "make_console",
     "make_progress",

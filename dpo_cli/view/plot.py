@@ -70,6 +70,20 @@ def bar(share: float, width: int) -> str:
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
 
+def interval(low: float, value: float, high: float, mark: float, width: int) -> str:
+    """A value between the ends of its interval, on a scale from 0 to 1 with a mark: `····├─●─┤··┊·····`."""
+
+    def column(share: float) -> int:
+        return _level(share, 0, 1, width)
+
+    line = ["·"] * width
+    line[column(mark)] = "┊"
+    line[column(low) : column(high) + 1] = "─" * (column(high) + 1 - column(low))
+    line[column(low)], line[column(high)] = "├", "┤"
+    line[column(value)] = "●"
+    return "".join(line)
+
+
 def _resample(values: Sequence[float], width: int) -> list[float]:
     """Means of `width` neighbouring groups; not a number where a group has no finite value."""
     means = []

@@ -13,11 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_cli.pages import Rows
-from dpo_cli.schema import Completions, Judgment, Usage
+from dpo_cli.schema import Completions, Judgment
 from dpo_cli.stats import (
     CompletionStats,
-    Histogram,
-    JudgmentStats,
     Lengths,
     PairStats,
     Proportion,
@@ -26,11 +24,10 @@ from dpo_cli.stats import (
     judge_name,
     words,
 )
+from dpo_cli.view.facts import alarm, bars, counted, facts, share, share_of, spread_row, tokens
 from dpo_cli.view.pairs import ID_SHOWN, LABEL, ending, excerpt, list_table, position, prompt_view
-from dpo_cli.view.plot import bar
 from dpo_cli.view.text import dollars, joined, number, percent, safe, safe_line
 
-BAR_WIDTH = 30
 UNBIASED_Z = 1.96  # below, chosen being longer may be chance
 
 
@@ -71,15 +68,15 @@ def completions(console: Console, record: Completions, place: str = "") -> None:
 
 def completion_stats(console: Console, stats: CompletionStats) -> None:
     """Numbers of the completions."""
-    grid = _facts()
+    grid = facts()
     grid.add_row("prompts", f"{stats.prompts:,}")
     grid.add_row("completions", f"{stats.completions:,}")
-    grid.add_row("a prompt", _counts({f"{n} for": count for n, count in stats.per_prompt.items()}, "prompts"))
+    grid.add_row("a prompt", counted({f"{n} for": count for n, count in stats.per_prompt.items()}, "prompts"))
     grid.add_row("ended by", _shares(stats.finish_reasons))
-    grid.add_row("identical", _alarm(stats.identical, _of(stats.identical, stats.completions)))
-    grid.add_row("empty", _alarm(stats.empty, _of(stats.empty, stats.completions)))
-    grid.add_row("model", _counts(stats.models, "prompts"))
-    grid.add_row("tokens", _usage(stats.usage))
+    grid.add_row("identical", alarm(stats.identical, share_of(stats.identical, stats.completions)))
+    grid.add_row("empty", alarm(stats.empty, share_of(stats.empty, stats.completions)))
+    grid.add_row("model", counted(stats.models, "prompts"))
+    grid.add_row("tokens", tokens(stats.usage))
     console.print(Group(grid, "", _lengths({"completions": stats.lengths})))
 
 
@@ -134,38 +131,22 @@ def judgment(console: Console, record: Judgment, judged: Completions | None = No
         console.print(_reply(number_of, order.order, order.raw))
 
 
-def judgment_stats(console: Console, stats: JudgmentStats) -> None:
-    """Numbers of the judgments."""
-    total = stats.judged + sum(stats.skipped.values()) + sum(stats.errors.values())
-    grid = _facts()
-    grid.add_row("judged", _of(stats.judged, total))
-    grid.add_row("skipped", _counts(stats.skipped) if stats.skipped else "0")
-    grid.add_row("errors", _alarm(sum(stats.errors.values()), _counts(stats.errors) if stats.errors else Text("0")))
-    grid.add_row("orders agree", _proportion(stats.consistent))
-    grid.add_row("score", _spread(stats.scores))
-    grid.add_row("best − worst", _spread(stats.gaps))
-    grid.add_row("judge", _counts(stats.judges, "prompts"))
-    grid.add_row("tokens", _usage(stats.usage))
-    grid.add_row("cost", dollars(stats.usd))
-    console.print(Group(grid, *_histogram("scores", stats.score_histogram)))
-
-
 def pair_stats(console: Console, stats: PairStats) -> None:
     """Numbers of the pairs, with what is suspicious in colour."""
-    grid = _facts()
-    grid.add_row("pairs", _counts(stats.pairs))
-    grid.add_row("prompts", _counts(stats.prompts))
-    grid.add_row("score gap", _spread(stats.gaps))
+    grid = facts()
+    grid.add_row("pairs", counted(stats.pairs))
+    grid.add_row("prompts", counted(stats.prompts))
+    grid.add_row("score gap", spread_row(stats.gaps))
     grid.add_row("longer chosen", _longer(stats.longer_chosen))
-    grid.add_row("cut, chosen", _proportion(stats.chosen_cut))
-    grid.add_row("cut, rejected", _proportion(stats.rejected_cut))
-    grid.add_row("same pair again", _alarm(stats.duplicate_pairs))
+    grid.add_row("cut, chosen", share(stats.chosen_cut))
+    grid.add_row("cut, rejected", share(stats.rejected_cut))
+    grid.add_row("same pair again", alarm(stats.duplicate_pairs))
     grid.add_row("prompts repeated", f"{stats.repeated_prompts:,}")
-    grid.add_row("prompts on both sides", _alarm(stats.shared_prompts))
-    grid.add_row("contradictory pairs", _alarm(stats.contradictory_pairs))
-    grid.add_row("chosen = rejected", _alarm(stats.identical_sides))
+    grid.add_row("prompts on both sides", alarm(stats.shared_prompts))
+    grid.add_row("contradictory pairs", alarm(stats.contradictory_pairs))
+    grid.add_row("chosen = rejected", alarm(stats.identical_sides))
     lengths = _lengths({"chosen": stats.chosen, "rejected": stats.rejected})
-    console.print(Group(grid, "", lengths, *_histogram("score gaps", stats.gap_histogram)))
+    console.print(Group(grid, "", lengths, *bars("score gaps", stats.gap_histogram)))
 
 
 def settings(console: Console, rows: Sequence[Setting]) -> None:
@@ -194,30 +175,6 @@ def _setting(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(msgspec.to_builtins(value), ensure_ascii=False)
 
 
-def _facts() -> Table:
-    grid = Table.grid(padding=(0, 3, 0, 0))
-    grid.add_column(style="dim", no_wrap=True)
-    grid.add_column()
-    return grid
-
-
-def _alarm(count: int, text: Text | None = None) -> Text:
-    """A number that should be 0."""
-    text = text or Text(f"{count:,}")
-    text.style = "yellow" if count else "green"
-    return text
-
-
-def _of(count: int, total: int) -> Text:
-    return Text(f"{count:,} of {total:,}").append(f" ({percent(count / total)})" if total else "")
-
-
-def _counts(counts: Mapping[str, int], unit: str = "") -> Text:
-    parts = [safe_line(f"{name} ").append(f"{count:,}", "bold") for name, count in counts.items()]
-    text = joined(parts) if parts else Text("–", "dim")
-    return text.append(f" {unit}", "dim") if unit and parts else text
-
-
 def _counts_of(values: Sequence[str]) -> Text:
     parts = []
     for value in dict.fromkeys(values):
@@ -239,38 +196,12 @@ def _reason_style(reason: str) -> str:
     return {"stop": "green", "length": "yellow"}.get(reason, "red")
 
 
-def _proportion(proportion: Proportion | None) -> Text:
-    if proportion is None:
-        return Text("not known", "dim")
-    text = Text(f"{percent(proportion.share)} of {proportion.n:,}")
-    return text.append(f"  95%: {percent(proportion.low)} – {percent(proportion.high)}", "dim")
-
-
 def _longer(proportion: Proportion | None) -> Text:
     """P(longer chosen); a length bias that is no chance stands out."""
-    text = _proportion(proportion)
+    text = share(proportion)
     if proportion is not None:
         text.append(f"  z {proportion.z:+.1f}", "yellow" if abs(proportion.z) > UNBIASED_Z else "green")
     return text
-
-
-def _spread(spread: Spread | None) -> Text:
-    if spread is None:
-        return Text("not known", "dim")
-    named = {"min": spread.min, "median": spread.median, "mean": spread.mean, "max": spread.max}
-    return joined((Text.assemble((f"{name} ", "dim"), _short(value)) for name, value in named.items()), "  ")
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.2f}"
-
-
-def _usage(usage: Usage) -> Text:
-    if not usage.input and not usage.output:
-        return Text("not known", "dim")
-    text = Text(f"{usage.input:,} in").append(f" ({usage.cached:,} cached)" if usage.cached else "")
-    text.append(f" · {usage.output:,} out")
-    return text.append(f" ({usage.reasoning:,} reasoning)" if usage.reasoning else "")
 
 
 def _lengths(sides: Mapping[str, Lengths]) -> Table:
@@ -285,19 +216,6 @@ def _lengths(sides: Mapping[str, Lengths]) -> Table:
                 values = (spread.min, spread.median, spread.mean, spread.max)
                 table.add_row(Text(unit, "dim"), name, *(f"{value:,.0f}" for value in values))
     return table
-
-
-def _histogram(title: str, histogram: Histogram | None) -> list[RenderableType]:
-    if histogram is None:
-        return []
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(justify="right", style="dim")
-    grid.add_column(style="cyan", width=BAR_WIDTH)
-    grid.add_column(justify="right")
-    edges, most = histogram.edges, max(histogram.counts)
-    for low, high, count in zip(edges, edges[1:], histogram.counts, strict=False):
-        grid.add_row(f"{_short(low)} – {_short(high)}", bar(count / most, BAR_WIDTH), f"{count:,}")
-    return ["", Text(title, "bold"), grid]
 
 
 def _candidate(head: Text, text: str) -> RenderableType:
