@@ -208,6 +208,7 @@ def _root(
     "generate", "generate.n", "generate.prompts", "generate.engine", "generate.url", "model.name", "model.base",
     "model.adapter", "generate.temperature", "generate.top_p", "generate.max_tokens", "generate.frequency_penalty",
     "generate.seed", "generate.keep_lines", "generate.concurrency", "generate.batch_size",
+    "generate.price", "generate.max_usd",
 )  # fmt: skip
 def generate(session: Session, limit: Limit = None, dry_run: DryRun = False) -> Exit | None:
     """Prompts to completions: sample the SFT adapter until every prompt has n."""
@@ -226,6 +227,7 @@ def generate(session: Session, limit: Limit = None, dry_run: DryRun = False) -> 
 @command(
     "judge", "judge.judge", "judge.model", "judge.url", "judge.function", "judge.reward_model", "judge.batch_size",
     "judge.against", "judge.rubric", "judge.orders", "judge.reasoning_effort", "judge.max_tokens", "judge.price",
+    "judge.max_usd", "judge.flex",
     "judge.concurrency", "judge.seed", "pair.min_gap", "pair.length_control",
 )  # fmt: skip
 def judge(session: Session, limit: Limit = None, dry_run: DryRun = False) -> Exit | None:

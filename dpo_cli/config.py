@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta, Struct
@@ -27,6 +27,9 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 NonNegative = Annotated[float, Meta(ge=0)]
 Tracker = Literal["none", "wandb", "trackio", "tensorboard"]
 KlAction = Literal["halve_lr", "raise_beta", "rollback", "stop"]
+MaxUsd = Annotated[
+    NonNegative | None, Meta(description="Most dollars that this run may spend on new calls; the next counts anew.")
+]
 LossType = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
@@ -68,6 +71,8 @@ class GenerateSection(Struct, kw_only=True):
     concurrency: Annotated[Count, _doc("Most requests in flight; it adapts below that.")] = 256
     timeout: Annotated[Seconds, _doc("Seconds to wait for one reply.")] = 300.0
     batch_size: Annotated[Count, _doc("Sequences at once, engine transformers.")] = 32
+    price: Annotated[str | None, _doc("IN,CACHED,OUT in dollars per million tokens.")] = None
+    max_usd: MaxUsd = None
 
 
 class JudgeSection(Struct, kw_only=True):
@@ -85,7 +90,9 @@ class JudgeSection(Struct, kw_only=True):
     seed: Annotated[int, _doc("Seed of the orders.")] = SEED
     reasoning_effort: Annotated[str | None, _doc("Reasoning effort, for judges that reason.")] = "low"
     max_tokens: Annotated[Count, _doc("Longest reply, reasoning included, in tokens.")] = 2048
-    price: Annotated[str | None, _doc("IN,CACHED,OUT in dollars per million tokens.")] = None
+    price: Annotated[str | None, _doc("IN,CACHED,OUT in dollars per million tokens, of the tier that is used.")] = None
+    max_usd: MaxUsd = None
+    flex: Annotated[bool, _doc("OpenAI's flex tier: half the price, and slow.")] = False
     concurrency: Annotated[Count, _doc("Most requests in flight; it adapts below that.")] = 64
     timeout: Annotated[Seconds, _doc("Seconds to wait for one reply.")] = 300.0
 
@@ -299,7 +306,8 @@ def describe(key: str) -> str:
 def plain_type(key: str) -> type[Any]:
     """The type of a setting as a flag takes it: `int`, `float`, `bool` or `str`."""
     kind = get_args(fields()[key])[0]
-    parts = set(get_args(kind) or [kind]) - {type(None)}
+    parts = {get_args(part)[0] if get_origin(part) is Annotated else part for part in get_args(kind) or [kind]}
+    parts -= {type(None)}
     return parts.pop() if len(parts) == 1 and parts <= {bool, int, float} else str
 
 

@@ -3,7 +3,7 @@
 Reads prompts (prompt-only, `messages` and prompt-completion rows of a JSONL file, or of val.jsonl in a folder) and
 what completions.jsonl in `data` holds already; appends to it a line for each prompt that is finished, in the order in
 which they finish. The last line of an id wins, and a clean finish drops the lines before it. Rows that were made with
-another model or other sampling settings are never mixed with new ones. Budgets are not covered.
+another model or other sampling settings are never mixed with new ones.
 """
 
 import re
@@ -13,12 +13,14 @@ from typing import Any
 
 import msgspec
 from msgspec import Raw, Struct
+from msgspec.structs import replace
 
 from dpo_cli import engines
 from dpo_cli.config import Config, get
+from dpo_cli.endpoint import Estimate, Receipt, estimate, price_of
 from dpo_cli.engines import Request, Sample, Sampled
 from dpo_cli.errors import UserError
-from dpo_cli.progress import Progress
+from dpo_cli.progress import Progress, Silent
 from dpo_cli.schema import Completions, Message, Usage, canonical, prompt_id, read_prompt
 from dpo_cli.store import Journal, parse_rows, read_rows
 
@@ -31,7 +33,8 @@ class Generated(Struct, kw_only=True):
     `prompts` are distinct ones, `merged` the duplicates among them. `owed_prompts` and `owed_completions` are what was
     missing at the start: a request a prompt, more where the server refuses `n`. `completions` and what follows are
     this run's own: `identical` ones came twice for one prompt although they were sampled anew, `cut` ones ran into
-    max_tokens; `failed` counts prompts, and `error` is the first one's.
+    max_tokens; `failed` counts prompts, and `error` is the first one's. `receipt` is of paid calls, where there were
+    any; `estimate`, with `dry_run`, of those that are owed.
     """
 
     path: str
@@ -47,9 +50,8 @@ class Generated(Struct, kw_only=True):
     failed: int = 0
     error: str | None = None
     usage: Usage = msgspec.field(default_factory=Usage)
-    retries: int = 0
-    resent: int = 0
-    usd: float = 0.0
+    receipt: Receipt | None = None
+    estimate: Estimate | None = None
 
 
 def run(config: Config, progress: Progress, limit: int | None = None, dry_run: bool = False) -> Generated:
@@ -72,7 +74,8 @@ def run(config: Config, progress: Progress, limit: int | None = None, dry_run: b
     path = Path(config.data) / "completions.jsonl"
     result = Generated(path=str(path), dry_run=dry_run)
     if dry_run:
-        _find_owed(config, engine, limit, result)
+        requests, _ = _find_owed(config, engine, limit, result)
+        result.estimate = _estimate(requests, config) if engine == "endpoint" else None
         return result
     with Journal(path) as journal:
         requests, superseded = _find_owed(config, engine, limit, result)
@@ -125,6 +128,17 @@ def _made_with(config: Config, engine: str) -> dict[str, Any]:
     if engine != "endpoint":
         keys += ["model.base", "model.adapter"]
     return {"engine": engine, **{key.partition(".")[2]: get(config, key) for key in keys}}
+
+
+def _estimate(requests: list[Request], config: Config) -> Estimate:
+    """What the owed completions would cost, in one request a prompt."""
+    settings = config.generate
+    size = sum(len(msgspec.json.encode(request.prompt)) for request in requests)
+    worst = sum(request.need for request in requests) * settings.max_tokens
+    price = price_of(settings.url or "", config.model.name, settings.price)
+    return estimate(
+        len(requests), size, worst // 2, worst, price, given=settings.price is not None, typical="half of max_tokens"
+    )
 
 
 class _Made(Struct, gc=False):
@@ -254,7 +268,7 @@ class _Work:
 
     def finish(self, sample: Sample, requests: list[Request], config: Config) -> None:
         """Sample what is owed, then once more what came out identical."""
-        sample(requests, config, self._deliver, self._tally)
+        receipt = sample(requests, config, self._deliver, self._tally)
         self._tally.settle()
         again = [
             Request(id=key, prompt=made.row.prompt, have=made.row.completions, need=len(twins))
@@ -262,8 +276,10 @@ class _Work:
             if (twins := made.twins())
         ]
         if again:
-            sample(again, config, self._deliver_again, self._tally)
+            more = sample(again, _less(config, receipt), self._deliver_again, self._tally)
             self._tally.settle()
+            receipt = receipt + more if receipt and more else receipt
+        self._result.receipt = receipt
 
     def _deliver(self, sampled: Sampled) -> None:
         made = self._open[sampled.id]
@@ -308,7 +324,16 @@ class _Work:
         self._tally.done += 1
 
 
-class _Tally:
+def _less(config: Config, receipt: Receipt | None) -> Config:
+    """The settings with what is left of the budget."""
+    cap = config.generate.max_usd
+    if cap is None or receipt is None:
+        return config
+    left = max(0.0, cap - receipt.usd - receipt.unseen_usd)
+    return replace(config, generate=replace(config.generate, max_usd=left))
+
+
+class _Tally(Silent):
     """The engine's progress: passes its counters on, with the stage's own numbers."""
 
     def __init__(self, progress: Progress, result: Generated) -> None:
@@ -317,9 +342,6 @@ class _Tally:
         self._result = result
         self._counters: dict[str, float] = {}
         self._settled: dict[str, float] = {}
-
-    def begin(self, stage: str, total: int | None, done: int = 0) -> None:
-        """The stage has begun already."""
 
     def update(self, done: int, **counters: float) -> None:
         """Take the engine's totals; what is done the stage knows."""
@@ -330,15 +352,10 @@ class _Tally:
         """Pass a line on."""
         self._progress.log(text)
 
-    def end(self) -> None:
-        """The stage ends itself."""
-
     def tell(self) -> None:
         """Report everything."""
         result = self._result
         totals = {name: self._settled.get(name, 0) + value for name, value in self._counters.items()}
-        result.retries, result.resent = int(totals.get("retries", 0)), int(totals.pop("resent", 0))
-        result.usd = totals.get("usd", 0.0)
         if result.failed:
             totals["failed"] = result.failed
         self._progress.update(self.done, completions=result.completions, tokens=result.usage.output, **totals)

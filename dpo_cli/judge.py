@@ -16,6 +16,7 @@ from msgspec import Struct, field
 
 from dpo_cli import judges
 from dpo_cli.config import Config
+from dpo_cli.endpoint import Estimate, Receipt
 from dpo_cli.errors import UserError
 from dpo_cli.judges import Task, make_task
 from dpo_cli.progress import Progress, Silent
@@ -30,7 +31,8 @@ class Judged(Struct, kw_only=True):
     """What `run` did, or with `dry_run` would do.
 
     `done_before` prompts needed nothing; `owed` were given to the judge, at most `calls` paid calls; `skipped` and
-    `errors` count this run's reasons; `usage` and `usd` are of all judgments in the file.
+    `errors` count this run's reasons; `usage` and `usd` are of all judgments in the file. `receipt` is of this run's
+    paid calls, where there were any; `estimate`, with `dry_run`, of those that are owed.
     """
 
     total: int
@@ -44,6 +46,8 @@ class Judged(Struct, kw_only=True):
     usage: Usage = field(default_factory=Usage)
     usd: float = 0.0
     path: str = ""
+    receipt: Receipt | None = None
+    estimate: Estimate | None = None
 
 
 def run(config: Config, progress: Progress, limit: int | None = None, dry_run: bool = False) -> Judged:
@@ -72,6 +76,8 @@ def run(config: Config, progress: Progress, limit: int | None = None, dry_run: b
         total=len(rows), done_before=before, owed=len(tasks), calls=judge.calls(tasks, config), path=str(path),
     )  # fmt: skip
     if dry_run:
+        if (estimate := getattr(judge, "estimate", None)) is not None:
+            result.estimate = estimate(tasks, config)
         return result
     fresh: dict[str, Judgment] = {}
     if tasks or skips:
@@ -87,7 +93,7 @@ def run(config: Config, progress: Progress, limit: int | None = None, dry_run: b
                 fresh[skip.id] = skip
             progress.begin("judge", len(rows), before + len(skips))
             try:
-                judge.judge(tasks, config, deliver, _After(progress, before + len(skips)))
+                result.receipt = judge.judge(tasks, config, deliver, _After(progress, before + len(skips)))
             finally:
                 progress.end()
             journal.compact()

@@ -95,7 +95,7 @@ def write_file(path: Path, content: bytes) -> None:
     except OSError as error:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
-        raise _disk_error(error, path) from error
+        raise disk_error(error, path) from error
 
 
 class Journal:
@@ -121,7 +121,7 @@ class Journal:
             _repair_tail(self._file)
         except OSError as error:
             self.close()
-            raise _disk_error(error, self.path) from error
+            raise disk_error(error, self.path) from error
         return self
 
     def __exit__(
@@ -146,7 +146,7 @@ class Journal:
                 self._synced = time.monotonic()
         except OSError as error:
             os.ftruncate(self._file, start)
-            raise _disk_error(error, self.path) from error
+            raise disk_error(error, self.path) from error
 
     def compact(self) -> None:
         """Drop the lines that a later line of the same id supersedes; the rest keeps its bytes and its order."""
@@ -230,7 +230,8 @@ def _explain(error: msgspec.ValidationError) -> str:
     return f'"{place.rstrip("`")}": {text}' if place else text
 
 
-def _disk_error(error: OSError, path: Path) -> UserError:
+def disk_error(error: OSError, path: Path) -> UserError:
+    """What a person is told when a file can't be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
             "the disk is full; everything written before is kept",

@@ -362,9 +362,9 @@ def test_where_a_price_comes_from():
 
 def test_dollars_are_counted_for_what_was_paid_now(ledger):
     with Server() as server:
-        _, spend = ask(server.url, [body(), body(1)], ledger, price=Price(0, 0, 1e6))
+        _, spend = ask(server.url, [body(), body(1)], ledger, price=lambda _: Price(0, 0, 1e6))
         assert spend.usd == pytest.approx(spend.usage.output)
-        _, spend = ask(server.url, [body(), body(1)], ledger, price=Price(0, 0, 1e6))
+        _, spend = ask(server.url, [body(), body(1)], ledger, price=lambda _: Price(0, 0, 1e6))
         assert spend.usd == 0
 
 

@@ -204,8 +204,8 @@ def test_faults_of_all_kinds_leave_the_same_rows(folder):
     kinds = ["429", "429:0.1", "500", "503", "drop", "malformed", "hang"]
     with Server(fault=lambda call: random.Random(call.key).choice(kinds) if call.attempt == 1 else None) as server:
         result = run(server, generate__timeout=0.5)
-        assert result.resent == server.paid_twice > 0
-        assert result.retries >= 12
+        assert result.receipt.resent == server.paid_twice > 0
+        assert result.receipt.retries >= 12
     assert texts(folder) == texts(folder, "plain")
 
 

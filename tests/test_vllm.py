@@ -156,7 +156,7 @@ def test_generate_gets_every_completion_once(url, config, tmp_path):
     prompts.write_text("".join(json.dumps({"prompt": f"[OTIS] Scene {number}."}) + "\n" for number in range(5)))
     flags = {"generate.prompts": str(prompts), "data": str(tmp_path), "generate.url": url, "generate.max_tokens": 16}
     first = generate.run(resolve(flags, environment={}).config, Silent())
-    assert (first.completions, first.failed, first.retries) == (15, 0, 0)
+    assert (first.completions, first.failed, first.receipt.retries) == (15, 0, 0)
     more = generate.run(resolve(flags | {"generate.n": 4}, environment={}).config, Silent())
     assert (more.completions, more.failed) == (5, 0)
     rows = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]

@@ -1,11 +1,20 @@
 """What tokens cost: the user's own price, nothing on this machine, else genai-prices' dated table (offline)."""
 
+from collections.abc import Iterator
+from datetime import date
+from functools import cache
+from typing import Any, Literal, TypeAlias
 from urllib.parse import urlsplit
 
 from msgspec import Struct
 
 from dpo_cli.errors import UserError
 from dpo_cli.schema import Usage
+
+Tier: TypeAlias = Literal["batch", "flex"]
+
+# How genai-prices is asked for a tier. Where it has no price for one, its standard price stands: never too low.
+_CONTEXT = {None: {}, "batch": {"processing": "batch"}, "flex": {"service_tier": "flex"}}
 
 
 class Price(Struct, frozen=True):
@@ -21,30 +30,63 @@ class Price(Struct, frozen=True):
         return (fresh * self.input + usage.cached * self.cached + usage.output * self.output) / 1e6
 
 
-def price_of(url: str, model: str, override: str | None = None) -> Price | None:
+def price_of(url: str, model: str, override: str | None = None, tier: Tier | None = None) -> Price | None:
     """What the model costs there: `override` (`IN,CACHED,OUT`), nothing on this machine, else the price table.
 
-    None if nobody knows; a caller with a budget must then refuse, not guess.
+    The override is what is paid, on every tier. None if nobody knows; whoever has a budget must then refuse, not guess.
 
     Raises:
         UserError: the override is not three numbers.
     """
     if override is not None:
-        try:
-            fresh, cached, output = map(float, override.split(","))
-        except ValueError:
-            raise UserError(
-                f"'{override}' is not IN,CACHED,OUT", hint="dollars per million tokens: 0.75,0.075,4.5"
-            ) from None
-        return Price(fresh, cached, output)
+        return _read_price(override)
     if is_local(url):
         return Price(0.0, 0.0, 0.0)
+    return _look_up(url, model, tier)
+
+
+def is_local(url: str) -> bool:
+    """Whether the URL points to this machine."""
+    host = urlsplit(url).hostname or ""
+    return host in ("localhost", "::1", "0.0.0.0") or host.startswith("127.") or host.endswith(".localhost")
+
+
+def table_date() -> str:
+    """Name of the price table, and the day of its newest change that is in force."""
+    import genai_prices
+    from genai_prices.data import providers
+
+    def changes() -> Iterator[date]:
+        for provider in providers:
+            for model in provider.models:
+                conditional = model.prices if isinstance(model.prices, list) else []
+                for constraint in (price.constraint for price in conditional):
+                    start = getattr(constraint, "start_date", None)
+                    if start is not None and start <= date.today():
+                        yield start
+
+    return f"genai-prices {genai_prices.__version__}, newest change {max(changes())}"
+
+
+def _read_price(text: str) -> Price:
+    try:
+        fresh, cached, output = map(float, text.split(","))
+    except ValueError:
+        raise UserError(f"'{text}' is not IN,CACHED,OUT", hint="dollars per million tokens: 0.75,0.075,4.5") from None
+    if not all(0 <= value < float("inf") for value in (fresh, cached, output)):
+        raise UserError(f"'{text}' is no price", hint="dollars per million tokens: 0.75,0.075,4.5")
+    return Price(fresh, cached, output)
+
+
+@cache
+def _look_up(url: str, model: str, tier: Tier | None) -> Price | None:
     from genai_prices import Usage as Tokens
     from genai_prices import calc_price
 
     def million(**tokens: int) -> float:
         # A thousand at a time: a million would fall into the price of long contexts.
-        return 1000 * float(calc_price(Tokens(**tokens), model, provider_api_url=url).total_price)
+        found: Any = calc_price(Tokens(**tokens), model, provider_api_url=url, price_context=_CONTEXT[tier])
+        return 1000 * float(found.total_price)
 
     try:
         return Price(
@@ -54,9 +96,3 @@ def price_of(url: str, model: str, override: str | None = None) -> Price | None:
         )
     except LookupError:
         return None
-
-
-def is_local(url: str) -> bool:
-    """Whether the URL points to this machine."""
-    host = urlsplit(url).hostname or ""
-    return host in ("localhost", "::1", "0.0.0.0") or host.startswith("127.") or host.endswith(".localhost")

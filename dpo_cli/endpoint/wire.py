@@ -20,11 +20,12 @@ class Choice(Struct, omit_defaults=True):
 
 
 class Reply(Struct, omit_defaults=True):
-    """What is kept of a response: its choices by index, its tokens, and the model that says it answered."""
+    """What is kept of a response: its choices by index, its tokens, the model that says it answered, its dollars."""
 
     choices: list[Choice]
     usage: Usage
     model: str = ""
+    usd: float = 0.0
 
 
 class Error(Struct):

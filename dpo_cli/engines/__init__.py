@@ -1,7 +1,7 @@
 """Where completions come from: one module an engine, whose name is the value of `--engine`.
 
 An engine is a function `sample(requests, config, deliver, progress)` that calls `deliver` once for each request, as
-soon as that request is finished, in any order.
+soon as that request is finished, in any order, and returns the receipt of its paid calls, if it has any.
 """
 
 import pkgutil
@@ -12,6 +12,7 @@ from typing import TypeAlias, cast
 from msgspec import Struct
 
 from dpo_cli.config import Config
+from dpo_cli.endpoint import Receipt
 from dpo_cli.errors import require
 from dpo_cli.progress import Progress
 from dpo_cli.schema import Message, Usage
@@ -39,7 +40,7 @@ class Sampled(Struct, kw_only=True):
     error: str | None = None
 
 
-Sample: TypeAlias = Callable[[list[Request], Config, Callable[[Sampled], None], Progress], None]
+Sample: TypeAlias = Callable[[list[Request], Config, Callable[[Sampled], None], Progress], Receipt | None]
 
 
 def names() -> list[str]:

@@ -7,11 +7,12 @@ refuses by name (`n`, a sampling parameter) is left out for the rest of the run,
 import asyncio
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dpo_cli.config import Config
-from dpo_cli.endpoint import Endpoint, Rejected, Reply, Spend, price_of
+from dpo_cli.endpoint import Endpoint, Receipt, Rejected, Reply, price_of
 from dpo_cli.engines import Request, Sampled
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Progress
@@ -28,18 +29,18 @@ _REFUSAL = re.compile(
 )
 
 
-def sample(requests: list[Request], config: Config, deliver: Callable[[Sampled], None], progress: Progress) -> None:
+def sample(requests: list[Request], config: Config, deliver: Callable[[Sampled], None], progress: Progress) -> Receipt:
     """Sample every request from `generate.url`; a prompt that the server refuses is delivered with its error.
 
     Raises:
-        UserError: no server, no access, no such model, or no disk space.
+        UserError: no server, no access, no such model, no budget, or no disk space.
     """
-    asyncio.run(_sample(requests, config, deliver, progress))
+    return asyncio.run(_sample(requests, config, deliver, progress))
 
 
 async def _sample(
     requests: list[Request], config: Config, deliver: Callable[[Sampled], None], progress: Progress
-) -> None:
+) -> Receipt:
     settings = config.generate
     assert settings.url is not None
     async with Endpoint(
@@ -49,7 +50,8 @@ async def _sample(
         ledger=Path(config.data) / LEDGER,
         concurrency=settings.concurrency,
         timeout=settings.timeout,
-        price=price_of(settings.url, config.model.name),
+        price=partial(price_of, settings.url, override=settings.price),
+        max_usd=settings.max_usd,
         log=progress.log,
     ) as endpoint:
         sampler = _Sampler(endpoint, config, progress)
@@ -57,24 +59,25 @@ async def _sample(
         async def handle(request: Request) -> None:
             deliver(await sampler.complete(request))
 
-        reporter = asyncio.create_task(_report(endpoint.spend, progress))
+        reporter = asyncio.create_task(_report(endpoint, progress))
         try:
             await endpoint.each(requests, handle)
         finally:
             reporter.cancel()
-            _tell(endpoint.spend, progress)
+            _tell(endpoint, progress)
+        return endpoint.spend
 
 
-async def _report(spend: Spend, progress: Progress) -> None:
+async def _report(endpoint: Endpoint, progress: Progress) -> None:
     """Keep the live numbers live while nothing is delivered."""
     while True:
-        _tell(spend, progress)
+        _tell(endpoint, progress)
         await asyncio.sleep(REPORT_SECONDS)
 
 
-def _tell(spend: Spend, progress: Progress) -> None:
-    paid = {"usd": spend.usd} if spend.usd else {}
-    progress.update(0, in_flight=spend.in_flight, retries=spend.retries, resent=spend.resent, **paid)
+def _tell(endpoint: Endpoint, progress: Progress) -> None:
+    paid = {"usd": endpoint.spend.usd} if endpoint.spend.usd else {}
+    progress.update(0, in_flight=endpoint.in_flight, retries=endpoint.spend.retries, **paid)
 
 
 class _Sampler:

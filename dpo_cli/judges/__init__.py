@@ -1,6 +1,7 @@
 """Who ranks the completions: one module a judge, whose name is the value of `--judge`, with hyphens for underscores.
 
-A judge module has the three functions of `Judge`. It is handed tasks, one a prompt, and builds each `Judgment` with
+A judge module has the three functions of `Judge`; one that is paid has a fourth, `estimate(tasks, config)`, for what
+the tasks would cost. It is handed tasks, one a prompt, and builds each `Judgment` with
 `conclude`, which gives what was never shown its score: a twin that of its like, what is unusable the lowest.
 """
 
@@ -13,6 +14,7 @@ from typing import Any, Protocol, cast
 from msgspec import Struct
 
 from dpo_cli.config import Config
+from dpo_cli.endpoint import Receipt
 from dpo_cli.errors import require
 from dpo_cli.progress import Progress
 from dpo_cli.schema import Completions, Judgment, Message, Order, canonical, completions_id
@@ -49,8 +51,8 @@ class Judge(Protocol):
 
     def judge(
         self, tasks: Sequence[Task], config: Config, deliver: Callable[[Judgment], None], progress: Progress
-    ) -> None:
-        """Judge every task and deliver its judgment as soon as it is there, in any order."""
+    ) -> Receipt | None:
+        """Judge every task and deliver its judgment as soon as it is there, in any order; return what was paid."""
 
 
 def names() -> list[str]:

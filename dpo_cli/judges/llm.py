@@ -2,7 +2,7 @@
 
 Talks to any OpenAI-compatible endpoint; paid replies go to `judge.replies.jsonl` first, so that a kill costs only what
 was in flight. An order whose reply is no valid verdict is asked again, and never scored without one. Panels of several
-models, budgets and the Batch API are not covered.
+models are not covered.
 
 Permuted orders: arXiv:2406.07791, 2603.20562. The mean of the scores: arXiv:2503.03064.
 """
@@ -11,6 +11,7 @@ import asyncio
 import re
 from collections.abc import Callable, Sequence
 from datetime import UTC, date, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,7 +20,8 @@ import msgspec
 from msgspec import Struct
 
 from dpo_cli.config import Config, JudgeSection
-from dpo_cli.endpoint import Choice, Endpoint, Price, Rejected, price_of
+from dpo_cli.endpoint import Choice, Endpoint, Estimate, Price, Receipt, Rejected, Reply, Tier, price_of
+from dpo_cli.endpoint import estimate as price_estimate
 from dpo_cli.errors import UserError
 from dpo_cli.judges import Task, conclude, label_of
 from dpo_cli.judges._wire import Verdict, read_verdict, verdict_schema, write_message
@@ -29,6 +31,8 @@ from dpo_cli.schema import Judgment, Order, Usage, content_id
 LEDGER = "judge.replies.jsonl"
 KEY_VARIABLE = "OPENAI_API_KEY"
 REPORT_SECONDS = 0.5
+REPLY_TOKENS, SENTENCE_TOKENS = 120, 60  # of a usual reply, reasoning included: altogether, and for a candidate
+FLEX_SECONDS = 900.0  # OpenAI's advice: flex answers when there is room
 
 # The form in which a reply is asked for; an endpoint that refuses one is asked for the next.
 FORMATS = ("json_schema, strict", "json_schema", "json_object", "plain text")
@@ -39,6 +43,7 @@ _FIELDS = {
     "max_completion_tokens": re.compile(r"\bmax_completion_tokens\b"),
     "max_tokens": re.compile(r"\bmax_tokens\b"),
     "reasoning_effort": re.compile(r"\breasoning_effort\b|\breasoning\.effort\b"),
+    "service_tier": re.compile(r"\bservice_tier\b|\bflex\b"),
     "prompt_cache_options": re.compile(r"\bprompt_cache_options\b"),
 }
 _TOO_LONG = re.compile(r"context.?length|maximum context|too (large|long)", re.I)  # this request, not its fields
@@ -69,29 +74,47 @@ def calls(tasks: Sequence[Task], config: Config) -> int:
     return sum(min(config.judge.orders, len(task.shown)) for task in tasks)
 
 
-def judge(tasks: Sequence[Task], config: Config, deliver: Callable[[Judgment], None], progress: Progress) -> None:
+def estimate(tasks: Sequence[Task], config: Config) -> Estimate:
+    """What the tasks would cost if each order is asked once; replies that are in the ledger are counted as well."""
+    settings = config.judge
+    rubric = read_rubric(settings.rubric)
+    cap, price = settings.max_tokens, _price(config)(settings.model)
+    owed = size = typical = 0
+    for task in tasks:
+        for order in cyclic_orders(task, settings.orders, settings.seed):
+            message, candidates = compose(task, order, rubric, settings.seed)
+            size += len(msgspec.json.encode(request(message, list(candidates), cap, settings, Dialect())))
+            typical += min(cap, REPLY_TOKENS + SENTENCE_TOKENS * len(candidates))
+            owed += 1
+    return price_estimate(
+        owed, size, typical, owed * cap, price, given=settings.price is not None,
+        typical=f"a reply is {REPLY_TOKENS} tokens and {SENTENCE_TOKENS} a candidate",
+    )  # fmt: skip
+
+
+def judge(tasks: Sequence[Task], config: Config, deliver: Callable[[Judgment], None], progress: Progress) -> Receipt:
     """Judge every task over the network.
 
     Raises:
-        UserError: the endpoint, the model, the key, the price or the rubric is not usable.
+        UserError: the endpoint, the model, the key, the price, the budget or the rubric does not allow it.
     """
     settings = config.judge
     warning = ending_warning(settings.model, datetime.now(UTC).date())
     if warning:
         progress.log(warning)
-    asyncio.run(_judge(tasks, config, deliver, progress))
+    return asyncio.run(_judge(tasks, config, deliver, progress))
 
 
 async def _judge(
     tasks: Sequence[Task], config: Config, deliver: Callable[[Judgment], None], progress: Progress
-) -> None:
+) -> Receipt:
     settings = config.judge
-    price = price_of(settings.url, settings.model, settings.price)
     async with Endpoint(
         settings.url, api_key_variable=KEY_VARIABLE, ledger=Path(config.data) / LEDGER,
-        concurrency=settings.concurrency, timeout=settings.timeout, price=price, log=progress.log,
+        concurrency=settings.concurrency, timeout=max(settings.timeout, FLEX_SECONDS if settings.flex else 0),
+        price=_price(config), max_usd=settings.max_usd, log=progress.log,
     ) as endpoint:  # fmt: skip
-        court = Court(endpoint, config, price, progress.log)
+        court = Court(endpoint, config, progress.log)
         done = failed = 0
 
         async def handle(task: Task) -> None:
@@ -103,8 +126,8 @@ async def _judge(
         def tell() -> None:
             spend = endpoint.spend
             progress.update(
-                done, tokens=spend.usage.input + spend.usage.output, in_flight=spend.in_flight, retries=spend.retries,
-                failed=failed, usd=spend.usd,
+                done, tokens=spend.usage.input + spend.usage.output, in_flight=endpoint.in_flight,
+                retries=spend.retries, failed=failed, usd=spend.usd,
             )  # fmt: skip
 
         async def report() -> None:
@@ -120,6 +143,14 @@ async def _judge(
         finally:
             reporter.cancel()
             tell()
+        return endpoint.spend
+
+
+def _price(config: Config) -> Callable[[str], Price | None]:
+    """What a model's calls cost, on the tier that is used."""
+    settings = config.judge
+    tier: Tier | None = "flex" if settings.flex else None
+    return partial(price_of, settings.url, override=settings.price, tier=tier)
 
 
 class Dialect(Struct, frozen=True):
@@ -132,17 +163,16 @@ class Dialect(Struct, frozen=True):
 class Court:
     """One endpoint, and what has been learnt about it, for many tasks."""
 
-    def __init__(self, endpoint: Endpoint, config: Config, price: Price | None, log: Callable[[str], None]) -> None:
+    def __init__(self, endpoint: Endpoint, config: Config, log: Callable[[str], None]) -> None:
         self.endpoint = endpoint
         self.settings = config.judge
         self.rubric = read_rubric(config.judge.rubric)
-        self.price = price
         self.log = log
         self.dialect = Dialect()
 
     async def judgment(self, task: Task) -> Judgment:
         """The judgment of one task: scored, skipped where the judge refuses, or an error where it can't be had."""
-        paid: list[Usage] = []
+        paid: list[Reply] = []
         orders: list[Order] = []
         preferences: list[list[int]] = []
         judgment = Judgment(id=task.id, completions_id=task.completions_id)
@@ -158,11 +188,11 @@ class Court:
             judgment.failures = task.failures + 1
         else:
             judgment = conclude(task, *aggregate(orders, preferences), orders)
-        judgment.usage = sum(paid, Usage())
-        judgment.usd = self.price.usd(judgment.usage) if self.price else 0.0
+        judgment.usage = sum((reply.usage for reply in paid), Usage())
+        judgment.usd = sum(reply.usd for reply in paid)
         return judgment
 
-    async def _hear(self, task: Task, order: list[int], paid: list[Usage]) -> tuple[Verdict, str]:
+    async def _hear(self, task: Task, order: list[int], paid: list[Reply]) -> tuple[Verdict, str]:
         """Verdict and raw reply for one order.
 
         What was asked before is in the ledger and free, so each run may ask twice more than the failed ones before it.
@@ -172,8 +202,7 @@ class Court:
             _Invalid: no reply was a verdict.
             Rejected: the endpoint declines or does not answer.
         """
-        candidates = {label_of(place): task.completions[index] for place, index in enumerate(order)}
-        message = write_message(self.rubric, task.prompt, candidates, self.settings.seed)
+        message, candidates = compose(task, order, self.rubric, self.settings.seed)
         shown = [*candidates.values(), *(part["content"] for part in task.prompt)]
         cap, replicate = self.settings.max_tokens, 0
         while True:
@@ -191,7 +220,7 @@ class Court:
                 else:
                     raise _Invalid(f"no valid verdict: {'cut off by length' if cut else error}") from None
 
-    async def _ask(self, message: str, labels: list[str], cap: int, replicate: int, paid: list[Usage]) -> Choice:
+    async def _ask(self, message: str, labels: list[str], cap: int, replicate: int, paid: list[Reply]) -> Choice:
         while True:
             dialect = self.dialect
             body = request(message, labels, cap, self.settings, dialect)
@@ -202,7 +231,7 @@ class Court:
                     raise await self._no_model(rejected) from None
                 self._learn(dialect, body, rejected)
                 continue
-            paid.append(reply.usage)
+            paid.append(reply)
             return reply.choices[0]
 
     def _learn(self, dialect: Dialect, body: dict[str, Any], rejected: Rejected) -> None:
@@ -214,6 +243,8 @@ class Court:
         field = refused_field(body, rejected)
         if field is None:
             raise rejected
+        if field == "service_tier":
+            raise UserError(f"no flex tier there ({rejected.message})", where=self.endpoint.url, hint="without --flex")
         if field == "response_format":
             self.dialect = msgspec.structs.replace(dialect, format=dialect.format + 1)
             self.log(f"the judge's endpoint refuses {FORMATS[dialect.format]}; now {FORMATS[self.dialect.format]}")
@@ -229,6 +260,12 @@ class Court:
         )
 
 
+def compose(task: Task, order: list[int], rubric: str, seed: int) -> tuple[str, dict[str, str]]:
+    """The message that shows a task in one order, and label -> text of what it shows."""
+    candidates = {label_of(place): task.completions[index] for place, index in enumerate(order)}
+    return write_message(rubric, task.prompt, candidates, seed), candidates
+
+
 def request(message: str, labels: list[str], cap: int, settings: JudgeSection, dialect: Dialect) -> dict[str, Any]:
     """The request body; beyond OpenAI only what every endpoint knows: model, messages, format and output cap."""
     body: dict[str, Any] = {"model": settings.model, "messages": [{"role": "user", "content": message}]}
@@ -239,6 +276,8 @@ def request(message: str, labels: list[str], cap: int, settings: JudgeSection, d
         body["response_format"] = verdict_schema(labels, strict=dialect.format == 0)
     elif dialect.format == 2:
         body["response_format"] = {"type": "json_object"}
+    if settings.flex:
+        body["service_tier"] = "flex"
     if openai:
         extra: dict[str, Any] = {"reasoning_effort": settings.reasoning_effort}
         if re.match(r"gpt-(5\.([6-9]|\d\d)|[6-9]|\d\d)", settings.model):

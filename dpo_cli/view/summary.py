@@ -12,6 +12,7 @@ from dpo_cli.view.text import dollars, number, percent, safe
 
 if TYPE_CHECKING:
     from dpo_cli.demo import Demonstrated
+    from dpo_cli.endpoint import Estimate, Receipt
     from dpo_cli.evaluate import Evaluation
     from dpo_cli.generate import Generated
     from dpo_cli.judge import Judged
@@ -29,14 +30,16 @@ def generated(console: Console, result: "Generated") -> None:
         f"{result.owed_completions:,} completions of {result.owed_prompts:,} prompts"
         + (f" · {result.done_before:,} prompts were done" if result.done_before else ""),
     )
+    _expect(table, result.estimate)
     if not result.dry_run:
         made = [f"{result.completions:,}"]
         made += [f"{result.cut:,} cut by the token limit"] * bool(result.cut)
         made += [f"{result.identical:,} identical to another of their prompt"] * bool(result.identical)
         table.add_row("sampled", " · ".join(made))
-        table.add_row("tokens", _tokens(result.usage))
-        if result.retries or result.resent:
-            table.add_row("retries", f"{result.retries:,}, of which {result.resent:,} may have been answered unseen")
+        if result.receipt is None:
+            table.add_row("tokens", _tokens(result.usage))
+        else:
+            receipt(table, result.receipt)
         if result.failed:
             table.add_row("failed", safe(f"{result.failed:,} prompts; the first: {result.error}", "red"))
         table.add_row("wrote", safe(result.path))
@@ -47,7 +50,7 @@ def judged(console: Console, result: "Judged") -> None:
     """What `judge` did, or would do."""
     table = _facts()
     table.add_row("prompts", f"{result.total:,} · {result.done_before:,} judged before · {result.owed:,} owed")
-    table.add_row("calls", f"at most {result.calls:,}")
+    _expect(table, result.estimate)
     if result.judged:
         share = percent(result.consistent / result.judged)
         table.add_row("judged", f"{result.judged:,} · in {share} no order inverts best and worst")
@@ -55,10 +58,10 @@ def judged(console: Console, result: "Judged") -> None:
         counts = getattr(result, name)
         if counts:
             table.add_row(name, _reasons(counts, style))
+    if result.receipt is not None:
+        receipt(table, result.receipt)
     if result.usage != Usage():
-        table.add_row("tokens", _tokens(result.usage))
-    if result.usd:
-        table.add_row("spent", dollars(result.usd))
+        table.add_row("all judgments", f"{_tokens(result.usage)} · {dollars(result.usd)}")
     console.print(table)
 
 
@@ -164,6 +167,37 @@ def _facts() -> Table:
     table.add_column(style="dim", justify="right", no_wrap=True)
     table.add_column(overflow="fold")
     return table
+
+
+def receipt(table: Table, paid: "Receipt") -> None:
+    """Add what this run asked of an endpoint, and what that cost."""
+    calls = [f"{paid.calls:,} paid"]
+    calls += [f"{paid.reused:,} reused from the ledger"] * bool(paid.reused)
+    calls += [f"{paid.retries:,} retries"] * bool(paid.retries)
+    calls += [f"{paid.failed:,} failed"] * bool(paid.failed)
+    calls += [f"{paid.waiting:,} waiting in batches"] * bool(paid.waiting)
+    table.add_row("calls", " · ".join(calls))
+    table.add_row("tokens", _tokens(paid.usage))
+    table.add_row("spent", dollars(paid.usd))
+    if paid.resent or paid.interrupted:
+        twice = f"{paid.resent:,} sent again without an answer, {paid.interrupted:,} in flight when a run was stopped"
+        twice += f" · at most {dollars(paid.unseen_usd)}" if paid.unseen_usd else ""
+        table.add_row("perhaps twice", Text(twice, "yellow"))
+
+
+def _expect(table: Table, expected: "Estimate | None") -> None:
+    """Add what a run would cost, and what that rests on."""
+    if expected is None:
+        return
+    table.add_row("calls", f"{expected.calls:,}, as far as their replies are usable")
+    low, worst = expected.output_low, expected.output_worst
+    table.add_row("tokens", f"about {expected.input:,} in · {low:,} to {worst:,} out")
+    if expected.usd_low is None or expected.usd_worst is None:
+        table.add_row("dollars", Text("nobody knows this model's price: --price IN,CACHED,OUT", "yellow"))
+    else:
+        table.add_row("dollars", f"{dollars(expected.usd_low)} to {dollars(expected.usd_worst)}")
+    for assumption in expected.assumptions:
+        table.add_row("", Text(assumption, "dim"))
 
 
 def _tokens(usage: Usage) -> str:

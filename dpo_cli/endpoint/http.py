@@ -1,0 +1,162 @@
+"""One HTTP connection to an endpoint: the key, the session, and what each kind of failure means for the caller."""
+
+import os
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import urlsplit, urlunsplit
+
+from dpo_cli import __version__
+from dpo_cli.endpoint.prices import is_local
+from dpo_cli.endpoint.wire import Error, one_line, read_error, retry_after
+from dpo_cli.errors import Exit, UserError
+
+if TYPE_CHECKING:
+    import aiohttp
+
+CHAT = "/chat/completions"
+JSON = {"Content-Type": "application/json"}
+
+
+class Rejected(Exception):
+    """The endpoint refuses this one request, or (`status` 0 or retryable) gave no answer to it after every retry.
+
+    Attributes:
+        status: HTTP status; 0 where there was none.
+        message: the endpoint's own words, on one line.
+        param: the field that it names, if any.
+        code: its error code, if any.
+    """
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(f"{status}: {message}" if status else message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+
+
+class Down(Exception):
+    """There is no connection to the server."""
+
+
+class Again(Exception):
+    """No answer this time; `paid` if the request may have been paid, `after` seconds if the server says so."""
+
+    def __init__(
+        self, status: int, message: str, *, after: float | None = None, paid: bool = False, congestion: bool = False
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.after = after
+        self.paid = paid
+        self.congestion = congestion
+
+
+class Connection:
+    """Async context manager around a session with one endpoint.
+
+    Args:
+        url: base URL, usually ending in `/v1` (which is added where there is no path).
+        api_key_variable: environment variable that holds the key; None: no key is sent.
+        api_key_required: whether to ask for a key that is not set before an endpoint elsewhere does.
+        timeout: seconds to wait for one reply.
+
+    `responses` counts what came back, of any status.
+
+    Raises:
+        UserError: the URL is none, or a required key is not set.
+    """
+
+    def __init__(self, url: str, api_key_variable: str | None, api_key_required: bool, timeout: float) -> None:
+        self.url = _base_url(url)
+        self.responses = 0
+        self._variable = api_key_variable
+        self._key = os.environ.get(api_key_variable, "") if api_key_variable else ""
+        if api_key_variable and api_key_required and not self._key and not is_local(url):
+            raise UserError(f"no API key for {self.url}", hint=f"export {api_key_variable}=...")
+        self._timeout = timeout
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> Self:
+        import aiohttp
+
+        self._session = aiohttp.ClientSession(
+            # Under uvicorn's 5 s, so that no request goes into a connection which the server is closing.
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4.0),
+            timeout=aiohttp.ClientTimeout(total=self._timeout),
+            trust_env=not is_local(self.url),
+            headers={
+                "User-Agent": f"nothing-dpo/{__version__}",
+                **({"Authorization": f"Bearer {self._key}"} if self._key else {}),
+            },
+        )
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._session is not None
+        await self._session.close()
+
+    async def send(self, method: str, path: str, **content: Any) -> bytes:
+        """One HTTP request; the body of its successful response.
+
+        Args:
+            method: GET or POST.
+            path: after the base URL.
+            content: `data`, `params` and `headers`, as aiohttp takes them.
+
+        Raises:
+            Down: nobody there.
+            Again: no answer this time.
+            Rejected: this request is refused.
+            UserError: no request will be answered.
+        """
+        import aiohttp
+
+        assert self._session is not None
+        try:
+            async with self._session.request(method, f"{self.url}{path}", **content) as response:
+                body = await response.read()
+        except aiohttp.InvalidURL as error:
+            raise UserError(f"not a URL: {error}", where=self.url) from None
+        except aiohttp.ClientSSLError as error:
+            raise UserError(f"no secure connection: {error}", where=self.url, code=Exit.FAILED) from None
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            raise Down(str(error)) from None
+        except TimeoutError:
+            raise Again(0, f"no reply within {self._timeout:g} s", paid=True, congestion=True) from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise Again(0, f"connection lost: {error}", paid=True) from None
+        self.responses += 1
+        if response.status != 200:
+            raise self.fault(path, response.status, read_error(body), retry_after(response.headers))
+        return body
+
+    def fault(self, path: str, status: int, error: Error, after: float | None = None) -> Exception:
+        """What an error response means."""
+        message = one_line(error.message.replace(self._key, "***") if self._key else error.message)
+        said = f"{status}: {message}" if message else str(status)
+        if status in (401, 403):
+            given = f"is ${self._variable} right?" if self._key else "it asks for an API key"
+            hint = given if self._key or not self._variable else f"export {self._variable}=..."
+            return UserError(f"access refused, {said}", where=self.url, hint=hint)
+        if status == 402 or error.code in ("insufficient_quota", "billing_hard_limit_reached"):
+            hint = "everything paid is kept: top up, then run the same command again"
+            return UserError(f"the quota is exhausted, {said}", where=self.url, hint=hint, code=Exit.FAILED)
+        if status == 404 and (error.param == "model" or "model" in message.lower()):
+            return Rejected(status, message, error.param, error.code)
+        if status in (404, 405) and path == CHAT:
+            hint = "the URL is the one before /chat/completions, most often ending in /v1"
+            return UserError(f"no chat completions there, {said}", where=self.url, hint=hint)
+        if status in (408, 409, 425, 429) or status >= 500:
+            return Again(status, said, after=after, congestion=status in (408, 429, 503))
+        return Rejected(status, message, error.param, error.code)
+
+
+def _base_url(url: str) -> str:
+    parts = urlsplit(url.strip())
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(f"'{url}' is not an http(s) URL", hint="for example http://127.0.0.1:8000/v1")
+    path = parts.path.rstrip("/").removesuffix(CHAT) or "/v1"
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], path, "", ""))
