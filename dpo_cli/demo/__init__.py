@@ -1,1 +1,183 @@
-"""The whole pipeline on this machine: no key, no GPU, no network."""
+"""The whole pipeline on this machine: no key, no GPU, no network.
+
+Makes a folder with everything that a real project has (base model, demonstrations, prompts, configuration file), all
+of it small and from text that ships with the package, then calls the stages that every other command calls. In that
+folder each command can be run by hand afterwards. The same call goes on where an earlier one stopped. Only base model
+and texts are the demo's own; the settings are the preset `demo`.
+"""
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from msgspec import Struct
+
+from dpo_cli import config, errors, evaluate, generate, judge, pair, serve_config, train
+from dpo_cli.config import Config
+from dpo_cli.demo.scenes import Scene, make_scenes
+from dpo_cli.errors import UserError
+from dpo_cli.evaluate import Compared, Evaluation
+from dpo_cli.generate import Generated
+from dpo_cli.judge import Judged
+from dpo_cli.pair import Paired
+from dpo_cli.progress import Progress
+from dpo_cli.schema import Message
+from dpo_cli.store import read_rows, write_file, write_rows
+from dpo_cli.train import Trained
+
+SETTINGS = """\
+# Made by `nothing-dpo demo`. The preset holds all settings of the demo; `nothing-dpo inspect config` prints them,
+# and what is written here wins over it.
+preset = "demo"
+"""
+MADE = ("base", "adapters", "data", "runs")  # what `fresh` removes
+SEED = 7
+VOICED = 0.35  # share of the lines that are in their speaker's voice: what DPO has to raise
+
+
+class Sizes(Struct):
+    """How much of everything: scenes for each purpose, and steps of pretraining."""
+
+    base: int = 1600
+    demonstrations: int = 512
+    prompts: int = 512
+    held_out: int = 128
+    steps: int = 300
+
+
+class Demonstrated(Struct, kw_only=True):
+    """What was made, and whether the DPO adapter is better: `verdict` is pass if the win rate's interval clears 0.5.
+
+    `seconds` is by stage. `example` is the first held-out scene that tells the adapters apart.
+    """
+
+    folder: str
+    sft: Trained
+    generated: Generated
+    judged: Judged
+    paired: Paired
+    dpo: Trained
+    evaluation: Evaluation
+    example: "Example | None"
+    serve_config: str
+    seconds: dict[str, float]
+    verdict: Literal["pass", "fail"]
+    next: list[str]
+
+
+class Example(Struct):
+    """One held-out prompt and both adapters' answers."""
+
+    prompt: list[Message]
+    reference: str
+    policy: str
+    reference_score: float
+    policy_score: float
+
+
+def run(folder: Path, progress: Progress, fresh: bool = False, sizes: Sizes | None = None) -> Demonstrated:
+    """Make the folder and run every stage in it; what an earlier run finished is kept.
+
+    Args:
+        folder: a new or empty one, or one that an earlier run made.
+        progress: where each stage reports.
+        fresh: start over.
+        sizes: smaller for tests.
+
+    Raises:
+        UserError: the folder holds something else, the extra `train` is missing, or what the stages raise.
+    """
+    errors.require("train", "the demo")
+    # Matrices this small gain nothing from a second thread, and on a busy machine lose 6 times to waiting for it.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    _claim(folder, fresh)
+    sizes = sizes or Sizes()
+    seconds: dict[str, float] = {}
+    with contextlib.chdir(folder):  # so that paths and results are those of the same commands typed there
+        settings = config.resolve(file=Path(config.DEFAULT_FILE), environment={}).config
+        with _clock(seconds, "base"):
+            _make_inputs(settings, sizes, progress)
+        with _clock(seconds, "sft"):
+            sft = train.run(settings, progress, stage="sft", name="sft")
+        with _clock(seconds, "generate"):
+            generated = generate.run(settings, progress)
+        with _clock(seconds, "judge"):
+            judged = judge.run(settings, progress)
+            paired = pair.run(settings)
+        with _clock(seconds, "dpo"):
+            dpo = train.run(settings, progress, stage="dpo", name="dpo")
+        with _clock(seconds, "evaluate"):
+            evaluation = evaluate.run(settings, progress)
+            example = _example(Path(evaluation.path))
+        served = serve_config.render(settings, "cli")
+    return Demonstrated(
+        folder=str(folder), sft=sft, generated=generated, judged=judged, paired=paired, dpo=dpo,
+        evaluation=evaluation, example=example, serve_config=served, seconds=seconds,
+        verdict="pass" if evaluation.interval[0] > 0.5 else "fail",
+        next=[
+            f"cd {folder}",
+            "nothing-dpo inspect pairs --browse",
+            "nothing-dpo inspect run dpo",
+            "nothing-dpo train --name again --beta 0.3",
+        ],
+    )  # fmt: skip
+
+
+def _claim(folder: Path, fresh: bool) -> None:
+    """Make the folder the demo's own, or refuse one that is somebody else's."""
+    file = folder / config.DEFAULT_FILE
+    ours = file.exists() and 'preset = "demo"' in file.read_text("utf-8").splitlines()
+    if folder.exists() and not ours and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError("this is no folder of the demo's", where=str(folder), hint="nothing-dpo demo --folder NEW")
+    if fresh:
+        for name in MADE:
+            shutil.rmtree(folder / name, ignore_errors=True)
+    if not ours:
+        write_file(file, SETTINGS.encode())
+
+
+def _make_inputs(settings: Config, sizes: Sizes, progress: Progress) -> None:
+    """Scenes for every purpose, no two with the same opening, and the base model."""
+    counts = (sizes.base, sizes.demonstrations, sizes.prompts, sizes.held_out)
+    scenes = iter(make_scenes(sum(counts), VOICED, SEED))
+    corpus, demonstrations, prompts, held_out = ([next(scenes) for _ in range(count)] for count in counts)
+    data = Path(settings.generate.prompts)
+    write_rows(data / "train.jsonl", map(_demonstration, demonstrations))
+    write_rows(data / "val.jsonl", map(_demonstration, prompts))
+    write_rows(Path(settings.evaluate.prompts or data / "heldout.jsonl"), map(_demonstration, held_out))
+    base = Path(settings.model.base)
+    if base.exists():
+        return
+    from dpo_cli.demo import tiny
+
+    texts = [f"{scene.opening}\n{scene.rest}" for scene in corpus]
+    unfinished = base.with_name(f".{base.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    tiny.make_base(unfinished, texts, vocabulary=1024, hidden=96, heads=4, context=512)
+    tiny.pretrain(unfinished, texts, progress, steps=sizes.steps)
+    unfinished.rename(base)
+
+
+def _demonstration(scene: Scene) -> dict[str, list[Message]]:
+    return {
+        "prompt": [{"role": "user", "content": scene.opening}],
+        "completion": [{"role": "assistant", "content": scene.rest}],
+    }
+
+
+def _example(path: Path) -> Example | None:
+    for _, row in read_rows(path, Compared):
+        if row.policy_scores[0] > row.reference_scores[0]:
+            return Example(row.prompt, row.reference[0], row.policy[0], row.reference_scores[0], row.policy_scores[0])
+    return None
+
+
+@contextlib.contextmanager
+def _clock(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    seconds[stage] = round(time.monotonic() - start, 1)

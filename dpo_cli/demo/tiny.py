@@ -1,9 +1,12 @@
-"""A base model small enough for two cores: tokenizer and random Llama, made from text, saved like any other.
+"""A base model small enough for two cores: tokenizer and Llama, made from text, saved like any other.
 
 Writes an ordinary model folder, so that training, sampling and vLLM load it by their real loading code.
 """
 
+import random
 from pathlib import Path
+
+from dpo_cli.progress import Progress
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -20,7 +23,9 @@ def make_base(
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -45,3 +50,36 @@ def make_base(
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+def pretrain(
+    folder: Path, texts: list[str], progress: Progress, *, steps: int, batch_size: int = 16,
+    learning_rate: float = 4e-3, seed: int = 0,
+) -> None:  # fmt: skip
+    """Teach the model in `folder` to continue `texts`: next-token loss on whole texts, one cycle of learning rate."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+    rows = [tokenizer(tokenizer.bos_token + text + tokenizer.eos_token)["input_ids"] for text in texts]
+    optimizer = torch.optim.AdamW(network.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+    draw = random.Random(seed)
+    tokens = 0
+    progress.begin("pretrain", steps)
+    try:
+        for step in range(1, steps + 1):
+            batch = tokenizer.pad({"input_ids": draw.sample(rows, batch_size)}, return_tensors="pt")
+            labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+            loss = network(**batch, labels=labels).loss
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            tokens += int(batch["attention_mask"].sum())
+            progress.update(step, tokens=tokens, loss=loss.item())
+    finally:
+        progress.end()
+    network.save_pretrained(folder)

@@ -8,27 +8,22 @@ on what else is in the batch; bfloat16 rounds differently in another batch, so t
 Not covered: several devices, quantised bases, encoder-decoder and linear-attention models.
 """
 
-# ruff: noqa: E402 (the install command, not an ImportError, where torch is missing)
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from msgspec import Struct
-
-from dpo_cli.config import Config, GenerateSection
-from dpo_cli.engines import Request, Sampled
-from dpo_cli.errors import UserError, require
-from dpo_cli.progress import Progress
-from dpo_cli.schema import Message, Usage, content_id
-
-require("train", "the engine 'transformers'")
-
 import torch
+from msgspec import Struct
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging
+
+from dpo_cli.config import Config, GenerateSection
+from dpo_cli.engines import Request, Sampled
+from dpo_cli.errors import UserError
+from dpo_cli.progress import Progress
+from dpo_cli.schema import Message, Usage, content_id
 
 GREEDY = 1e-5  # vLLM's: a lower temperature is zero
 REFILL = 4  # prompts join when a quarter of the batch is free: a prefill of few rows wastes its overhead
