@@ -123,6 +123,21 @@ def changed(text, count):
     return " ".join(parts)
 
 
+@pytest.mark.parametrize(
+    ("roles", "fault"),
+    [
+        (["user", "system", "user"], "a system message after its first turn"),
+        (["system", "tool", "user"], "a message of role tool"),
+        (["system"], "does not end with a user message"),
+        (["user", "assistant", "assistant", "user"], "do not take turns"),
+    ],
+)
+def test_the_order_of_roles_is_named(roles, fault):
+    row = pair([{"role": role, "content": TEXT} for role in roles], TEXT, OTHER)
+    [finding] = check(pairs_of([row]), 10 * MAX_LENGTH)
+    assert fault in finding.message
+
+
 LONG = [f"[ANNA] {words(60, 700 + part)}" for part in range(3)]
 
 
@@ -151,6 +166,10 @@ def test_rows_that_do_not_go_together(rule, severity, train, val, where):
         ([pair(*LONG), pair(words(60, 800), LONG[1], LONG[2])], []),  # another prompt
         ([pair(LONG[0], "a", "b")], [pair(changed(LONG[0], 12), "c", "d")]),
         ([pair(LONG[0], "a", "b"), pair(changed(LONG[0], 1), "c", "d")], []),  # near prompts on one side
+        (
+            [pair([{"role": "system", "content": LONG[0]}, user("p")], "a", "b")],
+            [pair([{"role": "system", "content": LONG[0]}, user("q")], "c", "d")],
+        ),
     ],
 )
 def test_rows_that_go_together(train, val):
@@ -305,7 +324,8 @@ def test_findings_are_the_same_in_every_process(tmp_path):
     rows = [*SOUND, pair(*LONG), pair(LONG[0], changed(LONG[1], 1), LONG[2])]
     train, val = files(tmp_path, rows, [pair(changed(LONG[0], 2), "a", "b")])
     code = (
-        "import sys, msgspec; from pathlib import Path; from dpo_cli.lint import lint; "
+        "import sys, msgspec; from pathlib import Path; from dpo_cli.lint import lint, similar; "
+        "print([similar.Shingler().shingles(text) for text in ('one', 'one two three')], flush=True); "
         f"sys.stdout.buffer.write(msgspec.json.encode(lint(Path({str(train)!r}), Path({str(val)!r}), {MAX_LENGTH})))"
     )
     outputs = {
@@ -314,5 +334,5 @@ def test_findings_are_the_same_in_every_process(tmp_path):
         ).stdout
         for seed in ("1", "2")
     }
-    assert outputs == {msgspec.json.encode(lint(train, val, MAX_LENGTH))}
-    assert b"near-duplicate" in outputs.pop()
+    [output] = outputs
+    assert output.endswith(msgspec.json.encode(lint(train, val, MAX_LENGTH))) and b"near-duplicate" in output

@@ -47,6 +47,7 @@ def test_best_against_worst_of_each_prompt_with_the_guides_statistics(tmp_path):
 def test_neither_a_tie_nor_the_same_text_is_a_pair():
     rollouts = [rollout("p", "a", 0.5), rollout("p", "b", 0.5), rollout("q", "same", 0.9), rollout("q", "same ", 0.1)]
     assert same_prompt(rollouts, min_gap=0.0) == []
+    assert stratified(rollouts[:2], **{**GUIDE, "min_gap": 0.0, "high": 0.5, "low": 0.5}) == []
 
 
 def test_stratified_is_every_high_against_every_low_one():
