@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from dpo_cli.errors import UserError
+from dpo_cli.presets import PRESETS
 
 SEED = 42
 
@@ -234,43 +235,6 @@ ENVIRONMENT = {
     "OPENAI_BASE_URL": "judge.url",
     "JUDGE_MODEL": "judge.model",
 }
-
-# `l4` is the recipe of the defaults: one L4, an SFT adapter of rank 32 on a 3B model.
-PRESETS: dict[str, dict[str, Any]] = {
-    "l4": {},
-    "l4-qlora": {"train.load_in_4bit": True, "train.bf16": True, "train.gradient_checkpointing": True},
-    "rank1": {
-        "model.adapter": None, "train.r": 1, "train.lora_alpha": 1.0,
-        "train.target_modules": ["o_proj", "v_proj", "up_proj", "down_proj"], "train.learning_rate": 5e-7,
-        "train.max_steps": 100, "train.per_device_train_batch_size": 2, "train.gradient_accumulation_steps": 4,
-        "train.merge": True,
-    },
-    "lora16": {
-        "model.adapter": None, "train.r": 16, "train.lora_alpha": 32.0, "train.lora_dropout": 0.05,
-        "train.target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "train.learning_rate": 5e-5,
-    },
-    "full": {
-        "train.full": True, "train.learning_rate": 5e-7, "train.warmup_ratio": 0.1, "train.weight_decay": 0.01,
-    },
-    "conservative": {
-        "train.learning_rate": 1e-6, "train.num_train_epochs": 3, "train.steps_at_most": 1000, "train.warmup_steps": 100,
-        "train.weight_decay": 0.01, "train.max_grad_norm": 1.0, "train.max_length": 1024,
-        "train.gradient_checkpointing": True,
-    },
-    "demo": {
-        "model.base": "base", "model.adapter": "adapters/sft", "model.dpo_adapter": "adapters/dpo",
-        "model.name": "spin", "model.dpo_name": "spin-dpo",
-        "generate.engine": "transformers", "generate.n": 4, "generate.max_tokens": 96,
-        "generate.temperature": 1.0, "generate.frequency_penalty": 0.0, "generate.batch_size": 64,
-        "judge.judge": "function", "judge.function": "dpo_cli.demo.score:voices",
-        "sft.learning_rate": 3e-3, "sft.num_train_epochs": 1, "sft.per_device_train_batch_size": 16,
-        "sft.gradient_accumulation_steps": 1, "sft.warmup_steps": 5, "sft.per_device_eval_batch_size": 32, "sft.r": 8, "sft.lora_alpha": 16,
-        "sft.eval_steps": 60, "sft.save_steps": 60,
-        "train.learning_rate": 1e-3, "train.num_train_epochs": 1, "train.per_device_train_batch_size": 16,
-        "train.per_device_eval_batch_size": 16, "train.gradient_accumulation_steps": 1, "train.warmup_steps": 5, "train.logging_steps": 5,
-        "evaluate.prompts": "data/heldout.jsonl", "evaluate.samples": 2,
-    },
-}  # fmt: skip
 
 DEFAULT_FILE = "nothing-dpo.toml"
 DEFAULT_PRESET = "l4"

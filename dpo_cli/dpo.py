@@ -11,31 +11,59 @@ anything else means that they are not. Besides TRL's metrics there are
   prompts that the policy samples at temperature 1, summed over the whole vocabulary at each position. Exact but for
   the choice of prompts and samples, and for completions being cut at `kl_tokens`.
 
-Reads the SFT adapter; writes through `trainer.py`. Not covered: several GPUs, full fine-tuning.
+Besides a LoRA adapter, all weights can be trained, the adapter folded in, against a frozen copy. Reads the SFT
+adapter; writes through `loop.py`. Not covered: several GPUs.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerBase
+from torch.utils.data import Sampler
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import use_adapter
 
 from dpo_cli import store
-from dpo_cli.config import TrainSection
+from dpo_cli.config import Config, TrainSection
 from dpo_cli.encode import Sequences
 from dpo_cli.errors import Exit, UserError
+from dpo_cli.guards import LN2, MARGIN, State
+from dpo_cli.loop import fit
 from dpo_cli.progress import Progress
-from dpo_cli.run_folder import ADAPTER_FILES, LN2, RunFolder, event
-from dpo_cli.trainer import ResumableTrainer, arguments, fit, fresh_lora, load_base
+from dpo_cli.run_folder import ADAPTER_FILES, RunFolder, event
+from dpo_cli.trainer import ResumableTrainer, arguments, fresh_lora, load_base
 
 STEP_ZERO_TOLERANCE = 1e-3  # for the loss and for the margin of every pair, in nats
-BEST_METRIC = "eval_rewards/margins"
+BEST = (MARGIN, 1)
+
+
+class EasyFirst(Sampler[int]):
+    """The first epoch in the order of the rows, later ones shuffled by seed and epoch."""
+
+    def __init__(self, rows: int, seed: int) -> None:
+        self.rows = rows
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next iteration is."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[int]:
+        if self.epoch == 0:
+            return iter(range(self.rows))
+        order = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(torch.randperm(self.rows, generator=order).tolist())
 
 
 class Trainer(ResumableTrainer, DPOTrainer):  # type: ignore[misc]
@@ -45,18 +73,35 @@ class Trainer(ResumableTrainer, DPOTrainer):  # type: ignore[misc]
         events: where the check's result goes.
         kl_prompts: token ids of the held-out prompts on which evaluation measures KL.
         kl_tokens: longest completion sampled for that.
+        kl_limit: within which the best checkpoint must lie, in nats a token.
+        easy_first: whether the first epoch keeps the order of the rows.
         **trl: what DPOTrainer takes.
     """
 
-    def __init__(self, *, events: store.Journal, kl_prompts: list[list[int]], kl_tokens: int, **trl: Any) -> None:
+    best = BEST
+
+    def __init__(
+        self, *, events: store.Journal, kl_prompts: list[list[int]], kl_tokens: int, kl_limit: float = math.inf,
+        easy_first: bool = False, **trl: Any,
+    ) -> None:  # fmt: skip
+        self.easy_first = easy_first
         super().__init__(**trl)
+        self.kl_limit = kl_limit
         self.events = events
         self.kl_prompts = kl_prompts
         self.kl_tokens = kl_tokens
         self.step_zero_checked = False
         self._log_probs: list[torch.Tensor] = []
         self._margins: list[torch.Tensor] = []
-        self.model.register_forward_hook(self._keep_log_probs)
+        self._reference_lengths: float | None = None
+        for model in (self.model, self.ref_model):
+            if model is not None:
+                model.register_forward_hook(self._keep_log_probs)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
+        if self.easy_first:
+            return EasyFirst(len(self.train_dataset), self.args.seed)
+        return super()._get_train_sampler(train_dataset)
 
     def _keep_log_probs(self, module: Any, inputs: Any, outputs: Any) -> None:
         log_probs = getattr(outputs, "log_probs", None)
@@ -97,40 +142,56 @@ class Trainer(ResumableTrainer, DPOTrainer):  # type: ignore[misc]
         )  # fmt: skip
 
     def _likely_cause(self) -> str:
-        if "ref" not in self.model.peft_config:
+        if self.ref_model is not None:
+            if not same_weights(self.model.state_dict(), self.ref_model.state_dict()):
+                return "the reference is another model than the one that is trained"
+        elif "ref" not in self.model.peft_config:
             return "the reference is the base model, and the adapter that is trained is not new"
-        if not same_weights(adapter_weights(self.model, "default"), adapter_weights(self.model, "ref")):
+        elif not same_weights(adapter_weights(self.model, "default"), adapter_weights(self.model, "ref")):
             return "the reference is another adapter than the one that is trained"
         if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in self.model.modules()):
             return "dropout is on"
         return "the two agree in their weights, so the cause is numerical: try bf16 = false"
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """TRL's evaluation, with the standard error of the margin and KL on held-out prompts."""
+        """TRL's evaluation, with the standard error of the margin, KL on held-out prompts, and the beta of it all."""
         self._margins.clear()
         output = super().evaluation_loop(*args, **kwargs)
         margins = torch.cat(self._margins)
         if len(margins) > 1:
             output.metrics["eval_rewards/margins_stderr"] = margins.std().item() / math.sqrt(len(margins))
+        output.metrics["eval_beta"] = self.beta
         if self.kl_prompts:
-            per_token, per_sequence = self._kl()
+            completions = self._sample(self.model)
+            per_token, per_sequence = self._kl(completions)
             output.metrics.update(eval_kl_nats_per_token=per_token, eval_kl_nats_per_sequence=per_sequence)
+            if self._reference_lengths is None:
+                with self._reference() as reference:
+                    self._reference_lengths = _mean_length(self._sample(reference))
+            output.metrics["eval_sampled_tokens"] = _mean_length(completions)
+            output.metrics["eval_reference_sampled_tokens"] = self._reference_lengths
         return output
 
+    def _reference(self) -> AbstractContextManager[Any]:
+        """Context whose value is the reference: a model of its own, or the policy's with the adapter `ref` or none."""
+        if self.ref_model is not None:
+            return nullcontext(self.ref_model)
+        return reference_of(self.model)
+
     @torch.no_grad()
-    def _kl(self) -> tuple[float, float]:
+    def _kl(self, completions: list[list[int]]) -> tuple[float, float]:
         """KL(policy || reference) on the policy's own completions: nats a token, nats a sequence."""
-        completions = self._sample()
         total = torch.zeros((), dtype=torch.float64)
         for prompt, completion in zip(self.kl_prompts, completions, strict=True):
             ids = torch.tensor([prompt + completion], device=self.model.device)
-            policy = self._next_token_log_probs(ids, len(completion))
-            with reference_of(self.model):
-                reference = self._next_token_log_probs(ids, len(completion))
+            policy = self._next_token_log_probs(self.model, ids, len(completion))
+            with self._reference() as model:
+                reference = self._next_token_log_probs(model, ids, len(completion))
             total += (policy.exp() * (policy - reference)).sum().double().cpu()
         return total.item() / sum(map(len, completions)), total.item() / len(completions)
 
-    def _sample(self) -> list[list[int]]:
+    @torch.no_grad()
+    def _sample(self, model: Any) -> list[list[int]]:
         """One completion a held-out prompt, at temperature 1, to the stop token or `kl_tokens`."""
         pad, stops = self._tokenizer.pad_token_id, self.model.generation_config.eos_token_id
         stops = set(stops if isinstance(stops, list) else [stops]) | {self._tokenizer.eos_token_id}
@@ -142,7 +203,7 @@ class Trainer(ResumableTrainer, DPOTrainer):  # type: ignore[misc]
         # The same draws at every evaluation, and none from the generator that training uses.
         with torch.random.fork_rng([device] if device.type == "cuda" else []), self.accelerator.autocast():
             torch.manual_seed(self.args.seed)
-            output = self.model.generate(
+            output = model.generate(
                 input_ids=torch.tensor(ids, device=device), attention_mask=torch.tensor(mask, device=device),
                 do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
                 max_new_tokens=self.kl_tokens,
@@ -150,22 +211,22 @@ class Trainer(ResumableTrainer, DPOTrainer):  # type: ignore[misc]
             )  # fmt: skip
         return [_until(row, stops) for row in output[:, width:].tolist()]
 
-    def _next_token_log_probs(self, ids: torch.Tensor, count: int) -> torch.Tensor:
+    def _next_token_log_probs(self, model: Any, ids: torch.Tensor, count: int) -> torch.Tensor:
         """Log-probabilities of what followed: (count, vocabulary), float32, for the last `count` positions."""
         with self.accelerator.autocast():
-            logits = self.model(input_ids=ids, logits_to_keep=count + 1, use_cache=False).logits
+            logits = model(input_ids=ids, logits_to_keep=count + 1, use_cache=False).logits
         log_probs: torch.Tensor = logits[0, :-1].float().log_softmax(-1)
         return log_probs
 
 
 def train(
-    section: TrainSection, base: Path, adapter: Path | None, tokenizer: PreTrainedTokenizerBase,
-    rows: list[Sequences], held_out: list[Sequences], run: RunFolder, events: store.Journal, progress: Progress,
+    config: Config, base: Path, adapter: Path | None, tokenizer: PreTrainedTokenizerBase, rows: list[Sequences],
+    held_out: list[Sequences], run: RunFolder, events: store.Journal, progress: Progress,
 ) -> None:  # fmt: skip
-    """Train `adapter` against its own frozen copy, or a fresh LoRA against the base.
+    """Train `adapter` against its own frozen copy, a fresh LoRA against the base, or all weights against theirs.
 
     Args:
-        section: settings.
+        config: settings.
         base: folder of the base model.
         adapter: folder of the SFT adapter; None: a fresh LoRA.
         tokenizer: the base's.
@@ -178,29 +239,64 @@ def train(
     Raises:
         UserError: step zero is not ln 2, the reference is not the SFT adapter, or a setting is one that TRL refuses.
     """
-    model = load_base(base, section)
+    section = config.train
+    if section.full and section.load_in_4bit:
+        raise UserError("weights in 4 bits can't be trained", hint="set train.full or train.load_in_4bit to false")
+
+    def make(state: State) -> Trainer:
+        policy, reference = _models(section, base, adapter)
+        try:
+            trainer = Trainer(
+                events=events,
+                kl_prompts=_distinct([row.prompt for row in held_out])[: section.kl_prompts],
+                kl_tokens=section.kl_tokens,
+                kl_limit=config.gate.kl_limit,
+                easy_first=section.curriculum,
+                model=policy,
+                ref_model=reference,
+                args=DPOConfig(
+                    **arguments(section, run, bool(held_out), *BEST, len(rows), state),
+                    beta=section.beta, loss_type=section.loss_type, label_smoothing=section.label_smoothing,
+                ),
+                train_dataset=_dataset(rows),
+                eval_dataset=_dataset(held_out) if held_out else None,
+                processing_class=tokenizer,
+                peft_config=None if adapter is not None or section.full else fresh_lora(section),
+            )  # fmt: skip
+        except ValueError as error:
+            raise UserError(f"TRL refuses this setting: {error}") from None
+        if section.load_in_4bit:
+            _restore_precision(trainer.model, adapter)
+        if adapter is not None and not section.full:
+            check_reference(trainer.model, adapter)
+        return trainer
+
+    fit(make, run, events, progress, config.gate)
+
+
+def _models(section: TrainSection, base: Path, adapter: Path | None) -> tuple[Any, Any]:
+    """The policy, and the reference where it is a model of its own."""
+    if not section.full:
+        model = load_base(base, section)
+        return (PeftModel.from_pretrained(model, adapter, is_trainable=True) if adapter else model), None
+    return _folded(base, adapter), _folded(base, adapter)
+
+
+def _folded(base: Path, adapter: Path | None) -> Any:
+    """The base with the adapter folded in, in float32: in bfloat16 small updates of all weights would be lost."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload() if adapter else model
+
+
+def _restore_precision(model: Any, adapter: Path | None) -> None:
+    """Undo TRL's cast of the adapter over 4-bit weights to bfloat16, which loses small updates and the reference."""
+    for name, value in model.named_parameters():
+        if "lora_" in name:
+            value.data = value.data.float()
     if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
-    try:
-        trainer = Trainer(
-            events=events,
-            kl_prompts=_distinct([row.prompt for row in held_out])[: section.kl_prompts],
-            kl_tokens=section.kl_tokens,
-            model=model,
-            args=DPOConfig(
-                **arguments(section, run, bool(held_out), BEST_METRIC, 1),
-                beta=section.beta, loss_type=section.loss_type, label_smoothing=section.label_smoothing,
-            ),
-            train_dataset=_dataset(rows),
-            eval_dataset=_dataset(held_out) if held_out else None,
-            processing_class=tokenizer,
-            peft_config=None if adapter is not None else fresh_lora(section),
-        )  # fmt: skip
-    except ValueError as error:
-        raise UserError(f"TRL refuses this setting: {error}") from None
-    if adapter is not None:
-        check_reference(trainer.model, adapter)
-    fit(trainer, run, events, progress)
+        weights = load_file(adapter / ADAPTER_FILES[1])
+        for name in ("default", "ref"):
+            set_peft_model_state_dict(model, weights, adapter_name=name)
 
 
 def check_reference(model: Any, adapter: Path) -> None:
@@ -229,9 +325,11 @@ def same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
     )
 
 
-def reference_of(model: Any) -> Any:
-    """Context in which the model is the reference: the adapter `ref`, or no adapter at all."""
-    return use_adapter(model, "ref" if "ref" in model.peft_config else None)
+@contextmanager
+def reference_of(model: Any) -> Iterator[Any]:
+    """Context in which the model, its value, is the reference: the adapter `ref`, or no adapter at all."""
+    with use_adapter(model, "ref" if "ref" in model.peft_config else None):
+        yield model
 
 
 def _dataset(rows: list[Sequences]) -> Dataset:
@@ -246,6 +344,10 @@ def _dataset(rows: list[Sequences]) -> Dataset:
 
 def _distinct(prompts: list[list[int]]) -> list[list[int]]:
     return [list(prompt) for prompt in dict.fromkeys(map(tuple, prompts))]
+
+
+def _mean_length(sequences: list[list[int]]) -> float:
+    return sum(map(len, sequences)) / len(sequences)
 
 
 def _until(ids: list[int], stops: set[int]) -> list[int]:

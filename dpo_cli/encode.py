@@ -86,6 +86,11 @@ class Encoder:
                 usable.append(sequences)
         return Encoded(usable, shortened, dict(refused))
 
+    def prompt_ids(self, prompt: list[Message]) -> list[int]:
+        """Token ids of a prompt, ready to be answered."""
+        [ids] = self._tokenize([self._render(prompt, answer_next=True)])
+        return ids
+
     def _encode(self, rows: Sequence[tuple[list[Message], list[list[Message]]]]) -> list[Sequences | None]:
         """All rows in one call to the tokenizer; None where the prompt is no prefix of prompt plus completion."""
         texts = []

@@ -8,7 +8,6 @@ on which a file's content can appear after a later file's.
 
 import hashlib
 import json
-import math
 import os
 import shutil
 from datetime import UTC, datetime
@@ -19,10 +18,13 @@ import msgspec
 
 from dpo_cli import store
 from dpo_cli.errors import UserError
+from dpo_cli.guards import State
 
 MARKER = "complete.json"
+GUARDS = "guards.json"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-LN2 = math.log(2)
+MODEL_FILES = ("model.safetensors", "config.json", "generation_config.json")
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja")
 
 
 class RunFolder:
@@ -34,6 +36,7 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.events = path / "events.jsonl"
         self.report = path / "report.json"
+        self.guards = path / GUARDS
         self.checkpoints = path / "checkpoints"
 
     def begin(self, spec: dict[str, Any]) -> None:
@@ -60,7 +63,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove what a run has written, and nothing else."""
-        for file in (self.report, self.config, self.metrics, self.events):
+        for file in (self.report, self.config, self.metrics, self.events, self.guards):
             file.unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
@@ -81,6 +84,25 @@ class RunFolder:
         for folder in torn:
             shutil.rmtree(folder)
         return sorted(folder.name for folder in torn)
+
+    def guard_state(self) -> State:
+        """What the guards had changed where the run goes on: at its newest checkpoint, or since."""
+        checkpoints = self.complete_checkpoints()
+        newest = max(checkpoints, default=0)
+        since = read_json(self.guards) if self.guards.exists() else {}
+        if since.get("step") == newest:
+            return msgspec.convert(since["state"], State)
+        return msgspec.convert(read_json(checkpoints[newest] / GUARDS), State) if checkpoints else State()
+
+    def save_guard_state(self, step: int, state: State) -> None:
+        """Note what the guards have changed since the checkpoint of a step was saved."""
+        store.write_json(self.guards, {"step": step, "state": state})
+
+    def drop_after(self, step: int) -> None:
+        """Remove the checkpoints after a step."""
+        for later, folder in self.complete_checkpoints().items():
+            if later > step:
+                shutil.rmtree(folder)
 
     def last_event(self, name: str) -> dict[str, Any] | None:
         """Details of the last event of a name."""
@@ -116,27 +138,14 @@ def metric_rows(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in log_history if "loss" in row or "eval_loss" in row]
 
 
-def best_checkpoint(checkpoints: dict[int, Path], rows: list[dict[str, Any]], metric: str, sign: int) -> int:
-    """Step of the checkpoint with the best held-out metric, a later one winning; the last where none was evaluated.
+def publish(checkpoint: Path, folder: Path, base: str, tokenizer: Path | None = None) -> None:
+    """Put a checkpoint's adapter, or its whole model, alone into `folder`: all of it or nothing.
 
     Args:
-        checkpoints: step -> folder, oldest first, at least one.
-        rows: lines of metrics.jsonl.
-        metric: name of the evaluation metric.
-        sign: 1 where larger is better, -1 where smaller is.
-    """
-    values = {row["step"]: sign * row[metric] for row in rows if metric in row}
-    evaluated = [step for step in checkpoints if step in values]
-    return max(evaluated, key=lambda step: (values[step], step), default=max(checkpoints))
-
-
-def publish(checkpoint: Path, folder: Path, base: str) -> str:
-    """Put a checkpoint's adapter alone into `folder`, whole or not at all; its sha256.
-
-    Args:
-        checkpoint: where the adapter is.
-        folder: replaced if it holds an adapter.
+        checkpoint: where it is.
+        folder: replaced if it holds an adapter or a model.
         base: folder or Hub id of the base model, for adapter_config.json.
+        tokenizer: folder whose tokenizer goes with a whole model.
 
     Raises:
         UserError: `folder` holds something else.
@@ -147,24 +156,36 @@ def publish(checkpoint: Path, folder: Path, base: str) -> str:
     for left in (staged, replaced):
         shutil.rmtree(left, ignore_errors=True)
     staged.mkdir(parents=True)
-    for name in ADAPTER_FILES:
-        shutil.copyfile(checkpoint / name, staged / name)
-    settings = read_json(staged / ADAPTER_FILES[0])
-    store.write_json(staged / ADAPTER_FILES[0], settings | {"base_model_name_or_path": base})
+    if (checkpoint / ADAPTER_FILES[0]).exists():
+        for name in ADAPTER_FILES:
+            shutil.copyfile(checkpoint / name, staged / name)
+        settings = read_json(staged / ADAPTER_FILES[0])
+        store.write_json(staged / ADAPTER_FILES[0], settings | {"base_model_name_or_path": base})
+    else:
+        sources = [checkpoint / name for name in MODEL_FILES]
+        sources += [file for pattern in TOKENIZER_FILES for file in (tokenizer.glob(pattern) if tokenizer else ())]
+        for source in filter(Path.exists, sources):
+            shutil.copyfile(source, staged / source.name)
     if folder.exists():
         folder.rename(replaced)
     staged.rename(folder)
     shutil.rmtree(replaced, ignore_errors=True)
-    return sha256(folder / ADAPTER_FILES[1])
+
+
+def weights_file(folder: Path) -> Path:
+    """The file that holds an adapter's weights, or those of a whole model."""
+    adapter = folder / ADAPTER_FILES[1]
+    return adapter if adapter.exists() else folder / MODEL_FILES[0]
 
 
 def check_replaceable(folder: Path) -> None:
-    """Refuse to write an adapter over anything but an adapter.
+    """Refuse to write an adapter or a model over anything but an adapter or a model.
 
     Raises:
         UserError: the folder holds something else.
     """
-    if folder.exists() and not (folder / ADAPTER_FILES[0]).exists() and (folder.is_file() or any(folder.iterdir())):
+    ours = any((folder / name).exists() for name in (ADAPTER_FILES[0], MODEL_FILES[0]))
+    if folder.exists() and not ours and (folder.is_file() or any(folder.iterdir())):
         raise UserError("holds something that is no adapter; it would be overwritten", where=str(folder))
 
 

@@ -14,16 +14,20 @@ from dpo_cli import store
 from dpo_cli.config import SftSection
 from dpo_cli.encode import Sequences
 from dpo_cli.errors import UserError
+from dpo_cli.guards import State
+from dpo_cli.loop import fit
 from dpo_cli.progress import Progress
 from dpo_cli.run_folder import RunFolder
-from dpo_cli.trainer import ResumableTrainer, arguments, fit, fresh_lora, load_base
+from dpo_cli.trainer import ResumableTrainer, arguments, fresh_lora, load_base
 
-BEST_METRIC = "eval_loss"
+BEST = ("eval_loss", -1)
 IGNORED = -100  # a label that carries no loss
 
 
 class Trainer(ResumableTrainer, SFTTrainer):  # type: ignore[misc]
     """TRL's trainer, which resumes exactly."""
+
+    best = BEST
 
 
 def train(
@@ -45,18 +49,21 @@ def train(
     Raises:
         UserError: a setting is one that TRL refuses.
     """
-    try:
-        trainer = Trainer(
-            model=load_base(base, section),
-            args=SFTConfig(**arguments(section, run, bool(held_out), BEST_METRIC, -1)),
-            train_dataset=dataset(rows),
-            eval_dataset=dataset(held_out) if held_out else None,
-            processing_class=tokenizer,
-            peft_config=fresh_lora(section),
-        )
-    except ValueError as error:
-        raise UserError(f"TRL refuses this setting: {error}") from None
-    fit(trainer, run, events, progress)
+
+    def make(state: State) -> Trainer:
+        try:
+            return Trainer(
+                model=load_base(base, section),
+                args=SFTConfig(**arguments(section, run, bool(held_out), *BEST, len(rows), state)),
+                train_dataset=dataset(rows),
+                eval_dataset=dataset(held_out) if held_out else None,
+                processing_class=tokenizer,
+                peft_config=fresh_lora(section),
+            )
+        except ValueError as error:
+            raise UserError(f"TRL refuses this setting: {error}") from None
+
+    fit(make, run, events, progress)
 
 
 def dataset(rows: list[Sequences]) -> Dataset:

@@ -7,7 +7,7 @@ and does nothing for one that is finished. Importing this needs no torch.
 
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,47 +16,49 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
-from dpo_cli import errors, store
+from dpo_cli import errors, plan, store
 from dpo_cli.adapter import Adapter, check_adapter, fingerprint
 from dpo_cli.config import Config, as_dict
 from dpo_cli.encode import Encoded
 from dpo_cli.errors import Exit, UserError
+from dpo_cli.guards import KL, LN2, MARGIN, best_step
+from dpo_cli.inputs import Inputs, Stage, base_folder, read_inputs
 from dpo_cli.progress import Progress
 from dpo_cli.run_folder import (
-    ADAPTER_FILES,
-    LN2,
     RunFolder,
-    best_checkpoint,
     check_replaceable,
     event,
     metric_rows,
     publish,
     sha256,
+    weights_file,
 )
-from dpo_cli.schema import Message, prompt_id, read_demonstration, read_preference, split_side
-
-Stage = Literal["dpo", "sft"]
-Row = tuple[list[Message], list[list[Message]]]  # a prompt and its completions: chosen and rejected, or one
+from dpo_cli.served_tokens import check_tokens
+from dpo_cli.stats import proportion
 
 PACKAGES = ("nothing-dpo", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
-MODEL_FILES = ["*.json", "*.jinja", "*.model", "*.safetensors"]
+WITHOUT_EFFECT = ("report_to", "merge")  # on what is trained: a run may go on with others
 BEST = {"dpo": ("eval_rewards/margins", 1), "sft": ("eval_loss", -1)}
 
 
 class Gate(Struct):
-    """One condition on the result: `value` against `limit`; `interval` is the value's 95% one, where known."""
+    """One condition on the result: `value` against `limit`; `interval` is the value's 95% one, where known.
+
+    `ok` None: too few rows to tell; that fails no run, but is said.
+    """
 
     value: float
     limit: float
-    ok: bool
+    ok: bool | None
     interval: tuple[float, float] | None = None
 
 
 class Trained(Struct, kw_only=True):
     """What became of a run.
 
-    `verdict` is pass or fail by the gates, none for a dry run. `step` is that of the newest checkpoint, `metrics` the
-    last training and evaluation lines, `refused` reason -> rows.
+    `verdict` is pass or fail by the gates, none for a dry run; `reasons` are those gates that do not say yes. `step`
+    is that of the newest checkpoint, `ended` the fault that ended the run before its last step, `metrics` the last
+    training and evaluation lines, `refused` reason -> rows.
     """
 
     stage: Stage
@@ -74,18 +76,11 @@ class Trained(Struct, kw_only=True):
     metrics: dict[str, Any] = msgspec.field(default_factory=dict)
     gates: dict[str, Gate] = msgspec.field(default_factory=dict)
     verdict: Literal["pass", "fail"] | None = None
+    reasons: list[str] = msgspec.field(default_factory=list)
+    ended: str | None = None
     best_checkpoint: str | None = None
     policy_sha256: str | None = None
     reference_sha256: str | None = None
-
-
-class Inputs(Struct):
-    """Rows to train on and rows held out, as messages; hashes of the files read; how we split, where we did."""
-
-    rows: list[Row]
-    held_out: list[Row]
-    files: dict[str, str]
-    split: dict[str, float]
 
 
 def run(
@@ -115,14 +110,14 @@ def run(
     errors.require("train", "training")
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # read when huggingface_hub is first imported
     folder = RunFolder(Path(config.runs) / name)
-    inputs = _read_inputs(config, stage, data, limit)
-    base = _base_folder(config.model.base)
+    inputs = read_inputs(config, stage, data, limit)
+    base = base_folder(config.model.base)
     adapter = _sft_adapter(config) if stage == "dpo" else None
     output = _output(config, stage)
     section = config.train if stage == "dpo" else config.sft
     result = Trained(
         stage=stage, run=str(folder.path), adapter=str(output), rows=len(inputs.rows), held_out=len(inputs.held_out),
-        steps=_steps(section, len(inputs.rows)),
+        steps=plan.steps(section, len(inputs.rows)),
     )  # fmt: skip
     if dry_run:
         result.step = max(folder.complete_checkpoints(), default=0)
@@ -155,7 +150,7 @@ def run(
                 raise
             finally:
                 progress.end()
-        return _finish(result, folder, output, config.model.base, identity)
+        return _finish(result, folder, output, config, identity)
 
 
 def _train(
@@ -170,15 +165,17 @@ def _train(
     section = config.train if stage == "dpo" else config.sft
     with trainer.hushed(progress):
         encoder = trainer.load_encoder(base, config.model, section.max_length)
-        rows, held_out = encoder.encode(inputs.rows), encoder.encode(inputs.held_out)
+        rows, held_out = (encoder.encode([row[:2] for row in side]) for side in (inputs.rows, inputs.held_out))
         _tell(rows, held_out, events, progress)
+        if stage == "dpo":
+            check_tokens(encoder, [row.prompt for row in inputs.rows], config.generate.url, progress)
         if not rows.rows:
             raise UserError("no row is left to train on", where=", ".join(inputs.files), hint="raise max_length")
         if stage == "dpo":
             from dpo_cli import dpo
 
             start = adapter.path if adapter else None
-            dpo.train(config.train, base, start, encoder.tokenizer, rows.rows, held_out.rows, folder, events, progress)
+            dpo.train(config, base, start, encoder.tokenizer, rows.rows, held_out.rows, folder, events, progress)
         else:
             from dpo_cli import sft
 
@@ -190,7 +187,7 @@ def _tell(rows: Encoded, held_out: Encoded, events: store.Journal, progress: Pro
     shortened = rows.shortened + held_out.shortened
     reasons = sorted(rows.refused.keys() | held_out.refused.keys())
     refused = {reason: rows.refused.get(reason, 0) + held_out.refused.get(reason, 0) for reason in reasons}
-    events.append(event("encoded", 0, shortened=shortened, refused=refused))
+    events.append(event("encoded", 0, shortened=shortened, refused=refused, held_out=len(held_out.rows)))
     if shortened:
         progress.log(f"{shortened} prompts lost their oldest part to fit into max_length")
     for reason, count in refused.items():
@@ -201,23 +198,25 @@ def _tell(rows: Encoded, held_out: Encoded, events: store.Journal, progress: Pro
         progress.log("no held-out rows: nothing will show whether what is learnt holds elsewhere")
 
 
-def _finish(result: Trained, folder: RunFolder, output: Path, base: str, identity: dict[str, Any]) -> Trained:
+def _finish(result: Trained, folder: RunFolder, output: Path, config: Config, identity: dict[str, Any]) -> Trained:
     """Judge the run by its best checkpoint, put its adapter in its place, write the report."""
     state = folder.trainer_state()
     checkpoints = folder.complete_checkpoints()
     rows = metric_rows(state["log_history"])
-    best = best_checkpoint(checkpoints, rows, *BEST[result.stage])
+    best = best_step(checkpoints, rows, *BEST[result.stage], config.gate.kl_limit)
     encoded = folder.last_event("encoded") or {}
     result.step, result.steps = state["global_step"], state["max_steps"]
     result.shortened, result.refused = encoded["shortened"], encoded["refused"]
     result.step_zero = folder.last_event("step_zero")
     result.metrics = {key: value for row in rows if row["step"] <= best for key, value in row.items()}
-    result.gates = _gates(result.stage, [row for row in rows if row["step"] <= best])
-    result.verdict = "pass" if all(gate.ok for gate in result.gates.values()) else "fail"
+    result.gates = _gates(result.stage, [row for row in rows if row["step"] <= best], config, encoded["held_out"])
+    result.verdict = "fail" if any(gate.ok is False for gate in result.gates.values()) else "pass"
+    result.reasons = [_reason(name, gate) for name, gate in result.gates.items() if not gate.ok]
+    result.ended = folder.guard_state().ended
     result.best_checkpoint = checkpoints[best].name
-    result.policy_sha256 = sha256(checkpoints[best] / ADAPTER_FILES[1])
+    result.policy_sha256 = sha256(weights_file(checkpoints[best]))
     result.reference_sha256 = _models(identity)["reference_sha256"]
-    publish(checkpoints[best], output, base)
+    publish(checkpoints[best], output, config.model.base, base_folder(config.model.base))
     store.write_json(folder.report, result)
     return result
 
@@ -237,18 +236,27 @@ def _finished_before(report: dict[str, Any], folder: RunFolder, output: Path, ba
     return result
 
 
-def _gates(stage: Stage, rows: Sequence[dict[str, Any]]) -> dict[str, Gate]:
+def _gates(stage: Stage, rows: Sequence[dict[str, Any]], config: Config, held_out_rows: int) -> dict[str, Gate]:
     """The conditions that a result must meet, by what was measured up to its checkpoint."""
     trained = [row for row in rows if "loss" in row]
     held_out = [row for row in rows if "eval_loss" in row]
     if stage == "sft":
         return {"loss_falls": _below(trained[-1]["loss"], trained[0]["loss"])} if len(trained) > 1 else {}
     gates = {"loss": _below(trained[-1]["loss"], LN2)}
-    if held_out:
-        margin = held_out[-1]["eval_rewards/margins"]
-        reach = 1.96 * held_out[-1].get("eval_rewards/margins_stderr", float("nan"))
-        gates["held_out_loss"] = _below(held_out[-1]["eval_loss"], LN2)
-        gates["held_out_margin"] = Gate(margin, 0.0, margin > 0, (margin - reach, margin + reach))
+    if not held_out:
+        return gates
+    last = held_out[-1]
+    before = held_out[0][MARGIN] if len(held_out) > 1 else 0.0  # at step zero it is 0
+    reach = 1.96 * last.get(f"{MARGIN}_stderr", float("nan"))
+    gates["held_out_loss"] = _below(last["eval_loss"], LN2)
+    gates["held_out_margin"] = Gate(last[MARGIN], 0.0, last[MARGIN] > 0, (last[MARGIN] - reach, last[MARGIN] + reach))
+    gates["margin_rises"] = Gate(last[MARGIN], before, last[MARGIN] > before)
+    correct = proportion(round(last["eval_rewards/accuracies"] * held_out_rows), held_out_rows)
+    if correct is not None:
+        ok = True if correct.low > 0.5 else False if correct.high < 0.5 else None
+        gates["held_out_accuracy"] = Gate(correct.share, 0.5, ok, (correct.low, correct.high))
+    if KL in last:
+        gates["kl_nats_per_token"] = Gate(last[KL], config.gate.kl_limit, last[KL] <= config.gate.kl_limit)
     return gates
 
 
@@ -256,79 +264,16 @@ def _below(value: float, limit: float) -> Gate:
     return Gate(value, limit, value < limit)
 
 
+def _reason(name: str, gate: Gate) -> str:
+    """Why a gate does not say yes."""
+    interval = f", 95% interval {gate.interval[0]:.3g} to {gate.interval[1]:.3g}" if gate.interval else ""
+    said = "is not shown: too few rows" if gate.ok is None else "fails"
+    return f"{name} {said} (value {gate.value:.4g}, limit {gate.limit:.4g}{interval})"
+
+
 def _is_trained(folder: RunFolder) -> bool:
     state = folder.trainer_state()
-    return bool(state) and state["global_step"] >= state["max_steps"]
-
-
-def _steps(section: Any, rows: int) -> int:
-    """Optimizer steps, as transformers counts them."""
-    if section.max_steps > 0:
-        return int(section.max_steps)
-    batches = -(-rows // section.per_device_train_batch_size)
-    return int(-(-section.num_train_epochs * -(-batches // section.gradient_accumulation_steps) // 1))
-
-
-def _read_inputs(config: Config, stage: Stage, data: Path | None, limit: int | None) -> Inputs:
-    if stage == "dpo":
-        source, parse = data or Path(config.data), _pair
-        hint = "nothing-dpo judge makes it from completions"
-    else:
-        source, parse = data or Path(config.generate.prompts), _demonstration
-        hint = "a JSONL file of prompt-completion rows, or a folder that holds one as train.jsonl"
-    inputs = _read_folder(source, parse, hint) if source.is_dir() else _read_file(source, parse, hint, config)
-    if not inputs.rows:
-        raise UserError("no rows to train on", where=str(source), hint=hint)
-    inputs.rows = inputs.rows[:limit]
-    return inputs
-
-
-def _pair(row: dict[str, Any]) -> Row:
-    preference = read_preference(row)
-    return preference.prompt, [preference.chosen, preference.rejected]
-
-
-def _demonstration(row: dict[str, Any]) -> Row:
-    prompt, completion = read_demonstration(row)
-    return prompt, [completion]
-
-
-def _read_folder(folder: Path, parse: Callable[[dict[str, Any]], Row], hint: str) -> Inputs:
-    train, val = folder / "train.jsonl", folder / "val.jsonl"
-    if not train.exists():
-        raise UserError("no train.jsonl in it", where=str(folder), hint=hint)
-    files = [train, val] if val.exists() else [train]
-    rows = [[row for _, row in store.parse_rows(file, parse)] for file in files]
-    return Inputs(rows[0], rows[1] if len(rows) > 1 else [], {file.name: sha256(file) for file in files}, {})
-
-
-def _read_file(file: Path, parse: Callable[[dict[str, Any]], Row], hint: str, config: Config) -> Inputs:
-    """One file, split by prompt as `pair` would."""
-    if not file.exists():
-        raise UserError("no such file or folder", where=str(file), hint=hint)
-    split = {"seed": config.pair.seed, "val_share": config.pair.val_share}
-    sides: tuple[list[Row], list[Row]] = ([], [])
-    for _, row in store.parse_rows(file, parse):
-        sides[split_side(prompt_id(row[0]), config.pair.seed, config.pair.val_share)].append(row)
-    return Inputs(*sides, {file.name: sha256(file)}, split)
-
-
-def _base_folder(base: str) -> Path:
-    """The base model's files on this machine; a Hub id is downloaded first."""
-    if Path(base).is_dir():
-        return Path(base)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(base, allow_patterns=MODEL_FILES, ignore_patterns=["original/*"]))
-    except HFValidationError:
-        raise UserError("no such folder, nor a name on the Hub", where=base, hint="set model.base") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            reason, where=base, hint="set model.base to a folder, or HF_TOKEN to a key", code=Exit.FAILED
-        ) from None
+    return bool(state) and (state["global_step"] >= state["max_steps"] or folder.guard_state().ended is not None)
 
 
 def _sft_adapter(config: Config) -> Adapter | None:
@@ -366,9 +311,13 @@ def _identity(
 ) -> dict[str, Any]:
     """Everything on which the result depends: a run goes on only if all of it is unchanged."""
     section = "train" if stage == "dpo" else "sft"
+    settings = msgspec.to_builtins(getattr(config, section))
+    for key in WITHOUT_EFFECT:
+        settings.pop(key, None)
     return {
         "stage": stage,
-        section: msgspec.to_builtins(getattr(config, section)),
+        section: settings,
+        "gate": msgspec.to_builtins(config.gate) if stage == "dpo" else None,
         "model": {
             "base_sha256": fingerprint(base),
             "adapter_sha256": adapter.sha256 if adapter else None,

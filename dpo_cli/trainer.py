@@ -1,21 +1,18 @@
-"""What both training stages ask of TRL's trainers: exact resume, checkpoints that are whole, quiet, a clean stop.
+"""What both training stages ask of TRL's trainers: exact resume, checkpoints that are whole, quiet.
 
-Writes checkpoints, metrics.jsonl and events.jsonl of the run folder. One process and one device; several are not
-covered. On a CPU a resumed run equals an uninterrupted one bit for bit.
+Writes checkpoints of the run folder; `loop.py` drives. One process and one device; several are not covered. On a CPU
+a resumed run equals an uninterrupted one bit for bit.
 """
 
 import json
 import logging
 import os
 import resource
-import signal
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -24,28 +21,43 @@ from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
-    PrinterCallback,
-    TrainerCallback,
-    TrainerControl,
     TrainerState,
     TrainingArguments,
 )
 from transformers.utils import logging as transformers_logging
 
-from dpo_cli import store
+from dpo_cli import errors, guards
 from dpo_cli.config import ModelSection, TrainingSection
 from dpo_cli.encode import Encoder
-from dpo_cli.errors import Exit, UserError
+from dpo_cli.errors import UserError
+from dpo_cli.guards import State
+from dpo_cli.plan import capped_steps
 from dpo_cli.progress import Progress
-from dpo_cli.run_folder import RunFolder, event, metric_rows, seal
+from dpo_cli.run_folder import GUARDS, RunFolder, metric_rows, seal
+from dpo_cli.store import write_json
 
 METERS = "meters.json"
 LIBRARIES = ("transformers", "trl", "peft", "accelerate", "datasets", "torch")
 
 
+class Diverged(Exception):
+    """The loss is not a number."""
+
+
 class ResumableTrainer:
-    """Mixed into a TRL trainer, before it: rows come encoded, checkpoints are small, whole and exact."""
+    """Mixed into a TRL trainer, before it: rows come encoded, checkpoints are small, whole and exact.
+
+    `best` is the metric of the best checkpoint and its sign, `kl_limit` the bound within which it must lie;
+    `guard_state` is saved with each checkpoint.
+    """
+
+    best: tuple[str, int]
+    kl_limit: float = float("inf")
+    guard_state: State = State()
+    owes_evaluation: bool = False
+    _kept_meters: dict[str, Any] | None = None
 
     args: TrainingArguments
     state: TrainerState
@@ -67,13 +79,48 @@ class ResumableTrainer:
     def _save(self, output_dir: str, state_dict: dict[str, Any] | None = None) -> None:
         # `ref` is the SFT adapter: it is loaded from there again, never from a checkpoint. Asking whether the
         # vocabulary has grown ("auto") would ask the Hub.
-        self.model.save_pretrained(output_dir, selected_adapters=["default"], save_embedding_layers=False)
+        if hasattr(self.model, "peft_config"):
+            self.model.save_pretrained(output_dir, selected_adapters=["default"], save_embedding_layers=False)
+        else:
+            self.model.save_pretrained(output_dir, max_shard_size="1TB")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        (checkpoint / METERS).write_text(json.dumps(self.meters()))
+        (checkpoint / METERS).write_text(json.dumps(self._kept_meters or self.meters()))
+        write_json(checkpoint / GUARDS, self.guard_state)
         seal(checkpoint)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # Which checkpoint rotation keeps: transformers would look at the metric alone, not at KL.
+        rows = metric_rows(self.state.log_history)
+        evaluated = [row["step"] for row in rows if "eval_loss" in row]
+        is_best = guards.best_step(evaluated, rows, *self.best, self.kl_limit) == self.state.global_step
+        if is_best:
+            self.state.best_metric, self.state.best_global_step = metrics[self.best[0]], self.state.global_step
+        return is_best
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One forward and backward.
+
+        Raises:
+            Diverged: the loss is not a number.
+        """
+        loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if not torch.isfinite(loss):
+            raise Diverged
+        return loss
+
+    def keep_place(self, owes_evaluation: bool) -> None:
+        """Remember what a checkpoint of the step that has just ended would hold, weights aside."""
+        self.owes_evaluation = owes_evaluation
+        self._place = self.meters(), torch.random.get_rng_state()
+
+    def save_kept_place(self) -> None:
+        """Save the step that ended last, in the middle of the next: its weights are still there."""
+        self._kept_meters, random_state = self._place
+        torch.random.set_rng_state(random_state)
+        self._save_checkpoint(self.model, None)
 
     def meters(self) -> dict[str, Any]:
         """What has been summed up since the last log: the trainer itself forgets it when it resumes."""
@@ -81,7 +128,8 @@ class ResumableTrainer:
             "loss": self._tr_loss.item(),
             "logged": self._globalstep_last_logged,
             "tokens": self._total_train_tokens,
-            "metrics": dict(self._metrics["train"]),
+            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
+            "owes_evaluation": self.owes_evaluation,
         }
 
     def counters(self) -> dict[str, float]:
@@ -101,92 +149,13 @@ class ResumableTrainer:
         self._globalstep_last_logged = meters["logged"]
         self._total_train_tokens = meters["tokens"]
         self._metrics["train"].update(meters["metrics"])
+        self.owes_evaluation = meters["owes_evaluation"]
 
 
-class Recorder(TrainerCallback):  # type: ignore[misc]
-    """Writes metrics.jsonl, shows progress, and ends the run at a step's end when a signal asks for it."""
-
-    def __init__(self, trainer: Any, metrics: store.Journal, progress: Progress, stop: "Stop") -> None:
-        self.trainer = trainer
-        self.metrics = metrics
-        self.progress = progress
-        self.stop = stop
-        self.resumed_from: Path | None = None
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.resumed_from is not None:
-            self.trainer.restore_meters(self.resumed_from)
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        for row in metric_rows(state.log_history[-1:]):
-            self.metrics.append(row)
-            if "eval_loss" in row:
-                self.progress.log(f"step {row['step']}: {_evaluation(row)}")
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> TrainerControl:
-        if state.global_step >= state.max_steps:
-            control.should_log = True
-        elif self.stop.signal is not None:
-            control.should_save = control.should_training_stop = True
-        self.progress.update(state.global_step, memory_gb=peak_memory(), **self.trainer.counters())
-        return control
-
-
-class Stop:
-    """Notes the first SIGTERM or Ctrl-C, so that a step can end; a second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    def __enter__(self) -> "Stop":
-        if threading.current_thread() is threading.main_thread():
-            self._former = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        else:
-            self._former = {}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = number
-
-
-def fit(trainer: Any, run: RunFolder, events: store.Journal, progress: Progress) -> None:
-    """Train from the newest complete checkpoint, or from the start, to the end.
-
-    metrics.jsonl is written anew from the checkpoint's own log first, so that no step is there twice or missing.
-
-    Raises:
-        UserError: SIGTERM came; a checkpoint was saved (exit 143).
-        KeyboardInterrupt: Ctrl-C came; a checkpoint was saved.
-    """
-    checkpoint = next(reversed(run.complete_checkpoints().values()), None)
-    store.write_rows(run.metrics, metric_rows(run.trainer_state().get("log_history", [])))
-    with store.Journal(run.metrics) as metrics, Stop() as stop:
-        recorder = Recorder(trainer, metrics, progress, stop)
-        recorder.resumed_from = checkpoint
-        trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(recorder)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    step = trainer.state.global_step
-    if stop.signal is None or step >= trainer.state.max_steps:
-        return
-    events.append(event("stopped", step, signal=signal.Signals(stop.signal).name))
-    if stop.signal == signal.SIGINT:
-        raise KeyboardInterrupt
-    raise UserError(
-        f"stopped by SIGTERM after step {step}, which is saved",
-        where=str(run.path), hint="the same command goes on from there", code=Exit.PREEMPTED,
-    )  # fmt: skip
-
-
-def arguments(section: TrainingSection, run: RunFolder, evaluates: bool, metric: str, sign: int) -> dict[str, Any]:
+def arguments(
+    section: TrainingSection, run: RunFolder, evaluates: bool, metric: str, sign: int, rows: int = 0,
+    state: State | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Keyword arguments of TRL's configuration classes.
 
     Args:
@@ -195,17 +164,21 @@ def arguments(section: TrainingSection, run: RunFolder, evaluates: bool, metric:
         evaluates: whether there are held-out rows.
         metric: evaluation metric of the best checkpoint, which rotation keeps.
         sign: 1 where larger is better, -1 where smaller is.
+        rows: how many there are to train on.
+        state: what the guards have changed.
     """
     gpu = torch.cuda.is_available()
+    state = state or State()
+    batch, accumulation = state.batch or (section.per_device_train_batch_size, section.gradient_accumulation_steps)
     return {
         "learning_rate": section.learning_rate,
         "num_train_epochs": section.num_train_epochs,
-        "max_steps": section.max_steps,
-        "per_device_train_batch_size": section.per_device_train_batch_size,
-        "per_device_eval_batch_size": section.per_device_eval_batch_size,
-        "gradient_accumulation_steps": section.gradient_accumulation_steps,
+        "max_steps": capped_steps(section, rows),
+        "per_device_train_batch_size": batch,
+        "per_device_eval_batch_size": state.eval_batch or section.per_device_eval_batch_size,
+        "gradient_accumulation_steps": accumulation,
         "lr_scheduler_type": section.lr_scheduler_type,
-        "warmup_steps": section.warmup_steps,
+        "warmup_steps": section.warmup_steps if section.warmup_ratio is None else section.warmup_ratio,
         "weight_decay": section.weight_decay,
         "max_grad_norm": section.max_grad_norm,
         "logging_steps": section.logging_steps,
@@ -227,7 +200,7 @@ def arguments(section: TrainingSection, run: RunFolder, evaluates: bool, metric:
         "greater_is_better": sign > 0,
         "dataloader_pin_memory": gpu,
         "disable_tqdm": True,
-        "report_to": "wandb" if os.environ.get("WANDB_API_KEY") and find_spec("wandb") else "none",
+        "report_to": tracker(section),
     }
 
 
@@ -238,8 +211,28 @@ def uses_bf16(section: TrainingSection) -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
 
 
+def tracker(section: TrainingSection) -> str:
+    """Where metrics are reported besides metrics.jsonl.
+
+    Raises:
+        UserError: the tracker that was asked for is not installed.
+    """
+    if section.report_to is None:
+        return "wandb" if os.environ.get("WANDB_API_KEY") and find_spec("wandb") else "none"
+    if section.report_to != "none" and find_spec(section.report_to) is None:
+        raise UserError(f"{section.report_to} is not installed", hint=f"pip install {section.report_to}")
+    return section.report_to
+
+
 def load_base(folder: Path, section: TrainingSection) -> Any:
-    """The base model, in bfloat16 if that is what it computes in on this GPU."""
+    """The base model: in 4 bits if asked for, else in bfloat16 if that is what it computes in on this GPU."""
+    if section.load_in_4bit:
+        errors.require("qlora", "load_in_4bit")
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )  # fmt: skip
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=quantization)
     dtype = torch.bfloat16 if uses_bf16(section) and torch.cuda.is_available() else torch.float32
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
@@ -305,11 +298,3 @@ class _ToProgress(logging.Handler):
 def _restore(logger: logging.Logger, handlers: list[logging.Handler], propagate: bool, level: int) -> None:
     logger.handlers, logger.propagate = handlers, propagate
     logger.setLevel(level)
-
-
-def _evaluation(row: dict[str, Any]) -> str:
-    names = {
-        "held-out loss": "eval_loss", "margin": "eval_rewards/margins", "accuracy": "eval_rewards/accuracies",
-        "KL in nats a token": "eval_kl_nats_per_token",
-    }  # fmt: skip
-    return ", ".join(f"{name} {row[key]:.4f}" for name, key in names.items() if key in row)

@@ -47,7 +47,7 @@ def trainer_of(start, tmp_path):
             return dpo.Trainer(
                 events=events, kl_prompts=[row.prompt for row in rows[2:]], kl_tokens=8, model=model,
                 args=DPOConfig(
-                    **arguments(config.train, RunFolder(tmp_path), True, dpo.BEST_METRIC, 1),
+                    **arguments(config.train, RunFolder(tmp_path), True, *dpo.BEST),
                     beta=config.train.beta, loss_type=config.train.loss_type,
                 ),
                 train_dataset=dpo._dataset(rows), eval_dataset=dpo._dataset(rows[2:]),
@@ -205,11 +205,11 @@ def test_kl_is_that_of_the_two_distributions(trainer_of):
 
     trainer = trainer_of()
     trainer.model.eval()
-    assert trainer._kl() == (0.0, 0.0)
+    assert trainer._kl(trainer._sample(trainer.model)) == (0.0, 0.0)
     shift(trainer.model, "default", 0.02)
-    per_token, per_sequence = trainer._kl()
-    completions = trainer._sample()
-    assert completions == trainer._sample() and all(1 <= len(ids) <= 8 for ids in completions)
+    completions = trainer._sample(trainer.model)
+    per_token, per_sequence = trainer._kl(completions)
+    assert completions == trainer._sample(trainer.model) and all(1 <= len(ids) <= 8 for ids in completions)
     total = 0.0
     with torch.no_grad():
         for prompt, completion in zip(trainer.kl_prompts, completions, strict=True):
@@ -237,7 +237,7 @@ def test_evaluation_draws_nothing_from_the_generator_of_training(trainer_of):
     trainer = trainer_of()
     trainer.model.eval()
     before = torch.random.get_rng_state()
-    trainer._kl()
+    trainer._kl(trainer._sample(trainer.model))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 

@@ -12,9 +12,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Rooms, lowest first: each imports only rooms before it.
 ROOMS = [
-    "errors", "terminal", "schema", "store", "config", "progress", "adapter", "endpoint", "engines", "judges", "generate", "judge",
-    "formats", "rollouts", "length", "pair", "encode", "run_folder", "attention", "head", "packed", "reference", "trainer",
-    "sft", "dpo", "train", "evaluate", "backends", "pages", "stats", "audit", "svg", "report", "lint", "serve_config", "demo", "view", "cli",
+    "errors", "terminal", "schema", "store", "presets", "config", "progress", "adapter", "remedies", "guards", "plan", "endpoint", "engines", "judges", "generate", "judge",
+    "formats", "rollouts", "length", "pair", "encode", "served_tokens", "run_folder", "inputs", "attention", "head", "packed", "reference", "trainer",
+    "loop", "merge", "sft", "dpo", "stats", "train", "evaluate", "backends", "pages", "audit", "svg", "report", "lint", "serve_config", "demo", "view", "cli",
 ]  # fmt: skip
 STAGES = {"generate", "judge", "pair", "train", "evaluate", "serve_config"}
 ALLOWED = {
@@ -24,7 +24,7 @@ ALLOWED = {
     **dict.fromkeys(
         ("torch", "transformers", "trl", "peft", "datasets"),
         {
-            "attention", "head", "packed", "reference", "trainer", "sft", "dpo", "engines/transformers",
+            "attention", "head", "packed", "reference", "trainer", "loop", "merge", "sft", "dpo", "engines/transformers",
             "judges/reward_model", "evaluate", "demo/tiny", "formats/export",
         },
     ),

@@ -1,0 +1,118 @@
+"""What training reads: rows as messages, from a folder or from one file that is split by prompt, and the base model.
+
+Reads train.jsonl and val.jsonl, or one JSONL file. Writes nothing, but downloads a base model that is named by its
+Hub id. Needs no torch.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from msgspec import Struct
+
+from dpo_cli import store
+from dpo_cli.config import Config
+from dpo_cli.errors import Exit, UserError
+from dpo_cli.run_folder import sha256
+from dpo_cli.schema import Message, prompt_id, read_demonstration, read_preference, split_side
+
+Stage = Literal["dpo", "sft"]
+MODEL_FILES = ["*.json", "*.jinja", "*.model", "*.safetensors"]
+
+
+class Row(NamedTuple):
+    """A prompt and its completions (chosen and rejected, or one), and how far apart their scores are."""
+
+    prompt: list[Message]
+    completions: list[list[Message]]
+    gap: float | None = None
+
+
+class Inputs(Struct):
+    """Rows to train on and rows held out, as messages; hashes of the files read; how we split, where we did."""
+
+    rows: list[Row]
+    held_out: list[Row]
+    files: dict[str, str]
+    split: dict[str, float]
+
+
+def read_inputs(config: Config, stage: Stage, data: Path | None, limit: int | None) -> Inputs:
+    """The rows of a stage, in the order in which they are to be learnt.
+
+    Args:
+        config: every setting.
+        stage: whose rows.
+        data: folder with train.jsonl and perhaps val.jsonl, or one file to be split by prompt; unset: for dpo
+            `config.data`, for sft the folder of `config.generate.prompts`.
+        limit: at most so many rows to train on.
+
+    Raises:
+        UserError: there are none, a line is bad, or the curriculum lacks score gaps.
+    """
+    if stage == "dpo":
+        source, parse = data or Path(config.data), _pair
+        hint = "nothing-dpo judge makes it from completions"
+    else:
+        source, parse = data or Path(config.generate.prompts), _demonstration
+        hint = "a JSONL file of prompt-completion rows, or a folder that holds one as train.jsonl"
+    inputs = _read_folder(source, parse, hint) if source.is_dir() else _read_file(source, parse, hint, config)
+    if not inputs.rows:
+        raise UserError("no rows to train on", where=str(source), hint=hint)
+    inputs.rows = inputs.rows[:limit]
+    if stage == "dpo" and config.train.curriculum:
+        if any(row.gap is None for row in inputs.rows):
+            raise UserError("the curriculum needs a score_gap in every pair", where=str(source), hint="--no-curriculum")
+        inputs.rows.sort(key=lambda row: -(row.gap or 0.0))
+    return inputs
+
+
+def _pair(row: dict[str, Any]) -> Row:
+    preference = read_preference(row)
+    gap = preference.score_gap
+    if gap is None and preference.chosen_score is not None and preference.rejected_score is not None:
+        gap = preference.chosen_score - preference.rejected_score
+    return Row(preference.prompt, [preference.chosen, preference.rejected], gap)
+
+
+def _demonstration(row: dict[str, Any]) -> Row:
+    prompt, completion = read_demonstration(row)
+    return Row(prompt, [completion])
+
+
+def _read_folder(folder: Path, parse: Callable[[dict[str, Any]], Row], hint: str) -> Inputs:
+    train, val = folder / "train.jsonl", folder / "val.jsonl"
+    if not train.exists():
+        raise UserError("no train.jsonl in it", where=str(folder), hint=hint)
+    files = [train, val] if val.exists() else [train]
+    rows = [[row for _, row in store.parse_rows(file, parse)] for file in files]
+    return Inputs(rows[0], rows[1] if len(rows) > 1 else [], {file.name: sha256(file) for file in files}, {})
+
+
+def _read_file(file: Path, parse: Callable[[dict[str, Any]], Row], hint: str, config: Config) -> Inputs:
+    """One file, split by prompt as `pair` would."""
+    if not file.exists():
+        raise UserError("no such file or folder", where=str(file), hint=hint)
+    split = {"seed": config.pair.seed, "val_share": config.pair.val_share}
+    sides: tuple[list[Row], list[Row]] = ([], [])
+    for _, row in store.parse_rows(file, parse):
+        sides[split_side(prompt_id(row.prompt), config.pair.seed, config.pair.val_share)].append(row)
+    return Inputs(*sides, {file.name: sha256(file)}, split)
+
+
+def base_folder(base: str) -> Path:
+    """The base model's files on this machine; a Hub id is downloaded first."""
+    if Path(base).is_dir():
+        return Path(base)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(base, allow_patterns=MODEL_FILES, ignore_patterns=["original/*"]))
+    except HFValidationError:
+        raise UserError("no such folder, nor a name on the Hub", where=base, hint="set model.base") from None
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            reason, where=base, hint="set model.base to a folder, or HF_TOKEN to a key", code=Exit.FAILED
+        ) from None

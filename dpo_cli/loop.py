@@ -1,0 +1,294 @@
+"""The training loop around a trainer: resuming, stopping on a signal, and doing what the guards decide.
+
+A trainer is made anew for each attempt: after a rollback or a lack of memory the run goes on exactly as it would after
+a kill, from a checkpoint. What the guards have changed is in `State`, which each checkpoint carries. Writes
+metrics.jsonl, events.jsonl and guards.json of the run folder. Not covered: a single forward and backward that takes
+longer than the time between SIGTERM and SIGKILL.
+"""
+
+import gc
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from dpo_cli import guards, store
+from dpo_cli.config import GateSection
+from dpo_cli.errors import Exit, UserError
+from dpo_cli.guards import Finding, State
+from dpo_cli.progress import Progress
+from dpo_cli.remedies import REMEDIES, advice
+from dpo_cli.run_folder import RunFolder, event, metric_rows
+from dpo_cli.trainer import Diverged, peak_memory
+
+Outcome = Literal["done", "stopped", "rollback", "nan", "out_of_memory"]
+
+
+class Interrupted(Exception):
+    """A signal came in the middle of a step; the step before is saved."""
+
+
+class Stop:
+    """Notes the first SIGTERM or Ctrl-C, so that a forward can end; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():
+            self._former = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        else:
+            self._former = {}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+class Watch(TrainerCallback):  # type: ignore[misc]
+    """Writes metrics.jsonl, shows progress, asks the guards, and ends the run when a signal asks for it."""
+
+    def __init__(
+        self, trainer: Any, run: RunFolder, metrics: store.Journal, events: store.Journal, progress: Progress,
+        stop: Stop, state: State, gate: GateSection | None,
+    ) -> None:  # fmt: skip
+        self.trainer = trainer
+        self.run = run
+        self.metrics = metrics
+        self.events = events
+        self.progress = progress
+        self.stop = stop
+        self.guards = state
+        self.gate = gate
+        self.resumed_from: Path | None = None
+        self.rollback = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        if self.resumed_from is not None:
+            self.trainer.restore_meters(self.resumed_from)
+            # A signal came during the evaluation of the step that was saved.
+            args.eval_on_start = self.trainer.owes_evaluation
+        self._apply()
+        return control
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        for row in metric_rows(state.log_history[-1:]):
+            self.metrics.append(row)
+            if "eval_loss" in row:
+                self.progress.log(f"step {row['step']}: {_evaluation(row)}")
+            else:
+                self._tell(state.global_step, guards.after_log(self.guards, metric_rows(state.log_history)))
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        args.eval_on_start = False
+        if self.gate is not None:
+            rows = metric_rows(state.log_history)
+            found = guards.after_evaluation(self.guards, rows, self.gate, self.trainer.args.beta)
+            self._tell(state.global_step, found)
+            self._apply()
+            if any(finding.action == "rollback" for finding in found):
+                self.rollback = control.should_training_stop = True
+                control.should_save = False
+            elif self.guards.ended is not None:
+                control.should_training_stop = control.should_save = True
+        self.trainer.keep_place(owes_evaluation=False)
+        return control
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+        elif self.stop.signal is not None:
+            control.should_save = control.should_training_stop = True
+        self.progress.update(state.global_step, memory_gb=peak_memory(), **self.trainer.counters())
+        return control
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.trainer.keep_place(owes_evaluation=False)
+
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._leave_mid_step(state.global_step)
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self.stop.signal is not None:
+            self.trainer.keep_place(owes_evaluation=True)
+        self._leave_mid_step(state.global_step)
+
+    def _leave_mid_step(self, step: int) -> None:
+        """Save the last whole step and leave, if a signal came."""
+        if self.stop.signal is None:
+            return
+        if step and step not in self.run.complete_checkpoints():
+            self.trainer.save_kept_place()
+        raise Interrupted
+
+    def _apply(self) -> None:
+        """Put the guards' learning rate and beta in force; exactly what is there already, if they have changed none."""
+        scheduler, optimizer = self.trainer.lr_scheduler, self.trainer.optimizer
+        wanted = self.trainer.args.learning_rate * self.guards.lr_scale
+        if scheduler.base_lrs[0] not in (0, wanted):
+            ratio = wanted / scheduler.base_lrs[0]
+            scheduler.base_lrs = [wanted for _ in scheduler.base_lrs]
+            for group in optimizer.param_groups:
+                group["lr"] *= ratio
+                group["initial_lr"] = wanted
+        if self.guards.beta is not None:
+            self.trainer.beta = self.guards.beta
+
+    def _tell(self, step: int, found: list[Finding]) -> None:
+        for finding in found:
+            tell(finding, step, self.events, self.progress)
+
+
+def tell(finding: Finding, step: int, events: store.Journal, progress: Progress) -> None:
+    """Record and show what a guard found and does."""
+    events.append(event(finding.fault, step, action=finding.action, **finding.details))
+    numbers = ", ".join(
+        f"{name.replace('_', ' ')} {value:.4g}" if isinstance(value, float) else f"{name.replace('_', ' ')} {value}"
+        for name, value in finding.details.items()
+    )
+    text = f"step {step}: {finding.fault} ({numbers}): {finding.action}"
+    if finding.fault in REMEDIES:
+        text += f". {REMEDIES[finding.fault].symptom}; {advice(finding.fault)}"
+    progress.log(text)
+
+
+def fit(
+    make: Callable[[State], Any], run: RunFolder, events: store.Journal, progress: Progress,
+    gate: GateSection | None = None,
+) -> None:  # fmt: skip
+    """Train from the newest complete checkpoint, or from the start, to the end that max_steps or a guard sets.
+
+    Args:
+        make: makes a trainer, as the guards' state says.
+        run: where everything is.
+        events: events.jsonl of the run.
+        progress: where it stands.
+        gate: what the guards watch for; None: signals and lack of memory alone.
+
+    Raises:
+        UserError: SIGTERM came, the last whole step is saved (exit 143); memory lacks for a single row; the loss is
+            not a number before there is a checkpoint.
+        KeyboardInterrupt: Ctrl-C came, the last whole step is saved.
+    """
+    state = run.guard_state()
+    with Stop() as stop:
+        while state.ended is None:
+            outcome, step, batch, eval_batch = _attempt(make, run, events, progress, stop, state, gate)
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if outcome == "done":
+                break
+            if outcome == "stopped":
+                _raise_stopped(stop, step, run, events)
+            if outcome == "out_of_memory":
+                finding = guards.after_out_of_memory(state, batch, eval_batch)
+                if finding is None:
+                    raise UserError(
+                        "the memory does not suffice for one row", where=str(run.path),
+                        hint=advice("out_of_memory"), code=Exit.FAILED,
+                    )  # fmt: skip
+                tell(finding, step, events, progress)
+                run.save_guard_state(max(run.complete_checkpoints(), default=0), state)
+                continue
+            if outcome == "nan":
+                tell(guards.after_nan(state), step, events, progress)
+            if state.ended is None:
+                _roll_back(run, state, step, gate, events, progress)
+    if state.ended is not None:
+        newest = max(run.complete_checkpoints(), default=0)
+        if not newest:
+            raise UserError(
+                "the loss is not a number, and no checkpoint was good", where=str(run.path),
+                hint=advice("nan"), code=Exit.FAILED,
+            )  # fmt: skip
+        run.save_guard_state(newest, state)
+        events.append(event("ended", newest, reason=state.ended))
+
+
+def _attempt(
+    make: Callable[[State], Any], run: RunFolder, events: store.Journal, progress: Progress, stop: Stop, state: State,
+    gate: GateSection | None,
+) -> tuple[Outcome, int, tuple[int, int], int]:  # fmt: skip
+    """Train until something happens: the outcome, the step, and the batch sizes in force.
+
+    metrics.jsonl is written anew from the checkpoint's own log first, so that no step is there twice or missing.
+    """
+    checkpoint = next(reversed(run.complete_checkpoints().values()), None)
+    store.write_rows(run.metrics, metric_rows(run.trainer_state().get("log_history", [])))
+    trainer = make(state)
+    trainer.guard_state = state
+    args = trainer.args
+    batch = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    outcome: Outcome = "done"
+    with store.Journal(run.metrics) as metrics:
+        watch = Watch(trainer, run, metrics, events, progress, stop, state, gate)
+        watch.resumed_from = checkpoint
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(watch)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except Interrupted:
+            outcome = "stopped"
+        except Diverged:
+            outcome = "nan"
+        except torch.OutOfMemoryError:
+            outcome = "out_of_memory"
+    step = trainer.state.global_step
+    if watch.rollback:
+        outcome = "rollback"
+    elif outcome == "done" and stop.signal is not None and step < trainer.state.max_steps:
+        outcome = "stopped"
+    return outcome, step, batch, args.per_device_eval_batch_size
+
+
+def _roll_back(
+    run: RunFolder, state: State, step: int, gate: GateSection | None, events: store.Journal, progress: Progress
+) -> None:
+    """Go back to the last good checkpoint, or to the start."""
+    limit = gate.kl_limit if gate else float("inf")
+    rows = [row for _, row in store.read_rows(run.metrics, dict[str, Any])]
+    good = guards.last_good(run.complete_checkpoints(), rows, limit) or 0
+    run.save_guard_state(good, state)
+    run.drop_after(good)
+    events.append(event("rolled_back", step, to=good))
+    progress.log(f"step {step}: rolled back to {f'checkpoint-{good}' if good else 'the start'}")
+
+
+def _raise_stopped(stop: Stop, step: int, run: RunFolder, events: store.Journal) -> None:
+    assert stop.signal is not None
+    saved = max(run.complete_checkpoints(), default=0)
+    events.append(event("stopped", step, signal=signal.Signals(stop.signal).name))
+    if stop.signal == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise UserError(
+        f"stopped by SIGTERM after step {step}; step {saved} is saved",
+        where=str(run.path), hint="the same command goes on from there", code=Exit.PREEMPTED,
+    )  # fmt: skip
+
+
+def _evaluation(row: dict[str, Any]) -> str:
+    names = {
+        "held-out loss": "eval_loss", "margin": "eval_rewards/margins", "accuracy": "eval_rewards/accuracies",
+        "KL in nats a token": "eval_kl_nats_per_token",
+    }  # fmt: skip
+    return ", ".join(f"{name} {row[key]:.4f}" for name, key in names.items() if key in row)

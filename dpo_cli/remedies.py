@@ -1,0 +1,92 @@
+"""What can go wrong in DPO training, how it looks, and which setting mends it: one table, one guide.
+
+The guards name their findings by the keys of `REMEDIES`; `inspect run --explain` shows the entries that apply to a
+run, or everything. Data only; reads and writes nothing.
+"""
+
+from msgspec import Struct
+
+
+class Remedy(Struct, frozen=True):
+    """One fault: what shows it, what causes it, what to change, in the order in which to try."""
+
+    symptom: str
+    causes: tuple[str, ...]
+    remedies: tuple[str, ...]
+
+
+class Rule(Struct, frozen=True):
+    """One line of the hyperparameter guide: values of a setting, what they do, when to use them."""
+
+    setting: str
+    values: str
+    effect: str
+    use: str
+
+
+REMEDIES = {
+    "kl_limit": Remedy(
+        "the policy's own text has left the reference's by more than kl_limit nats a token",
+        ("learning rate too high", "beta too low", "too many steps"),
+        ("halve train.learning_rate", "double train.beta", "halve train.max_steps"),
+    ),
+    "margin_stalls": Remedy(
+        "held-out margins have stopped rising",
+        ("the judge's preferences are weak or inconsistent", "learning rate too low", "beta too high"),
+        ("raise pair.min_gap and look at inspect pairs", "raise train.learning_rate with care",
+         "lower train.beta, to 0.08 say", "train longer"),
+    ),
+    "chosen_falls": Remedy(
+        "held-out chosen completions become less likely than under the reference",
+        ("chosen and rejected share most of their text", "learning rate too high",
+         "chosen is unlike what the policy samples"),
+        ("halve train.learning_rate", "raise train.beta", "make pairs from the policy's own samples"),
+    ),
+    "one_sided": Remedy(
+        "the margin comes from rejected completions alone: both rewards fall, rejected faster",
+        ("rejected is easy to tell by its form", "learning rate too high"),
+        ("raise train.beta", "halve train.learning_rate", "look at what tells the pairs apart: inspect pairs --stats"),
+    ),
+    "length_drift": Remedy(
+        "the policy's samples are much longer or shorter than the reference's",
+        ("chosen is longer, or shorter, than rejected in most pairs", "beta too low"),
+        ("balance the lengths of the pairs", "raise train.beta", "use train.loss_type = sigmoid_norm"),
+    ),
+    "loss_spike": Remedy(
+        "the training loss jumps far above its recent level",
+        ("learning rate too high", "batch too small", "gradient clipping too loose", "warmup too short"),
+        ("halve train.learning_rate", "double train.gradient_accumulation_steps", "set train.max_grad_norm = 0.5",
+         "double train.warmup_steps"),
+    ),
+    "nan": Remedy(
+        "the loss is not a number",
+        ("learning rate far too high", "overflow in the number format"),
+        ("divide train.learning_rate by ten", "set train.bf16 = false", "set train.max_grad_norm = 0.5"),
+    ),
+    "out_of_memory": Remedy(
+        "the card's memory does not suffice",
+        ("batch too large", "rows too long", "no gradient checkpointing"),
+        ("lower train.per_device_train_batch_size and raise train.gradient_accumulation_steps",
+         "set train.gradient_checkpointing = true", "lower train.max_length", "use --preset l4-qlora"),
+    ),
+}  # fmt: skip
+
+GUIDE = (
+    Rule("train.learning_rate", "1e-7 to 5e-7", "very conservative", "all weights, large models, rank 1"),
+    Rule("train.learning_rate", "5e-7 to 1e-6", "standard for all weights", "most full fine-tuning"),
+    Rule("train.learning_rate", "1e-6 to 5e-6", "fast for all weights", "small models, strong data, an SFT adapter"),
+    Rule("train.learning_rate", "5e-6 to 5e-5", "standard for LoRA", "a fresh adapter can take 5e-5"),
+    Rule("train.beta", "0.01", "very aggressive", "a strong preference that outweighs what else the model can do"),
+    Rule("train.beta", "0.05", "weak pull to the reference", "a clear preference signal"),
+    Rule("train.beta", "0.1", "standard", "most runs; raise it as KL nears the limit, lower it if progress is slow"),
+    Rule("train.beta", "0.15 to 0.3", "strong pull", "when other abilities must stay"),
+    Rule("train.beta", "0.5 to 1", "conservative to hardly any change", "slight steering"),
+    Rule("effective batch", "4 to 8", "fast, less stable", "few pairs, experiments"),
+    Rule("effective batch", "16 to 32", "standard", "most runs"),
+    Rule("effective batch", "64 and more", "slow, more stable", "many pairs"),
+)  # fmt: skip
+
+
+def advice(name: str) -> str:
+    """The first remedies of a fault, on one line."""
+    return "; ".join(REMEDIES[name].remedies[:2])
