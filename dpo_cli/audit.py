@@ -15,7 +15,7 @@ from msgspec import Struct, field
 
 from dpo_cli.judges import label_of
 from dpo_cli.judges._agreement import agree
-from dpo_cli.length import deviations, length_controlled, length_slope, shown
+from dpo_cli.length import length_controlled, length_slope, within
 from dpo_cli.schema import Completions, Judgment, Order, Usage
 from dpo_cli.stats import Z95, Histogram, Proportion, Spread, histogram, judge_name, proportion, spread
 
@@ -204,7 +204,7 @@ def _judges(judged: Sequence[Judgment]) -> tuple[dict[str, JudgeAudit], Reliabil
     """Each judge by itself, and all of them beside each other where there are several."""
     orders: dict[str, list[list[Order]]] = defaultdict(list)  # by judge, then by prompt
     direct: dict[str, list[float]] = defaultdict(list)  # scores of judges that see one completion at a time
-    of_prompts: list[list[Scores]] = []
+    panels: list[list[Scores]] = []
     for row in judged:
         by_judge: dict[str, list[Order]] = defaultdict(list)
         for order in row.orders or []:
@@ -214,9 +214,10 @@ def _judges(judged: Sequence[Judgment]) -> tuple[dict[str, JudgeAudit], Reliabil
         if not by_judge:
             direct[judge_name(row)] += row.scores or []
             orders[judge_name(row)].append([])
-        of_prompts.append([_mean([_given(order) for order in seen]) for seen in by_judge.values()])
-    between = reliability(of_prompts) if any(len(ratings) > 1 for ratings in of_prompts) else None
-    return {name: _judge(prompts, direct[name]) for name, prompts in orders.items()}, between
+        if len(by_judge) > 1:
+            panels.append([_mean([_given(order) for order in seen]) for seen in by_judge.values()])
+    judges = {name: _judge(prompts, direct[name]) for name, prompts in orders.items()}
+    return judges, reliability(panels) if panels else None
 
 
 def _judge(prompts: Sequence[Sequence[Order]], direct: Sequence[float]) -> JudgeAudit:
@@ -225,8 +226,7 @@ def _judge(prompts: Sequence[Sequence[Order]], direct: Sequence[float]) -> Judge
     first = decided = undecided = 0
     expected = 0.0
     by_place: dict[int, list[float]] = defaultdict(list)
-    for order in chain.from_iterable(prompts):
-        rating = _given(order)
+    for order, rating in zip(chain.from_iterable(prompts), chain.from_iterable(ratings), strict=True):
         if len(rating) < max(2, len(order.order)):
             continue
         mean, best = fmean(rating.values()), max(rating.values())
@@ -271,22 +271,20 @@ def _estimate_mean(values: Sequence[float]) -> Estimate:
 
 
 def _length(judgments: Mapping[str, Judgment], completions: Mapping[str, Completions]) -> LengthEffect:
-    points: list[tuple[float, float]] = []
+    prompts = within(judgments, completions)
     longer = unequal = 0
-    for key, row in judgments.items():
-        judged = completions.get(key)
-        points += deviations(row, judged).values()
-        seen = set(shown(row, judged))
-        ranked = [index for index in row.ranking or [] if index in seen]
-        if judged is None or row.scores is None or len(ranked) < 2 or row.scores[ranked[0]] == row.scores[ranked[-1]]:
-            continue
-        best, worst = (len(judged.completions[ranked[end]]) for end in (0, -1))
-        longer += best > worst
-        unequal += best != worst
-    slope = length_slope(judgments, completions)
-    step = max(1, math.ceil(len(points) / POINTS))
+    for key, deviations in prompts.items():
+        ranked = [deviations[index] for index in judgments[key].ranking or [] if index in deviations]
+        (best, best_score), (worst, worst_score) = ranked[0], ranked[-1]
+        if best_score != worst_score and best != worst:
+            longer += best > worst
+            unequal += 1
+    slope = length_slope(prompts.values())
+    points = [point for deviations in prompts.values() for point in deviations.values()]
     return LengthEffect(
-        _estimate(slope.value, slope.error, slope.n) if slope else None, proportion(longer, unequal), points[::step]
+        _estimate(slope.value, slope.error, slope.n) if slope else None,
+        proportion(longer, unequal),
+        points[:: max(1, math.ceil(len(points) / POINTS))],
     )
 
 

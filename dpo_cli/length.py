@@ -7,7 +7,7 @@ covered: that longer can be better; a slope does not tell taste for length from 
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import msgspec
 from msgspec import Struct
@@ -16,6 +16,9 @@ from dpo_cli.judges import inverts, label_of
 from dpo_cli.schema import Completions, Judgment, Order, canonical, completions_id
 
 UNIT = 100  # characters; what one point of a slope is for
+
+# Completion -> (its length in units, its score), both less their means over the completions of the prompt.
+Deviations = dict[int, tuple[float, float]]
 
 
 class Slope(Struct):
@@ -27,50 +30,53 @@ class Slope(Struct):
     prompts: int
 
 
-def shown(judgment: Judgment, row: Completions | None) -> list[int]:
-    """Indices of the completions that the judge scored, each text once; none if the judgment is not of this row."""
-    if row is None or not judgment.scores or judgment.completions_id != completions_id(row.completions):
-        return []
-    everything = range(len(row.completions))
-    if len(judgment.scores) != len(everything) or sorted(judgment.ranking or []) != list(everything):
-        return []
+def within(judgments: Mapping[str, Judgment], completions: Mapping[str, Completions]) -> dict[str, Deviations]:
+    """The deviations of every prompt of which the judge scored two completions or more.
+
+    A judgment that is not of these completions, or that scored none of them, has no part.
+    """
+    found = {key: _deviations(judgment, completions.get(key)) for key, judgment in judgments.items()}
+    return {key: deviations for key, deviations in found.items() if deviations}
+
+
+def _deviations(judgment: Judgment, row: Completions | None) -> Deviations:
+    scores = judgment.scores
+    if row is None or not scores or judgment.completions_id != completions_id(row.completions):
+        return {}
+    if len(scores) != len(row.completions) or sorted(judgment.ranking or []) != list(range(len(scores))):
+        return {}
+    seen = _seen(judgment, row.completions)
+    if len(seen) < 2:
+        return {}
+    length = sum([len(row.completions[index]) for index in seen]) / len(seen)
+    score = sum([scores[index] for index in seen]) / len(seen)
+    return {index: ((len(row.completions[index]) - length) / UNIT, scores[index] - score) for index in seen}
+
+
+def _seen(judgment: Judgment, texts: Sequence[str]) -> list[int]:
+    """Indices of what the judge scored, each text once."""
     if judgment.orders:
-        return sorted({index for order in judgment.orders for index in order.order if index in everything})
-    first = {canonical(text): index for index, text in reversed(list(enumerate(row.completions)))}
+        return sorted({index for order in judgment.orders for index in order.order if index < len(texts)})
+    first = {canonical(text): index for index, text in reversed(list(enumerate(texts)))}
     return sorted(index for text, index in first.items() if text)
 
 
-def deviations(judgment: Judgment, row: Completions | None) -> dict[int, tuple[float, float]]:
-    """Completion -> (its length, its score), both less their means over the prompt; the length in 100 characters."""
-    seen = shown(judgment, row)
-    if row is None or judgment.scores is None or len(seen) < 2:
-        return {}
-    length = sum(len(row.completions[index]) for index in seen) / len(seen)
-    score = sum(judgment.scores[index] for index in seen) / len(seen)
-    return {
-        index: ((len(row.completions[index]) - length) / UNIT, judgment.scores[index] - score) for index in seen
-    }  # fmt: skip
-
-
-def length_slope(judgments: Mapping[str, Judgment], completions: Mapping[str, Completions]) -> Slope | None:
+def length_slope(prompts: Collection[Deviations]) -> Slope | None:
     """Least squares of score on length with an intercept for each prompt (the within, or fixed-effects, estimator).
 
-    With x and y less their means over the prompt: slope = Σxy / Σx², and its variance is Σ(y − slope·x)² / df / Σx²,
-    where df = completions − prompts − 1. None where lengths don't differ, or too few completions leave no df.
+    With x and y the deviations from the prompt's means: slope = Σxy / Σx², and its variance is
+    Σ(y − slope·x)² / df / Σx², where df = completions − prompts − 1. None where lengths don't differ, or too few
+    completions leave no df.
     """
-    prompts = n = 0
-    xx = xy = yy = 0.0
-    for key, judgment in judgments.items():
-        found = deviations(judgment, completions.get(key))
-        prompts += bool(found)
-        n += len(found)
-        for x, y in found.values():
-            xx, xy, yy = xx + x * x, xy + x * y, yy + y * y
-    free = n - prompts - 1
+    points = [point for deviations in prompts for point in deviations.values()]
+    xx = sum([x * x for x, _ in points])
+    xy = sum([x * y for x, y in points])
+    yy = sum([y * y for _, y in points])
+    free = len(points) - len(prompts) - 1
     if xx == 0 or free < 1:
         return None
     value = xy / xx
-    return Slope(value, math.sqrt(max(0.0, yy - value * xy) / free / xx), n, prompts)
+    return Slope(value, math.sqrt(max(0.0, yy - value * xy) / free / xx), len(points), len(prompts))
 
 
 def length_controlled(
@@ -84,28 +90,29 @@ def length_controlled(
     order inverts a pair only by what length does not explain. What is equal keeps its old rank; a twin has the score
     of its like; what the judge never saw stays the lowest. The mean score of a prompt does not change.
     """
-    slope = length_slope(judgments, completions)
+    prompts = within(judgments, completions)
+    slope = length_slope(prompts.values())
     if slope is None:
         return judgments
-    return {key: _controlled(judgment, completions.get(key), slope.value) for key, judgment in judgments.items()}
+    changed = {
+        key: _controlled(judgments[key], completions[key].completions, deviations, slope.value)
+        for key, deviations in prompts.items()
+    }
+    return {**judgments, **changed}
 
 
-def _controlled(judgment: Judgment, row: Completions | None, slope: float) -> Judgment:
-    shift = {index: -slope * length for index, (length, _) in deviations(judgment, row).items()}
-    if row is None or judgment.scores is None or judgment.ranking is None or not shift:
-        return judgment
-    by_text = {canonical(row.completions[index]): judgment.scores[index] + by for index, by in shift.items()}
+def _controlled(judgment: Judgment, texts: Sequence[str], deviations: Deviations, slope: float) -> Judgment:
+    given, old = judgment.scores or [], judgment.ranking or []
+    shift = {index: -slope * length for index, (length, _) in deviations.items()}
+    by_text = {canonical(texts[index]): given[index] + by for index, by in shift.items()}
     lowest = min(by_text.values())
-    scores = [
-        by_text.get(canonical(text), min(lowest, score))
-        for text, score in zip(row.completions, judgment.scores, strict=True)
-    ]
-    ranking = sorted(judgment.ranking, key=lambda index: -scores[index])
+    scores = [by_text.get(canonical(text), min(lowest, score)) for text, score in zip(texts, given, strict=True)]
+    ranking = sorted(old, key=lambda index: -scores[index])
     orders = [_shifted(order, shift) for order in judgment.orders or []]
     seen = [index for index in ranking if index in shift]
     consistent = not any(inverts(order, seen[0], seen[-1]) for order in orders) if orders else judgment.consistent
     return msgspec.structs.replace(
-        judgment, scores=scores, ranking=ranking, consistent=consistent, orders=orders if orders else judgment.orders
+        judgment, scores=scores, ranking=ranking, consistent=consistent, orders=orders or judgment.orders
     )
 
 

@@ -186,7 +186,7 @@ def _length(raw: LengthEffect, controlled: LengthEffect) -> str:
 def _slope(slope: Estimate | None) -> str:
     if slope is None:
         return "–"
-    return f"{slope.value + 0:+.2f} ({slope.low:+.2f} – {slope.high:+.2f})".replace("-", "−")
+    return f"{round(slope.value, 2) + 0:+.2f} ({slope.low:+.2f} – {slope.high:+.2f})".replace("-", "−")
 
 
 def _reasons(title: str, counts: dict[str, int]) -> str:

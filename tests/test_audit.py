@@ -8,7 +8,7 @@ from judging import config, write
 from dpo_cli import audit, pair
 from dpo_cli.config import PairSection
 from dpo_cli.judges import conclude, label_of, make_task
-from dpo_cli.length import length_controlled, length_slope
+from dpo_cli.length import length_controlled, length_slope, within
 from dpo_cli.schema import Completions, Judgment, Order, Preference, Usage, completions_id, prompt_id
 from dpo_cli.store import read_latest, write_rows
 
@@ -157,6 +157,20 @@ def test_each_judge_has_numbers_of_its_own():
     assert found.between_judges is None
 
 
+def test_models_of_a_panel_are_compared_with_each_other():
+    class OrderOf(Order):
+        model: str = ""
+
+    completions = row(1, "a", "b", "c")
+    scores = {"x": ([0, 1, 2], 9, 5, 1), "y": ([1, 2, 0], 5, 9, 1)}
+    orders = [OrderOf(o.order, o.scores, "", name) for name, given in scores.items() for o in [order(*given)]]
+    found = audited((completions, judged(completions, *orders)))
+    assert list(found.judges) == ["x", "y"]
+    assert found.judges["x"].between_orders.flips is None  # one order of each
+    assert (found.between_judges.flips.count, found.between_judges.flips.n) == (3, 3)
+    assert found.between_judges.tau == -1
+
+
 def test_a_judge_without_orders_is_audited_for_scores_and_length():
     rows = [(row(n, "a" * n, "b" * 50, "b" * 50), None) for n in (1, 2, 3)]
     rows = [(c, conclude(make_task(c, lambda text: True), {0: 1.0, 1: 9.0})) for c, _ in rows]
@@ -196,7 +210,7 @@ def test_length_control_by_hand():
     odd = row(9, "x" * 100, "x" * 100 + " ", "y" * 300, " ")
     rows.append((odd, judged(odd, order([0, 2], 5, 7), order([2, 0], 6, 5))))
     judgments, completions = {j.id: j for _, j in rows}, {c.id: c for c, _ in rows}
-    slope = length_slope(judgments, completions).value
+    slope = length_slope(within(judgments, completions).values()).value
     assert slope == pytest.approx((8 * 4 + 1.5) / 18)
     found = length_controlled(judgments, completions)[odd.id]
     # Means 5 and 6.5 at one hundred characters below and above the mean of the prompt; the twin follows its like, and
@@ -214,7 +228,7 @@ def test_judgments_of_other_completions_are_left_alone():
     judgments = {j.id: j for _, j in rows} | {"old": stale}
     completions = {c.id: c for c, _ in rows} | {"old": row(99, "b")}
     assert length_controlled(judgments, completions)["old"] == stale
-    assert length_slope(judgments, completions).prompts == 20
+    assert len(within(judgments, completions)) == 20
 
 
 def test_pair_length_control_changes_the_pair(tmp_path):
@@ -230,6 +244,6 @@ def test_pair_length_control_changes_the_pair(tmp_path):
     assert 0.25 < longer[True] < 0.75
 
 
-def test_ten_thousand_judgments_have_few_points_in_the_plot():
+def test_many_completions_are_few_points_in_the_plot():
     found = audited(*simulated(150))
     assert 200 < len(found.length.points) <= audit.POINTS

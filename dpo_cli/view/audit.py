@@ -120,7 +120,7 @@ def _lengths(raw: LengthEffect, controlled: LengthEffect) -> Table:
 def _slope(slope: Estimate | None) -> Text:
     if slope is None:
         return Text("–", "dim")
-    text = Text(f"{slope.value + 0:+.2f} points", GOOD if slope.low <= 0 <= slope.high else BAD)
+    text = Text(f"{round(slope.value, 2) + 0:+.2f} points", GOOD if slope.low <= 0 <= slope.high else BAD)
     return text.append(f"\n{slope.low:+.2f} – {slope.high:+.2f}", "dim")
 
 
