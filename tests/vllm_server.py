@@ -106,10 +106,12 @@ def _stop(server: "subprocess.Popen[bytes]") -> None:
 if __name__ == "__main__":
     import tempfile
 
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     with (
+        suppress(KeyboardInterrupt),
         tempfile.TemporaryDirectory() as scratch,
         serve(f"vllm serve --config {shlex.quote(sys.argv[1])}", Path(scratch), *sys.argv[2:]) as address,
     ):
         print(address, flush=True)
-        with suppress(KeyboardInterrupt):
-            signal.pause()
+        signal.pause()
