@@ -261,7 +261,8 @@ def pair(session: Session, dry_run: DryRun = False) -> None:
 @command(
     "train", "model.base", "model.adapter", "model.dpo_adapter", "train.learning_rate", "train.beta",
     "train.loss_type", "train.num_train_epochs", "train.max_steps", "train.per_device_train_batch_size",
-    "train.gradient_accumulation_steps", "train.max_length", "train.warmup_steps", "train.seed",
+    "train.gradient_accumulation_steps", "train.max_length", "train.warmup_steps", "train.seed", "train.curriculum",
+    "train.merge", "gate.adaptive_beta", "gate.kl_limit",
 )  # fmt: skip
 def train(
     session: Session,
@@ -273,6 +274,7 @@ def train(
     dry_run: DryRun = False,
 ) -> Exit | None:
     """Preference pairs to the DPO adapter, against the frozen SFT adapter."""
+    sweep: Annotated[str | None, typer.Option(metavar="beta=V,V", help="A run each; or learning_rate, r.")] = None,
     from dpo_cli import view
 
     given = session.data if session.resolved.sources["data"] == "flag" else None
@@ -280,6 +282,15 @@ def train(
         session.config, session.progress(), stage=stage, name=name or stage, data=given, fresh=fresh, limit=limit,
         dry_run=dry_run,
     )  # fmt: skip
+    if sweep is not None:
+        from dpo_cli import sweep as several
+
+        swept = several.run(
+            session.config, session.progress(), sweep, name or stage, data=given, fresh=fresh, limit=limit,
+            backend=backend,
+        )  # fmt: skip
+        session.show(swept, view.swept)
+        return Exit.GATE if swept.best is None else None
     session.show(result, view.trained)
     session.suggest("nothing-dpo generate" if stage == "sft" else f"nothing-dpo inspect run {name or stage}")
     return Exit.GATE if result.verdict == "fail" else None
@@ -420,23 +431,47 @@ def inspect_judgments(
 
 @command("run", parent=inspector)
 def inspect_run(
-    session: Session, name: Annotated[str, typer.Argument(metavar="[NAME]", help="Name of the run.")] = "dpo"
-) -> None:
+    session: Session, name: Annotated[str, typer.Argument(metavar="[NAME]", help="Name of the run.")] = "dpo",
+    explain: Annotated[bool, typer.Option("--explain", help="What the guards found, and what mends it.")] = False,
+) -> None:  # fmt: skip
     """A training run: curves, guards, gates."""
-    from dpo_cli import stats, view
+    from dpo_cli import preflight, stats, view
 
     session.show(stats.read_run(Path(session.config.runs) / name), view.run)
 
 
 @command("config", parent=inspector)
-def inspect_config(session: Session) -> None:
+    if explain:
+        folder = Path(session.config.runs) / name
+        events = stats.read_run(folder).events if folder.is_dir() else []
+        session.show(remedies.shown_by(events), view.explain)
+        return
+def inspect_config(
+    session: Session,
+    presets: Annotated[bool, typer.Option("--presets", help="What each preset sets and costs.")] = False,
+) -> None:
     """Every setting, its value, and where that came from."""
-    from dpo_cli import stats, view
+    from dpo_cli import remedies, stats, view
+@command(
+    "plan", "model.base", "model.adapter", "train.per_device_train_batch_size", "train.max_length",
+    "train.num_train_epochs", parent=inspector,
+)  # fmt: skip
+def inspect_plan(session: Session, limit: Limit = None) -> None:
+    """What a training run will need: steps, memory, hours, dollars."""
+    from dpo_cli import preflight, view
+
+    given = session.data if session.resolved.sources["data"] == "flag" else None
+    session.show(preflight.run(session.config, given, limit), view.plan)
+
+
 
     session.show(stats.settings(session.resolved), view.settings)
 
 
 def _show_page(
+    if presets:
+        session.show(preflight.presets(session.config), view.presets)
+        return
     session: Session, rows: Any, kind: type[Any], render: Callable[..., None], offset: int, limit: int
 ) -> None:
     """A page of rows."""

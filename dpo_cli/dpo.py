@@ -279,7 +279,7 @@ def _models(section: TrainSection, base: Path, adapter: Path | None) -> tuple[An
     if not section.full:
         model = load_base(base, section)
         return (PeftModel.from_pretrained(model, adapter, is_trainable=True) if adapter else model), None
-    return _folded(base, adapter), _folded(base, adapter)
+    return _folded(base, adapter).requires_grad_(True), _folded(base, adapter).requires_grad_(False)
 
 
 def _folded(base: Path, adapter: Path | None) -> Any:

@@ -119,6 +119,8 @@ class Encoder:
         return text
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
         # The template writes BOS itself where the model wants one.
         ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return ids

@@ -189,6 +189,15 @@ def make(
     return result
 
 
+def line(plan: Plan) -> str:
+    """The plan in one line."""
+    return (
+        f"plan: {plan.steps} steps on {plan.pairs} pairs ({plan.held_out} held out), {plan.tokens:,} tokens, "
+        f"{plan.evaluations} evaluations; on a GPU about {plan.total_gb:.1f} of {plan.card_gb:g} GB and "
+        f"{plan.hours:.2f} hours, ${plan.usd['modal']:.2f}"
+    )
+
+
 def memory_gb(
     section: TrainSection, shape: Shape, adapter: tuple[int, str | list[str]], tokens: int
 ) -> dict[str, float]:

@@ -4,6 +4,8 @@ The guards name their findings by the keys of `REMEDIES`; `inspect run --explain
 run, or everything. Data only; reads and writes nothing.
 """
 
+from typing import Any
+
 from msgspec import Struct
 
 
@@ -85,6 +87,12 @@ GUIDE = (
     Rule("effective batch", "16 to 32", "standard", "most runs"),
     Rule("effective batch", "64 and more", "slow, more stable", "many pairs"),
 )  # fmt: skip
+
+
+def shown_by(events: list[dict[str, Any]]) -> list[str]:
+    """Faults that a run's events name, in the order of the table."""
+    seen = {event.get("event") for event in events} | {event.get("reason") for event in events}
+    return [name for name in REMEDIES if name in seen]
 
 
 def advice(name: str) -> str:

@@ -23,6 +23,7 @@ from dpo_cli.encode import Encoded
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.guards import KL, LN2, MARGIN, best_step
 from dpo_cli.inputs import Inputs, Stage, base_folder, read_inputs
+from dpo_cli.preflight import of_encoded
 from dpo_cli.progress import Progress
 from dpo_cli.run_folder import (
     RunFolder,
@@ -78,6 +79,7 @@ class Trained(Struct, kw_only=True):
     verdict: Literal["pass", "fail"] | None = None
     reasons: list[str] = msgspec.field(default_factory=list)
     ended: str | None = None
+    merged: dict[str, Any] | None = None
     best_checkpoint: str | None = None
     policy_sha256: str | None = None
     reference_sha256: str | None = None
@@ -150,7 +152,7 @@ def run(
                 raise
             finally:
                 progress.end()
-        return _finish(result, folder, output, config, identity)
+        return _finish(result, folder, output, config, base, inputs, identity)
 
 
 def _train(
@@ -168,6 +170,10 @@ def _train(
         rows, held_out = (encoder.encode([row[:2] for row in side]) for side in (inputs.rows, inputs.held_out))
         _tell(rows, held_out, events, progress)
         if stage == "dpo":
+            made = of_encoded(config, base, rows.rows, held_out.rows)
+            progress.log(plan.line(made))
+            for warning in made.warnings:
+                progress.log(f"plan: {warning}")
             check_tokens(encoder, [row.prompt for row in inputs.rows], config.generate.url, progress)
         if not rows.rows:
             raise UserError("no row is left to train on", where=", ".join(inputs.files), hint="raise max_length")
@@ -198,7 +204,10 @@ def _tell(rows: Encoded, held_out: Encoded, events: store.Journal, progress: Pro
         progress.log("no held-out rows: nothing will show whether what is learnt holds elsewhere")
 
 
-def _finish(result: Trained, folder: RunFolder, output: Path, config: Config, identity: dict[str, Any]) -> Trained:
+def _finish(
+    result: Trained, folder: RunFolder, output: Path, config: Config, base: Path, inputs: Inputs,
+    identity: dict[str, Any],
+) -> Trained:  # fmt: skip
     """Judge the run by its best checkpoint, put its adapter in its place, write the report."""
     state = folder.trainer_state()
     checkpoints = folder.complete_checkpoints()
@@ -216,9 +225,25 @@ def _finish(result: Trained, folder: RunFolder, output: Path, config: Config, id
     result.best_checkpoint = checkpoints[best].name
     result.policy_sha256 = sha256(weights_file(checkpoints[best]))
     result.reference_sha256 = _models(identity)["reference_sha256"]
-    publish(checkpoints[best], output, config.model.base, base_folder(config.model.base))
+    publish(checkpoints[best], output, config.model.base, base)
+    if result.stage == "dpo" and config.train.merge and not config.train.full:
+        result.merged = _merge(config, base, output, inputs)
     store.write_json(folder.report, result)
     return result
+
+
+def _merge(config: Config, base: Path, adapter: Path, inputs: Inputs) -> dict[str, Any]:
+    """Fold the adapter into the base beside it, checked on a few of the rows."""
+    from dpo_cli.merge import merge
+
+    texts = [row.prompt[-1]["content"] + "\n" + row.completions[0][0]["content"] for row in inputs.rows[:4]]
+    merged: dict[str, Any] = msgspec.to_builtins(merge(base, adapter, merged_folder(adapter), texts))
+    return merged
+
+
+def merged_folder(adapter: Path) -> Path:
+    """Where an adapter's merged model goes: beside it."""
+    return adapter.with_name(f"{adapter.name}-merged")
 
 
 def _finished_before(report: dict[str, Any], folder: RunFolder, output: Path, base: str) -> Trained:
@@ -281,6 +306,12 @@ def _sft_adapter(config: Config) -> Adapter | None:
     if not config.model.adapter:
         return None
     path = Path(config.model.adapter)
+    if Path(config.runs).resolve() in path.resolve().parents:
+        raise UserError(
+            "this is a run's own checkpoint, not an adapter to start from", where=str(path),
+            hint="to resume the run: the same command with its --name; to start from its result: --adapter FOLDER with "
+            "the folder that it published, another --dpo-adapter and another --name",
+        )  # fmt: skip
     if not path.exists():
         raise UserError(
             "no SFT adapter here", where=str(path),
@@ -300,7 +331,7 @@ def _output(config: Config, stage: Stage) -> Path:
         if start == output.resolve() or start in output.resolve().parents or output.resolve() in start.parents:
             raise UserError(
                 "the DPO adapter would overwrite the SFT adapter", where=str(output),
-                hint="set model.dpo_adapter to a folder of its own",
+                hint="to start from its result: another --dpo-adapter and --name; to resume: leave out --adapter",
             )  # fmt: skip
     check_replaceable(output)
     return output

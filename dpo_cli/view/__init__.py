@@ -9,6 +9,7 @@ from dpo_cli.view.audit import audit
 from dpo_cli.view.browse import browse
 from dpo_cli.view.console import make_console, paged, stdout_console
 from dpo_cli.view.pairs import pair, pair_list
+from dpo_cli.view.plan import explain, plan, presets, swept
 from dpo_cli.view.progress import LineProgress, RichProgress, make_progress
 from dpo_cli.view.run import run
 from dpo_cli.view.summary import demonstrated, evaluated, generated, judged, judged_and_paired, paired, trained
@@ -33,6 +34,7 @@ __all__ = [
     "completions_list",
     "demonstrated",
     "evaluated",
+    "explain",
     "generated",
     "judged",
     "judged_and_paired",
@@ -45,10 +47,13 @@ __all__ = [
     "pair_list",
     "pair_stats",
     "paired",
+    "plan",
+    "presets",
     "run",
     "safe",
     "safe_line",
     "settings",
     "stdout_console",
+    "swept",
     "trained",
 ]

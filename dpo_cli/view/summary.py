@@ -98,11 +98,19 @@ def trained(console: Console, result: "Trained") -> None:
     if result.step_zero:
         table.add_row("step zero", f"loss {result.step_zero['loss']:.4f}, margin {result.step_zero['margin']:.4f}")
     for name, gate in result.gates.items():
-        verdict = Text("ok  " if gate.ok else "no  ", "green" if gate.ok else "bold red")
+        words = {True: ("ok  ", "green"), False: ("no  ", "bold red"), None: ("?   ", "yellow")}
+        verdict = Text(*words[gate.ok])
         interval = f" [{number(gate.interval[0])}, {number(gate.interval[1])}]" if gate.interval else ""
         table.add_row(name, verdict.append(f"{number(gate.value)}{interval} (limit {number(gate.limit)})", "default"))
     if result.verdict:
         table.add_row("adapter", safe(f"{result.adapter}, from {result.best_checkpoint}"))
+    if result.ended:
+        table.add_row("ended early", safe(f"{result.ended}: nothing-dpo inspect run --explain", "yellow"))
+    if result.merged:
+        off = result.merged["mean_difference"]
+        table.add_row("merged", safe(f"{result.merged['path']}, {off:.1e} nats a token from base and adapter"))
+    for reason in result.reasons:
+        table.add_row("because", safe(reason, "yellow"))
     console.print(table)
 
 

@@ -1,0 +1,92 @@
+"""What a run would need, from the files at hand: reads rows, base and adapter, and asks `plan.py`.
+
+Reads train.jsonl, val.jsonl, the base's config.json and tokenizer.json, and the adapter. Writes nothing, downloads
+nothing, and needs no torch.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from msgspec import Struct
+
+from dpo_cli import plan
+from dpo_cli.adapter import base_folder, check_adapter
+from dpo_cli.config import Config, resolve
+from dpo_cli.encode import Sequences
+from dpo_cli.errors import UserError
+from dpo_cli.inputs import Row, read_inputs
+from dpo_cli.plan import Lengths, Plan, Shape
+from dpo_cli.presets import PRESETS
+
+# What the table of presets is reckoned for where there are no files: Llama 3.2 3B, 1,000 pairs of 600 + 150 tokens.
+USUAL_SHAPE = Shape(
+    hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8,
+    head_dim=128, vocab_size=128256, tie_word_embeddings=True,
+)  # fmt: skip
+USUAL_LENGTHS = [Lengths(600, [150, 150])] * 1000
+
+
+class Cost(Struct):
+    """A preset: what it sets, and what a run with it needs."""
+
+    name: str
+    settings: dict[str, object]
+    memory_gb: float
+    fits: bool
+    hours: float
+    usd: float
+    steps: int
+
+
+def run(config: Config, data: Path | None = None, limit: int | None = None) -> Plan:
+    """The plan of `train` with these settings.
+
+    Raises:
+        UserError: bad input, or the base is not on this machine.
+    """
+    inputs = read_inputs(config, "dpo", data, limit)
+    folder = base_folder(config.model.base)
+    if folder is None:
+        raise UserError(
+            "the base model is not on this machine", where=config.model.base, hint="set model.base to a folder"
+        )
+    count, counted_by = plan.token_counter(folder)
+
+    def lengths(rows: Sequence[Row]) -> list[Lengths]:
+        return [
+            Lengths(plan.count(row.prompt, count), [plan.count(one, count) for one in row.completions]) for row in rows
+        ]
+
+    return plan.make(
+        config.train, config.plan, plan.read_shape(folder), _adapter(config), lengths(inputs.rows),
+        lengths(inputs.held_out), counted_by,
+    )  # fmt: skip
+
+
+def of_encoded(config: Config, base: Path, rows: Sequence[Sequences], held_out: Sequence[Sequences]) -> Plan:
+    """The plan of a run whose rows are encoded already."""
+    lengths, others = (
+        [Lengths(len(row.prompt), [len(one) for one in row.completions]) for row in side] for side in (rows, held_out)
+    )
+    return plan.make(config.train, config.plan, plan.read_shape(base), _adapter(config), lengths, others, "the encoder")
+
+
+def presets(config: Config) -> list[Cost]:
+    """What every preset costs, on this base if it is here and a usual 3B model else, for 1,000 usual pairs."""
+    folder = base_folder(config.model.base)
+    shape = plan.read_shape(folder) if folder else USUAL_SHAPE
+    costs = []
+    for name, settings in PRESETS.items():
+        chosen = resolve(preset=name, environment={}, file=Path("/dev/null")).config
+        rank = (chosen.train.r, chosen.train.target_modules)
+        made = plan.make(chosen.train, config.plan, shape, rank, USUAL_LENGTHS, [], "assumed")
+        costs.append(Cost(name, dict(settings), made.total_gb, made.fits, made.hours, made.usd["modal"], made.steps))
+    return costs
+
+
+def _adapter(config: Config) -> tuple[int, str | list[str]]:
+    """Rank and target modules of the adapter that is trained."""
+    if config.model.adapter and Path(config.model.adapter).exists():
+        adapter = check_adapter(Path(config.model.adapter), config.model.base)
+        return adapter.rank, adapter.target_modules
+    return config.train.r, config.train.target_modules

@@ -1,0 +1,158 @@
+"""Runs in which a guard acts, and runs of every preset, on a tiny model."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+from adapters import base_model, save_adapter
+from training import AtStep, Lines, metrics, pair, read_rows, settings, write_data, write_rows
+
+from dpo_cli import config as configuration
+from dpo_cli import train
+from dpo_cli.errors import UserError
+from dpo_cli.progress import Silent
+
+PRESETS = ["l4", "l4-qlora", "rank1", "lora16", "full", "conservative"]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    import torch
+
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("start")
+    save_adapter(folder / "sft", base_model(folder / "base"))
+    write_data(folder)
+    return folder
+
+
+def config_of(start, folder, *sets):
+    places = [f"runs={folder / 'runs'}", f"model.dpo_adapter={folder / 'out'}"]
+    return settings(start, start / "base", "gate.kl_limit=100", *places, *sets)
+
+
+def events(folder):
+    return [(row["event"], row.get("action")) for row in read_rows(folder / "runs/dpo/events.jsonl")]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_trains(start, tmp_path, preset):
+    if preset == "l4-qlora":
+        pytest.importorskip("bitsandbytes")
+    small = {
+        "data": start / "data", "runs": tmp_path / "runs", "model.base": start / "base",
+        "model.dpo_adapter": tmp_path / "out", "train.per_device_train_batch_size": 2,
+        "train.gradient_accumulation_steps": 1, "train.max_steps": 2, "train.kl_prompts": 1, "train.kl_tokens": 4,
+        "train.max_length": 256, "train.warmup_steps": 0,
+    }  # fmt: skip
+    if preset in ("l4", "l4-qlora", "full", "conservative"):
+        small["model.adapter"] = start / "sft"
+    sets = [f"{key}={value}" for key, value in small.items()]
+    result = train.run(configuration.resolve(sets=sets, preset=preset, environment={}).config, Silent())
+    assert result.step_zero["ok"] and result.step == 2
+    made = {file.name for file in (tmp_path / "out").iterdir()}
+    if preset == "full":
+        assert {"model.safetensors", "config.json", "tokenizer.json"} <= made
+        return
+    assert made == {"adapter_config.json", "adapter_model.safetensors"}
+    wanted = {"rank1": 1, "lora16": 16}.get(preset, 4)
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["r"] == wanted
+
+
+def test_over_the_kl_limit_the_actions_follow_each_other_and_a_good_checkpoint_is_published(start, tmp_path):
+    sets = ("gate.kl_limit=0.02", "train.learning_rate=0.03", "train.eval_steps=1", "train.save_steps=1",
+            "train.warmup_ratio=0.5", "train.max_steps=30")  # fmt: skip
+    config = config_of(start, tmp_path, *sets)
+    result = train.run(config, Silent())
+    acted = [action for name, action in events(tmp_path) if name == "kl_limit"]
+    assert acted == ["halve_lr", "raise_beta", "rollback", "stop"][: len(acted)] and "rollback" in acted
+    assert result.gates["kl_nats_per_token"].ok and result.gates["kl_nats_per_token"].value <= 0.02
+    rows = [row for row in metrics(tmp_path / "runs/dpo") if "eval_loss" in row]
+    good = [row for row in rows if row["eval_kl_nats_per_token"] <= 0.02]
+    best = max(good, key=lambda row: (row["eval_rewards/margins"] / row["eval_beta"], row["step"]))
+    assert result.best_checkpoint == f"checkpoint-{best['step']}"
+    if acted[-1] == "stop":
+        assert result.ended == "kl_limit"
+        assert train.run(config, AtStep(1, lambda: pytest.fail("it trains on"))).finished_before
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_names_what_to_change(start, tmp_path):
+    config = config_of(start, tmp_path, "train.learning_rate=1e30", "train.max_steps=4")
+    with pytest.raises(UserError, match="not a number") as stopped:
+        train.run(config, Silent())
+    assert "learning_rate" in stopped.value.hint
+    assert [action for name, action in events(tmp_path) if name == "nan"] == ["rollback", "stop"]
+
+
+def test_out_of_memory_halves_the_forward_and_keeps_the_step(start, tmp_path, monkeypatch):
+    import torch
+
+    from dpo_cli import dpo
+
+    whole = config_of(start, tmp_path / "whole", "train.max_steps=5", "train.save_steps=2")
+    train.run(whole, Silent())
+    loss_of = dpo.Trainer._compute_loss
+
+    def lacking(self, model, inputs, return_outputs):
+        if self.state.global_step == 3 and model.training and self.args.per_device_train_batch_size == 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return loss_of(self, model, inputs, return_outputs)
+
+    monkeypatch.setattr(dpo.Trainer, "_compute_loss", lacking)
+    config = config_of(start, tmp_path, "train.max_steps=5", "train.save_steps=2")
+    progress = Lines()
+    train.run(config, progress)
+    assert ("out_of_memory", "smaller_batch") in events(tmp_path)
+    assert any("rows a forward 1, forwards a step 4" in line for line in progress.lines)
+    before, after = (metrics(folder / "runs/dpo") for folder in (tmp_path / "whole", tmp_path))
+    assert [row["step"] for row in after] == [row["step"] for row in before]
+    for one, other in zip(before, after, strict=True):
+        key = "eval_loss" if "eval_loss" in one else "loss"
+        assert abs(one[key] - other[key]) < 1e-4
+
+
+def test_the_curriculum_begins_with_the_largest_gap_and_resumes_exactly(start, tmp_path):
+    from dpo_cli.dpo import EasyFirst
+    from dpo_cli.inputs import read_inputs
+
+    rows = [pair(number) | {"score_gap": float(number % 5)} for number in range(12)]
+    data = write_rows(tmp_path / "data/train.jsonl", rows).parent
+    sets = ("train.curriculum=true", "train.max_steps=6", "train.save_steps=4", f"data={data}")
+    config = config_of(start, tmp_path / "whole", *sets)
+    gaps = [row.gap for row in read_inputs(config, "dpo", None, None).rows]
+    assert gaps == sorted(gaps, reverse=True)
+    sampler = EasyFirst(12, 42)
+    assert list(sampler) == list(range(12))
+    sampler.set_epoch(1)
+    assert sorted(sampler) == list(range(12)) and list(sampler) != list(range(12))
+    train.run(config, Silent())
+    config = config_of(start, tmp_path, *sets)
+    with pytest.raises(UserError, match="SIGTERM"):
+        train.run(config, AtStep(4, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    train.run(config, Silent())
+    assert metrics(tmp_path / "runs/dpo") == metrics(tmp_path / "whole/runs/dpo")
+    write_rows(data / "train.jsonl", [pair(1)])
+    with pytest.raises(UserError, match="score_gap"):
+        train.run(config_of(start, tmp_path / "other", *sets), Silent())
+
+
+def test_a_signal_in_an_evaluation_saves_the_step_and_the_evaluation_is_made_up_for(start, tmp_path, monkeypatch):
+    from dpo_cli import loop
+
+    sets = ("train.eval_steps=4", "train.save_steps=8")
+    train.run(config_of(start, tmp_path / "whole", *sets), Silent())
+    predict = loop.Watch.on_prediction_step
+
+    def terminated(self, args, state, control, **rest):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return predict(self, args, state, control, **rest)
+
+    config = config_of(start, tmp_path, *sets)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="step 4 is saved"):
+        patch.setattr(loop.Watch, "on_prediction_step", terminated)
+        train.run(config, Silent())
+    assert train.run(config, Silent()).resumed_from == 4
+    assert metrics(tmp_path / "runs/dpo") == metrics(tmp_path / "whole/runs/dpo")
+    shutil.rmtree(tmp_path / "whole")
