@@ -227,7 +227,7 @@ def generate(session: Session, limit: Limit = None, dry_run: DryRun = False) -> 
 @command(
     "judge", "judge.judge", "judge.model", "judge.url", "judge.function", "judge.reward_model", "judge.batch_size",
     "judge.against", "judge.rubric", "judge.orders", "judge.reasoning_effort", "judge.max_tokens", "judge.price",
-    "judge.max_usd", "judge.flex",
+    "judge.max_usd", "judge.flex", "judge.batch", "judge.wait",
     "judge.concurrency", "judge.seed", "pair.min_gap", "pair.length_control",
 )  # fmt: skip
 def judge(session: Session, limit: Limit = None, dry_run: DryRun = False) -> Exit | None:
@@ -238,6 +238,10 @@ def judge(session: Session, limit: Limit = None, dry_run: DryRun = False) -> Exi
     result = stage.run(session.config, session.progress(), limit=limit, dry_run=dry_run)
     if dry_run:
         session.show(result, view.judged)
+        return None
+    if result.receipt is not None and result.receipt.waiting:
+        session.show(result, view.judged)
+        session.suggest("nothing-dpo judge --batch, which takes the results in; a batch ends within a day")
         return None
     pairs = pair.run(session.config)
     session.show({"judged": result, "paired": pairs}, view.judged_and_paired)
@@ -270,18 +274,14 @@ def train(
     backend: Annotated[str, typer.Option(metavar="|".join(backends.names()), help="Where it runs.")] = "local",
     name: Annotated[str | None, typer.Option(help="Name of the run. [default: the stage]")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start the run over instead of resuming it.")] = False,
+    sweep: Annotated[str | None, typer.Option(metavar="beta=V,V", help="A run each; or learning_rate, r.")] = None,
     limit: Limit = None,
     dry_run: DryRun = False,
 ) -> Exit | None:
     """Preference pairs to the DPO adapter, against the frozen SFT adapter."""
-    sweep: Annotated[str | None, typer.Option(metavar="beta=V,V", help="A run each; or learning_rate, r.")] = None,
     from dpo_cli import view
 
     given = session.data if session.resolved.sources["data"] == "flag" else None
-    result = backends.load(backend).train(
-        session.config, session.progress(), stage=stage, name=name or stage, data=given, fresh=fresh, limit=limit,
-        dry_run=dry_run,
-    )  # fmt: skip
     if sweep is not None:
         from dpo_cli import sweep as several
 
@@ -291,6 +291,10 @@ def train(
         )  # fmt: skip
         session.show(swept, view.swept)
         return Exit.GATE if swept.best is None else None
+    result = backends.load(backend).train(
+        session.config, session.progress(), stage=stage, name=name or stage, data=given, fresh=fresh, limit=limit,
+        dry_run=dry_run,
+    )  # fmt: skip
     session.show(result, view.trained)
     session.suggest("nothing-dpo generate" if stage == "sft" else f"nothing-dpo inspect run {name or stage}")
     return Exit.GATE if result.verdict == "fail" else None
@@ -435,23 +439,16 @@ def inspect_run(
     explain: Annotated[bool, typer.Option("--explain", help="What the guards found, and what mends it.")] = False,
 ) -> None:  # fmt: skip
     """A training run: curves, guards, gates."""
-    from dpo_cli import preflight, stats, view
+    from dpo_cli import remedies, stats, view
 
-    session.show(stats.read_run(Path(session.config.runs) / name), view.run)
-
-
-@command("config", parent=inspector)
     if explain:
         folder = Path(session.config.runs) / name
         events = stats.read_run(folder).events if folder.is_dir() else []
         session.show(remedies.shown_by(events), view.explain)
         return
-def inspect_config(
-    session: Session,
-    presets: Annotated[bool, typer.Option("--presets", help="What each preset sets and costs.")] = False,
-) -> None:
-    """Every setting, its value, and where that came from."""
-    from dpo_cli import remedies, stats, view
+    session.show(stats.read_run(Path(session.config.runs) / name), view.run)
+
+
 @command(
     "plan", "model.base", "model.adapter", "train.per_device_train_batch_size", "train.max_length",
     "train.num_train_epochs", parent=inspector,
@@ -464,14 +461,21 @@ def inspect_plan(session: Session, limit: Limit = None) -> None:
     session.show(preflight.run(session.config, given, limit), view.plan)
 
 
+@command("config", parent=inspector)
+def inspect_config(
+    session: Session,
+    presets: Annotated[bool, typer.Option("--presets", help="What each preset sets and costs.")] = False,
+) -> None:
+    """Every setting, its value, and where that came from."""
+    from dpo_cli import preflight, stats, view
 
+    if presets:
+        session.show(preflight.presets(session.config), view.presets)
+        return
     session.show(stats.settings(session.resolved), view.settings)
 
 
 def _show_page(
-    if presets:
-        session.show(preflight.presets(session.config), view.presets)
-        return
     session: Session, rows: Any, kind: type[Any], render: Callable[..., None], offset: int, limit: int
 ) -> None:
     """A page of rows."""

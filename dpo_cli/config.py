@@ -20,6 +20,8 @@ from dpo_cli.errors import UserError
 from dpo_cli.presets import PRESETS
 
 SEED = 42
+MIN_GAP = 1.0  # of a judge's ten points
+MIN_REWARD_GAP = 0.2  # of a rollout's reward, which goes from 0 to 1; as in the NeMo Gym guide to DPO
 
 Count = Annotated[int, Meta(ge=1)]
 Seconds = Annotated[float, Meta(gt=0)]
@@ -27,6 +29,7 @@ Positive = Annotated[float, Meta(gt=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 NonNegative = Annotated[float, Meta(ge=0)]
 Tracker = Literal["none", "wandb", "trackio", "tensorboard"]
+Strategy = Literal["best-worst", "all", "adjacent", "mu-2sigma", "same-prompt", "stratified"]
 KlAction = Literal["halve_lr", "raise_beta", "rollback", "stop"]
 MaxUsd = Annotated[
     NonNegative | None, Meta(description="Most dollars that this run may spend on new calls; the next counts anew.")
@@ -94,14 +97,30 @@ class JudgeSection(Struct, kw_only=True):
     price: Annotated[str | None, _doc("IN,CACHED,OUT in dollars per million tokens, of the tier that is used.")] = None
     max_usd: MaxUsd = None
     flex: Annotated[bool, _doc("OpenAI's flex tier: half the price, and slow.")] = False
+    batch: Annotated[bool, _doc("OpenAI's Batch API: half the price, within a day.")] = False
+    wait: Annotated[bool, _doc("Wait for the batches; else send them, and take them in with a later run.")] = True
+    batch_queue_tokens: Annotated[Count, _doc("Input tokens that may wait in batches; your tier's limit.")] = 2_000_000
     concurrency: Annotated[Count, _doc("Most requests in flight; it adapts below that.")] = 64
     timeout: Annotated[Seconds, _doc("Seconds to wait for one reply.")] = 300.0
 
 
 class PairSection(Struct, kw_only=True):
-    """Judgments to preference pairs."""
+    """Judgments, scored rollouts or imported pairs to preference pairs."""
 
-    min_gap: Annotated[NonNegative, _doc("Least score gap between chosen and rejected.")] = 1.0
+    strategy: Annotated[Strategy, _doc("Which completions are paired.")] = "best-worst"
+    min_gap: Annotated[
+        NonNegative | None,
+        _doc(f"Least score gap; unset: {MIN_GAP:g} for judgments, {MIN_REWARD_GAP:g} for rollouts, none for imports."),
+    ] = None
+    max_pairs_per_prompt: Annotated[
+        Count | None, _doc("Most pairs a prompt, those of the largest gap first; unset: all.")
+    ] = None
+    max_pairs: Annotated[Count, _doc("Most pairs in all, --strategy stratified.")] = 10_000
+    high: Annotated[
+        Share, _doc("Least score of a chosen side, --strategy stratified: 0 is the lowest judged, 1 the highest.")
+    ] = 0.7
+    low: Annotated[Share, _doc("Greatest score of a rejected side, --strategy stratified, on that scale.")] = 0.4
+    margin_column: Annotated[bool, _doc("Also write the score gap as `margin`, which reward trainers read.")] = False
     require_consistent: Annotated[bool, _doc("Drop a pair that any order inverts.")] = True
     length_control: Annotated[bool, _doc("Pair by scores without the part that is linear in length.")] = False
     val_share: Annotated[Share, _doc("Share of the prompts that go to val.jsonl.")] = 0.1

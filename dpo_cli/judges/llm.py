@@ -22,13 +22,16 @@ from msgspec import Struct
 from dpo_cli.config import Config, JudgeSection
 from dpo_cli.endpoint import Choice, Endpoint, Estimate, Price, Receipt, Rejected, Reply, Tier, price_of
 from dpo_cli.endpoint import estimate as price_estimate
+from dpo_cli.endpoint.batch import Batches, Owed, waiting
 from dpo_cli.errors import UserError
 from dpo_cli.judges import Task, conclude, label_of
+from dpo_cli.judges._batch import answer
 from dpo_cli.judges._wire import Verdict, read_verdict, verdict_schema, write_message
 from dpo_cli.progress import Progress
 from dpo_cli.schema import Judgment, Order, Usage, content_id
 
 LEDGER = "judge.replies.jsonl"
+BATCHES = "judge.batches.jsonl"
 KEY_VARIABLE = "OPENAI_API_KEY"
 REPORT_SECONDS = 0.5
 REPLY_TOKENS, SENTENCE_TOKENS = 120, 60  # of a usual reply, reasoning included: altogether, and for a candidate
@@ -78,7 +81,8 @@ def estimate(tasks: Sequence[Task], config: Config) -> Estimate:
     """What the tasks would cost if each order is asked once; replies that are in the ledger are counted as well."""
     settings = config.judge
     rubric = read_rubric(settings.rubric)
-    cap, price = settings.max_tokens, _price(config)(settings.model)
+    tier = "batch" if settings.batch else _live_tier(config)
+    cap, price = settings.max_tokens, _price(config, tier)(settings.model)
     owed = size = typical = 0
     for task in tasks:
         for order in cyclic_orders(task, settings.orders, settings.seed):
@@ -99,6 +103,11 @@ def judge(tasks: Sequence[Task], config: Config, deliver: Callable[[Judgment], N
         UserError: the endpoint, the model, the key, the price, the budget or the rubric does not allow it.
     """
     settings = config.judge
+    if settings.batch and settings.flex:
+        raise UserError("--batch and --flex are two tiers", hint="one of them")
+    if not settings.batch and (open_ := waiting(Path(config.data) / BATCHES)):
+        twice = f"{open_:,} requests wait in batches, and would be paid twice"
+        raise UserError(twice, where=str(Path(config.data) / BATCHES), hint="nothing-dpo judge --batch")
     warning = ending_warning(settings.model, datetime.now(UTC).date())
     if warning:
         progress.log(warning)
@@ -112,7 +121,7 @@ async def _judge(
     async with Endpoint(
         settings.url, api_key_variable=KEY_VARIABLE, ledger=Path(config.data) / LEDGER,
         concurrency=settings.concurrency, timeout=max(settings.timeout, FLEX_SECONDS if settings.flex else 0),
-        price=_price(config), max_usd=settings.max_usd, log=progress.log,
+        price=_price(config, _live_tier(config)), max_usd=settings.max_usd, log=progress.log,
     ) as endpoint:  # fmt: skip
         court = Court(endpoint, config, progress.log)
         done = failed = 0
@@ -126,7 +135,7 @@ async def _judge(
         def tell() -> None:
             spend = endpoint.spend
             progress.update(
-                done, tokens=spend.usage.input + spend.usage.output, in_flight=endpoint.in_flight,
+                done, tokens=spend.usage.input + spend.usage.output, in_flight=endpoint.in_flight + spend.waiting,
                 retries=spend.retries, failed=failed, usd=spend.usd,
             )  # fmt: skip
 
@@ -135,22 +144,41 @@ async def _judge(
                 tell()
                 await asyncio.sleep(REPORT_SECONDS)
 
+        async def in_batches() -> None:
+            price, queue = _price(config, "batch"), settings.batch_queue_tokens
+            with Batches(endpoint, Path(config.data) / BATCHES, price, queue, progress.log) as batches:
+                if not await batches.collect([], settings.wait):
+                    return  # what former runs have sent is paid, and comes first
+                await first()
+                court.chat = batches.chat
+                for task in await answer(tasks[1:], court.owed, batches, settings.wait):
+                    await handle(task)
+
+        async def first() -> None:
+            """One task alone and live: it finds out what the endpoint takes."""
+            for task in tasks[:1]:
+                await handle(task)
+
         reporter = asyncio.create_task(report())
         try:
-            for task in tasks[:1]:  # alone: it finds out what the endpoint takes
-                await handle(task)
-            await endpoint.each(tasks[1:], handle)
+            if settings.batch:
+                await in_batches()
+            else:
+                await first()
+                await endpoint.each(tasks[1:], handle)
         finally:
             reporter.cancel()
             tell()
         return endpoint.spend
 
 
-def _price(config: Config) -> Callable[[str], Price | None]:
-    """What a model's calls cost, on the tier that is used."""
-    settings = config.judge
-    tier: Tier | None = "flex" if settings.flex else None
-    return partial(price_of, settings.url, override=settings.price, tier=tier)
+def _price(config: Config, tier: Tier | None) -> Callable[[str], Price | None]:
+    """What a model's calls cost on a tier."""
+    return partial(price_of, config.judge.url, override=config.judge.price, tier=tier)
+
+
+def _live_tier(config: Config) -> Tier | None:
+    return "flex" if config.judge.flex else None
 
 
 class Dialect(Struct, frozen=True):
@@ -165,6 +193,7 @@ class Court:
 
     def __init__(self, endpoint: Endpoint, config: Config, log: Callable[[str], None]) -> None:
         self.endpoint = endpoint
+        self.chat = endpoint.chat
         self.settings = config.judge
         self.rubric = read_rubric(config.judge.rubric)
         self.log = log
@@ -191,6 +220,18 @@ class Court:
         judgment.usage = sum((reply.usage for reply in paid), Usage())
         judgment.usd = sum(reply.usd for reply in paid)
         return judgment
+
+    async def owed(self, task: Task) -> list[Owed]:
+        """What a task would ask next, an order each, where `chat` sends nothing itself."""
+        found = []
+        for order in cyclic_orders(task, self.settings.orders, self.settings.seed):
+            try:
+                await self._hear(task, order, [])
+            except Owed as request:
+                found.append(request)
+            except (_Refused, _Invalid, Rejected):
+                break  # whatever the other orders say
+        return found
 
     async def _hear(self, task: Task, order: list[int], paid: list[Reply]) -> tuple[Verdict, str]:
         """Verdict and raw reply for one order.
@@ -225,7 +266,7 @@ class Court:
             dialect = self.dialect
             body = request(message, labels, cap, self.settings, dialect)
             try:
-                reply = await self.endpoint.chat(body, replicate)
+                reply = await self.chat(body, replicate)
             except Rejected as rejected:
                 if rejected.status == 404:
                     raise await self._no_model(rejected) from None
