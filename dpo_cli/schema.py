@@ -50,23 +50,25 @@ class Completions(msgspec.Struct, kw_only=True):
     usage: Usage = msgspec.field(default_factory=Usage)
 
 
-class Order(msgspec.Struct):
+class Order(msgspec.Struct, omit_defaults=True):
     """One order in which a judge saw the candidates.
 
     `order` holds completion indices as they were shown; `scores` maps label (`A` = first shown) to score; `raw` is
-    the judge's reply as it came.
+    the judge's reply as it came; `model` says who of a panel it was.
     """
 
     order: list[int]
     scores: dict[str, float]
     raw: str
+    model: str | None = None
 
 
 class Judgment(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One line of judgments.jsonl: scores and ranking, or `skipped` with a reason, or an `error` to retry.
 
     `completions_id` names the completions that were judged, so that scores never meet other texts; `failures` counts
-    the runs that ended in an error.
+    the runs that ended in an error. `weights` are those of a panel's models; `flags` say, for a completion's index,
+    what is suspicious about it.
     """
 
     id: str
@@ -81,6 +83,8 @@ class Judgment(msgspec.Struct, kw_only=True, omit_defaults=True):
     judge: dict[str, Any] = msgspec.field(default_factory=dict)
     usage: Usage = msgspec.field(default_factory=Usage)
     usd: float = 0.0
+    weights: dict[str, float] = msgspec.field(default_factory=dict)
+    flags: dict[int, list[str]] = msgspec.field(default_factory=dict)
 
 
 class Preference(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -95,6 +99,7 @@ class Preference(msgspec.Struct, kw_only=True, omit_defaults=True):
     score_gap: float | None = None
     chosen_finish_reason: str | None = None
     rejected_finish_reason: str | None = None
+    margin: float | None = None
 
 
 def content_id(*parts: Any) -> str:

@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Rooms, lowest first: each imports only rooms before it.
 ROOMS = [
     "errors", "terminal", "schema", "store", "presets", "config", "progress", "adapter", "remedies", "guards", "plan", "endpoint", "engines", "judges", "generate", "judge",
-    "formats", "rollouts", "length", "pair", "encode", "served_tokens", "run_folder", "inputs", "preflight", "attention", "head", "packed", "reference", "trainer",
+    "formats", "rollouts", "length", "strategies", "pair", "encode", "served_tokens", "run_folder", "inputs", "preflight", "attention", "head", "packed", "reference", "trainer",
     "loop", "merge", "sft", "dpo", "stats", "train", "evaluate", "backends", "sweep", "pages", "audit", "svg", "report", "lint", "serve_config", "demo", "view", "cli",
 ]  # fmt: skip
 STAGES = {"generate", "judge", "pair", "train", "evaluate", "serve_config"}
