@@ -139,11 +139,16 @@ def _take_in(
     pairs: Iterable[Preference], config: Config, min_gap: float, dry_run: bool, where: str | None = None
 ) -> Paired:
     """Filter and split pairs that were made elsewhere, in their order; of copies the first stays."""
-    own = {preference_id(pair.prompt, pair.chosen, pair.rejected): pair for pair in reversed(list(pairs))}
-    by_prompt: defaultdict[str, list[_Candidate]] = defaultdict(list)
-    for pair in reversed(own.values()):
-        by_prompt[prompt_id(pair.prompt)].append((pair, False))
     skipped: Counter[str] = Counter()
+    seen: set[str] = set()
+    by_prompt: defaultdict[str, list[_Candidate]] = defaultdict(list)
+    for pair in pairs:
+        content = preference_id(pair.prompt, pair.chosen, pair.rejected)
+        if content in seen:
+            skipped["a copy of another pair"] += 1
+            continue
+        seen.add(content)
+        by_prompt[prompt_id(pair.prompt)].append((pair, False))
     sides: dict[bool, list[Preference]] = {False: [], True: []}
     for key, candidates in by_prompt.items():
         kept, reasons = _filter(candidates, config.pair, min_gap)
@@ -151,10 +156,9 @@ def _take_in(
         sides[split_side(key, config.pair.seed, config.pair.val_share)] += kept
     if not any(sides.values()):
         raise UserError(
-            f"no row is a pair: {_counted(skipped)}",
-            where=where,
-            hint=_HINTS.get(max(skipped, key=skipped.__getitem__)),
-        )
+            f"no row is a pair: {_counted(skipped)}", where=where,
+            hint=f"a lower --min-gap (now {min_gap:g}), or pairs whose sides and scores differ",
+        )  # fmt: skip
     return _write(config, sides, skipped, dry_run)
 
 
@@ -217,10 +221,8 @@ def _across(prompts: dict[str, _Judged], settings: PairSection, min_gap: float) 
     The thresholds are shares of the range of all scores: rewards go from 0 to 1, judges' scores on any scale.
     """
     rollouts = [
-        Rollout(
-            prompt.row.prompt, prompt.row.completions[index], prompt.scores[index], prompt.row.finish_reasons[index]
-        )
-        for prompt in prompts.values()
+        Rollout(row.prompt, row.completions[index], prompt.scores[index], row.finish_reasons[index])
+        for prompt, row in ((prompt, prompt.row) for prompt in prompts.values())
         for index in prompt.ranking
     ]
     rewards = [rollout.reward for rollout in rollouts]
@@ -244,9 +246,9 @@ def _filter(candidates: list[_Candidate], settings: PairSection, min_gap: float)
     """Of one prompt's candidates those that are pairs, as many as are allowed, and why the others are none."""
     kept, reasons = [], []
     for pair, inverted in candidates:
-        reason = _fault(pair, min_gap) or (
-            "an order inverts the pair" if inverted and settings.require_consistent else None
-        )
+        reason = _fault(pair, min_gap)
+        if reason is None and inverted and settings.require_consistent:
+            reason = "an order inverts the pair"
         if reason:
             reasons.append(reason)
             continue
