@@ -19,6 +19,7 @@ from dpo_cli.config import Config
 from dpo_cli.endpoint import Estimate, Receipt
 from dpo_cli.errors import UserError
 from dpo_cli.judges import Task, make_task
+from dpo_cli.judges._suspicion import suspicious
 from dpo_cli.progress import Progress, Silent
 from dpo_cli.schema import Completions, Judgment, Usage, completions_id
 from dpo_cli.store import Journal, read_latest
@@ -81,10 +82,12 @@ def run(config: Config, progress: Progress, limit: int | None = None, dry_run: b
         return result
     fresh: dict[str, Judgment] = {}
     if tasks or skips:
+        flags = {task.id: _flags(task) for task in tasks}
         with Journal(path) as journal:
 
             def deliver(judgment: Judgment) -> None:
                 judgment.judge = identity
+                judgment.flags = flags.get(judgment.id, {})
                 journal.append(judgment)
                 fresh[judgment.id] = judgment
 
@@ -136,6 +139,11 @@ def _compile(pattern: str | None) -> re.Pattern[str] | None:
 
 def _in_format(text: str, pattern: re.Pattern[str] | None) -> bool:
     return pattern is None or any(pattern.search(line) for line in text.splitlines())
+
+
+def _flags(task: Task) -> dict[int, list[str]]:
+    """What is suspicious about each completion of which anything is."""
+    return {index: found for index, text in enumerate(task.completions) if (found := suspicious(text))}
 
 
 def _refuse_another_judge(path: Path, known: dict[str, Judgment], identity: dict[str, Any]) -> None:
