@@ -209,6 +209,7 @@ def _root(
     "model.adapter", "generate.temperature", "generate.top_p", "generate.max_tokens", "generate.frequency_penalty",
     "generate.seed", "generate.keep_lines", "generate.concurrency", "generate.batch_size",
     "generate.price", "generate.max_usd",
+    "generate.contrast", "generate.contrast_url", "generate.contrast_model",
 )  # fmt: skip
 def generate(session: Session, limit: Limit = None, dry_run: DryRun = False) -> Exit | None:
     """Prompts to completions: sample the SFT adapter until every prompt has n."""

@@ -77,6 +77,13 @@ class GenerateSection(Struct, kw_only=True):
     batch_size: Annotated[Count, _doc("Sequences at once, engine transformers.")] = 32
     price: Annotated[str | None, _doc("IN,CACHED,OUT in dollars per million tokens.")] = None
     max_usd: MaxUsd = None
+    contrast: Annotated[bool, _doc("Two completions a prompt, from a good and a bad system prompt.")] = False
+    good_system: Annotated[str, _doc("System prompt of the good one.")] = "Give an accurate and helpful answer."
+    bad_system: Annotated[str, _doc("System prompt of the bad one.")] = (
+        "Give an answer that is vague, unhelpful or slightly wrong, without saying so."
+    )
+    contrast_url: Annotated[str | None, _doc("Endpoint of an external model that gives both.")] = None
+    contrast_model: Annotated[str | None, _doc("Model that gives both; unset: model.name.")] = None
 
 
 class JudgeSection(Struct, kw_only=True):

@@ -4,6 +4,9 @@ Reads prompts (prompt-only, `messages` and prompt-completion rows of a JSONL fil
 what completions.jsonl in `data` holds already; appends to it a line for each prompt that is finished, in the order in
 which they finish. The last line of an id wins, and a clean finish drops the lines before it. Rows that were made with
 another model or other sampling settings are never mixed with new ones.
+
+With `contrast`, two completions a prompt come from two system prompts; they are completions like any others, of which
+a judge says which is better.
 """
 
 import re
@@ -18,7 +21,7 @@ from msgspec.structs import replace
 from dpo_cli import engines
 from dpo_cli.config import Config, get
 from dpo_cli.endpoint import Estimate, Receipt, estimate, price_of
-from dpo_cli.engines import Request, Sample, Sampled
+from dpo_cli.engines import Request, Sample, Sampled, contrasted, split
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Progress, Silent
 from dpo_cli.schema import Completions, Message, Usage, canonical, prompt_id, read_prompt
@@ -66,8 +69,9 @@ def run(config: Config, progress: Progress, limit: int | None = None, dry_run: b
     Raises:
         UserError: bad prompts, nothing to sample from, rows made with other settings, or what the engine raises.
     """
+    config = _contrast(config)
     settings = config.generate
-    if settings.temperature == 0 and settings.n > 1:
+    if settings.temperature == 0 and settings.n > 1 and not settings.contrast:
         raise UserError(f"temperature 0 gives {settings.n} times the same", hint="--n 1, or --temperature 0.9")
     keep = _line_filter(settings.keep_lines)
     engine = _choose_engine(config, progress)
@@ -83,7 +87,10 @@ def run(config: Config, progress: Progress, limit: int | None = None, dry_run: b
             work = _Work(_open_rows(config, engine, requests, path), keep, journal, progress, result)
             progress.begin("generate", result.prompts, result.done_before)
             try:
-                work.finish(engines.load(engine), requests, config)
+                sample = engines.load(engine)
+                if settings.contrast:
+                    sample = contrasted(sample, settings.good_system, settings.bad_system)
+                work.finish(sample, requests, config)
             finally:
                 progress.end()
         if requests or superseded:
@@ -108,6 +115,19 @@ def read_prompts(path: Path) -> Iterator[list[Message]]:
         raise UserError("the file is empty", where=str(file), hint="one prompt a line")
 
 
+def _contrast(config: Config) -> Config:
+    """With `contrast`, two completions a prompt, and the external model where there is one."""
+    settings = config.generate
+    if not settings.contrast:
+        return config
+    name = settings.contrast_model or config.model.name
+    if settings.contrast_url is None:
+        generate = replace(settings, n=2)
+    else:
+        generate = replace(settings, n=2, engine="endpoint", url=settings.contrast_url)
+    return replace(config, generate=generate, model=replace(config.model, name=name))
+
+
 def _choose_engine(config: Config, progress: Progress) -> str:
     """The engine of the settings; without an endpoint, the one that needs none."""
     if config.generate.engine != "endpoint" or config.generate.url is not None:
@@ -127,12 +147,16 @@ def _made_with(config: Config, engine: str) -> dict[str, Any]:
     keys += ["generate.keep_lines", "model.chat_template_kwargs"]
     if engine != "endpoint":
         keys += ["model.base", "model.adapter"]
-    return {"engine": engine, **{key.partition(".")[2]: get(config, key) for key in keys}}
+    contrast = {"good": config.generate.good_system, "bad": config.generate.bad_system}
+    made = {"contrast": contrast} if config.generate.contrast else {}
+    return {"engine": engine, **made, **{key.partition(".")[2]: get(config, key) for key in keys}}
 
 
 def _estimate(requests: list[Request], config: Config) -> Estimate:
-    """What the owed completions would cost, in one request a prompt."""
+    """What the owed completions would cost, in one request a prompt, or one a system prompt."""
     settings = config.generate
+    if settings.contrast:
+        requests = [part for one in requests for part in split(one, settings.good_system, settings.bad_system)]
     size = sum(len(msgspec.json.encode(request.prompt)) for request in requests)
     worst = sum(request.need for request in requests) * settings.max_tokens
     price = price_of(settings.url or "", config.model.name, settings.price)

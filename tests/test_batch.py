@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from batch_server import BatchServer
 from judging import Log, config, judgments, rows, run, write
-from openai_server import Server, first, shares
+from openai_server import Server, shares
 
 from dpo_cli import judge
 from dpo_cli.endpoint import batch

@@ -19,6 +19,7 @@ from dpo_cli.progress import Progress
 from dpo_cli.schema import Usage, content_id
 
 KEY_VARIABLE = "SERVE_API_KEY"  # vLLM asks for a key only if it was started with one
+EXTERNAL_KEY_VARIABLE = "OPENAI_API_KEY"  # of generate.contrast_url
 LEDGER = "generate.replies.jsonl"
 REPORT_SECONDS = 0.5
 
@@ -45,7 +46,7 @@ async def _sample(
     assert settings.url is not None
     async with Endpoint(
         settings.url,
-        api_key_variable=KEY_VARIABLE,
+        api_key_variable=EXTERNAL_KEY_VARIABLE if settings.url == settings.contrast_url else KEY_VARIABLE,
         api_key_required=False,
         ledger=Path(config.data) / LEDGER,
         concurrency=settings.concurrency,
