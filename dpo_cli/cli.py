@@ -32,7 +32,11 @@ app = typer.Typer(
 inspector = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at what a stage made.")
 app.add_typer(inspector, name="inspect")
 
-CHOICES = {"generate.engine": engines.names(), "judge.judge": judges.names()}
+CHOICES = {
+    "generate.engine": engines.names(),
+    "judge.judge": judges.names(),
+    "pair.strategy": list(get_args(config.Strategy)),
+}
 
 # Flags whose name is not the setting's own.
 FLAGS = {"model.name": "--model", "judge.model": "--model"}
@@ -253,14 +257,46 @@ def judge(session: Session, limit: Limit = None, dry_run: DryRun = False) -> Exi
     return None
 
 
-@command("pair", "pair.min_gap", "pair.require_consistent", "pair.length_control", "pair.val_share", "pair.seed")
-def pair(session: Session, dry_run: DryRun = False) -> None:
+@command(
+    "pair", "pair.strategy", "pair.min_gap", "pair.max_pairs_per_prompt", "pair.max_pairs", "pair.high", "pair.low",
+    "pair.require_consistent", "pair.length_control", "pair.margin_column", "pair.val_share", "pair.seed",
+)  # fmt: skip
+def pair(
+    session: Session,
+    rollouts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Pair scored NeMo Gym rollouts: same-prompt or stratified.")
+    ] = None,
+    other: Annotated[
+        Path | None, typer.Option("--import", metavar="FILE", help="Take in the pairs of another tool's file.")
+    ] = None,
+    to: Annotated[
+        Literal["trl", "parquet", "nemo-rl"] | None,
+        typer.Option(help="Make no pairs, but export those that there are for another trainer."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of the export. [default: of its name, in the data]")
+    ] = None,
+    dry_run: DryRun = False,
+) -> None:
     """Judgments to pairs again, by other rules: free."""
     from dpo_cli import pair as stage
     from dpo_cli import view
 
-    session.show(stage.run(session.config, dry_run=dry_run), view.paired)
-    session.suggest("nothing-dpo inspect pairs --stats")
+    if sum(given is not None for given in (rollouts, other, to)) > 1:
+        raise UserError("--rollouts, --import and --to are different commands", hint="one after the other")
+    if to:
+        from dpo_cli.formats.export import export_split
+
+        session.show(export_split(session.data, to, out, session.config, dry_run=dry_run), view.exported)
+        return
+    if rollouts:
+        result = stage.run_rollouts(rollouts, session.config, dry_run=dry_run)
+    elif other:
+        result = stage.run_import(other, session.config, dry_run=dry_run)
+    else:
+        result = stage.run(session.config, dry_run=dry_run)
+    session.show(result, view.paired)
+    session.suggest("nothing-dpo inspect pairs --lint")
 
 
 @command(
@@ -356,12 +392,20 @@ def inspect_pairs(
     browse: Annotated[bool, typer.Option("--browse", help="One after the other, with keys.")] = False,
     side: Annotated[Literal["train", "val", "both"], typer.Option(help="Side of the split.")] = "both",
     limit: Page = 20, offset: Offset = 0,
-) -> None:  # fmt: skip
-    """Preference pairs: a page of them, one side by side, or their statistics."""
+    lint: Annotated[bool, typer.Option("--lint", help="What is wrong with them; exit code 3 on errors.")] = False,
+    fix: Annotated[Path | None, typer.Option(metavar="DIR", help="Lint, and write a cleaned copy there.")] = None,
+) -> Exit | None:  # fmt: skip
+    """Preference pairs: a page of them, one side by side, their statistics, or what is wrong with them."""
     from dpo_cli import pages, view
     from dpo_cli import stats as numbers
     from dpo_cli.schema import Preference
 
+    if lint or fix:
+        from dpo_cli.lint import run
+
+        linted = run(session.config, fix)
+        session.show(linted, view.lint)
+        return Exit.GATE if linted.errors_left else None
     if session.data.is_file():
         files = [session.data]
     else:
@@ -371,7 +415,7 @@ def inspect_pairs(
         raise UserError("no train.jsonl or val.jsonl there", where=str(session.data), hint="nothing-dpo judge")
     if stats:
         session.show(numbers.pair_stats({file.stem: pages.read_pairs(file) for file in files}), view.pair_stats)
-        return
+        return None
     with pages.Rows.open(files) as rows:
         if identity:
             row, pair = pages.find(rows, identity, Preference)
@@ -380,6 +424,7 @@ def inspect_pairs(
             view.browse(view.stdout_console(), rows, offset)
         else:
             _show_page(session, rows, Preference, view.pair_list, offset, limit)
+    return None
 
 
 @command("completions", parent=inspector)

@@ -1,8 +1,8 @@
 """Preference lint: what is wrong with train.jsonl and val.jsonl, and a copy without it.
 
-Reads our own preference rows; writes only the copy. Deterministic: the same files give the same findings and bytes.
-Errors make training wrong (leakage, contradictions, broken templates, copies); warnings are to be looked at. Not
-covered: whether the preferences are right.
+Reads our own preference rows and, where it is at hand, the base model's tokenizer; writes only the copy.
+Deterministic: the same files give the same findings and bytes. Errors make training wrong (leakage, contradictions,
+broken templates, copies); warnings are to be looked at. Not covered: whether the preferences are right.
 """
 
 from collections import Counter
@@ -12,8 +12,11 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from dpo_cli.config import Config
+from dpo_cli.errors import UserError
 from dpo_cli.lint import corpus, rules
 from dpo_cli.lint.findings import Finding, Pair, Side, read_pairs
+from dpo_cli.lint.tokens import token_counter
 from dpo_cli.stats import Proportion
 from dpo_cli.store import write_rows
 
@@ -44,6 +47,36 @@ class Fixed(Struct, kw_only=True):
     moved: int
     train_path: str
     val_path: str
+
+
+class Linted(Struct, kw_only=True):
+    """What lint found, the cleaned copy if one was asked for, and the errors that are left in it, else in the data."""
+
+    lint: Lint
+    fixed: Fixed | None
+    errors_left: int
+
+
+def run(config: Config, folder: Path | None = None) -> Linted:
+    """Lint the pairs of `config.data`, a folder or one file, and write a cleaned copy to `folder`.
+
+    Raises:
+        UserError: no pairs there, `file:line` of a row that is no pair, or the copy would replace what it is of.
+    """
+    data = Path(config.data)
+    train = data if data.is_file() else data / "train.jsonl"
+    val = data / "val.jsonl"  # of a file there is none
+    if not train.exists():
+        raise UserError("no such file", where=str(train), hint="nothing-dpo judge, or nothing-dpo pair")
+    if folder is not None and folder.resolve() == train.parent.resolve():
+        raise UserError("this would replace the pairs themselves", where="--fix", hint="name another folder")
+    max_length, count_tokens = config.train.max_length, token_counter(config.model.base)
+    found = lint(train, val, max_length, count_tokens)
+    if folder is None:
+        return Linted(lint=found, fixed=None, errors_left=found.errors)
+    fixed = write_fixed(read_split(train, val), found.findings, folder)
+    copy = lint(Path(fixed.train_path), Path(fixed.val_path), max_length, count_tokens)
+    return Linted(lint=found, fixed=fixed, errors_left=copy.errors)
 
 
 def lint(

@@ -8,11 +8,21 @@ from `stats`, rows from `pages`. Every function takes the console to draw on; te
 from dpo_cli.view.audit import audit
 from dpo_cli.view.browse import browse
 from dpo_cli.view.console import make_console, paged, stdout_console
+from dpo_cli.view.lint import lint
 from dpo_cli.view.pairs import pair, pair_list
 from dpo_cli.view.plan import explain, plan, presets, swept
 from dpo_cli.view.progress import LineProgress, RichProgress, make_progress
 from dpo_cli.view.run import run
-from dpo_cli.view.summary import demonstrated, evaluated, generated, judged, judged_and_paired, paired, trained
+from dpo_cli.view.summary import (
+    demonstrated,
+    evaluated,
+    exported,
+    generated,
+    judged,
+    judged_and_paired,
+    paired,
+    trained,
+)
 from dpo_cli.view.tables import (
     completion_stats,
     completions,
@@ -35,11 +45,13 @@ __all__ = [
     "demonstrated",
     "evaluated",
     "explain",
+    "exported",
     "generated",
     "judged",
     "judged_and_paired",
     "judgment",
     "judgments_list",
+    "lint",
     "make_console",
     "make_progress",
     "paged",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dpo_cli.demo import Demonstrated
     from dpo_cli.endpoint import Estimate, Receipt
     from dpo_cli.evaluate import Evaluation
+    from dpo_cli.formats.export import Exported
     from dpo_cli.generate import Generated
     from dpo_cli.judge import Judged
     from dpo_cli.pair import Paired
@@ -68,13 +69,33 @@ def judged(console: Console, result: "Judged") -> None:
 def paired(console: Console, result: "Paired") -> None:
     """What `pair` made."""
     table = _facts()
+    if result.format is not None:
+        table.add_row("read as", result.format)
     table.add_row("pairs", f"{result.train:,} to train on · {result.val:,} held out")
+    if result.rollouts is not None:
+        scored = result.rollouts
+        table.add_row("made of", f"{scored.rollouts:,} rollouts of {scored.prompts:,} prompts")
+        rewards = f"chosen {scored.average_chosen_reward:.3f} · rejected {scored.average_rejected_reward:.3f}"
+        table.add_row("average", f"reward {rewards} · gap {scored.average_gap:.3f}")
+        if scored.skipped:
+            table.add_row("no rollout", _reasons(scored.skipped, "yellow"))
     if result.skipped:
         table.add_row("no pair", _reasons(result.skipped, "yellow"))
     for warning in result.warnings:
         table.add_row("warning", safe(warning, "yellow"))
     table.add_row("wrote", safe(f"{result.train_path}, {result.val_path}"))
     console.print(table)
+
+
+def exported(console: Console, result: "Exported") -> None:
+    """What was exported, and how to start it elsewhere."""
+    table = _facts()
+    table.add_row("pairs", f"{result.train:,} to train on · {result.val:,} held out")
+    table.add_row("wrote", safe("\n".join(result.files) or "nothing: a dry run"))
+    console.print(table)
+    for title, line in result.launch.items():
+        console.print(Text(f"\n{title}", "bold"))
+        console.print(safe(line, "green"), soft_wrap=True)
 
 
 def judged_and_paired(console: Console, results: Mapping[str, object]) -> None:
