@@ -161,6 +161,7 @@ class Trainer(ResumableTrainer, DPOTrainer):  # type: ignore[misc]
         if len(margins) > 1:
             output.metrics["eval_rewards/margins_stderr"] = margins.std().item() / math.sqrt(len(margins))
         output.metrics["eval_beta"] = self.beta
+        output.metrics["eval_pairs_correct"] = int((margins > 0).sum())  # TRL's accuracy is a mean of batches' means
         if self.kl_prompts:
             completions = self._sample(self.model)
             per_token, per_sequence = self._kl(completions)

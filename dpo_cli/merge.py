@@ -70,4 +70,5 @@ def _log_probs(model: torch.nn.Module, tokenizer: object, text: str) -> torch.Te
     """Log-probability of each token after the first: (tokens - 1,), float32."""
     ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :512]  # type: ignore[operator]
     logits = model(input_ids=ids).logits[0, :-1].float()
-    return logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+    chosen: torch.Tensor = logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+    return chosen

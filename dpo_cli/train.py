@@ -276,7 +276,7 @@ def _gates(stage: Stage, rows: Sequence[dict[str, Any]], config: Config, held_ou
     gates["held_out_loss"] = _below(last["eval_loss"], LN2)
     gates["held_out_margin"] = Gate(last[MARGIN], 0.0, last[MARGIN] > 0, (last[MARGIN] - reach, last[MARGIN] + reach))
     gates["margin_rises"] = Gate(last[MARGIN], before, last[MARGIN] > before)
-    correct = proportion(round(last["eval_rewards/accuracies"] * held_out_rows), held_out_rows)
+    correct = proportion(last["eval_pairs_correct"], held_out_rows)
     if correct is not None:
         ok = True if correct.low > 0.5 else False if correct.high < 0.5 else None
         gates["held_out_accuracy"] = Gate(correct.share, 0.5, ok, (correct.low, correct.high))

@@ -95,7 +95,7 @@ class ResumableTrainer:
         # Which checkpoint rotation keeps: transformers would look at the metric alone, not at KL.
         rows = metric_rows(self.state.log_history)
         evaluated = [row["step"] for row in rows if "eval_loss" in row]
-        is_best = guards.best_step(evaluated, rows, *self.best, self.kl_limit) == self.state.global_step
+        is_best: bool = guards.best_step(evaluated, rows, *self.best, self.kl_limit) == self.state.global_step
         if is_best:
             self.state.best_metric, self.state.best_global_step = metrics[self.best[0]], self.state.global_step
         return is_best
