@@ -1,0 +1,191 @@
+"""The plan by hand, tokens against a server, sweeps and merges."""
+
+import json
+import math
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+from adapters import base_model, save_adapter
+from training import Lines, settings, write_data
+
+from dpo_cli import plan, preflight, remedies, sweep, train
+from dpo_cli.config import PlanSection, TrainSection
+from dpo_cli.errors import UserError
+from dpo_cli.plan import Lengths
+from dpo_cli.progress import Silent
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    import torch
+
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("start")
+    save_adapter(folder / "sft", base_model(folder / "base"))
+    write_data(folder)
+    return folder
+
+
+def made(lengths, **section):
+    return plan.make(
+        TrainSection(**section), PlanSection(), preflight.USUAL_SHAPE, (32, "all-linear"), lengths, lengths[:50], "hand"
+    )
+
+
+def test_the_memory_of_a_3b_model_is_what_its_sizes_say():
+    shape = preflight.USUAL_SHAPE
+    assert shape.linear_parameters() + shape.embedding_parameters() == 3_212_574_720
+    assert shape.adapter_parameters(32, "all-linear") == 48_627_712
+    assert shape.adapter_parameters(1, "q_proj,k_proj") == 28 * (3072 + 3072 + 3072 + 1024)
+    parts = plan.memory_gb(TrainSection(), shape, (32, "all-linear"), 0)
+    assert math.isclose(parts["weights"], 6.425, rel_tol=1e-3)
+    assert math.isclose(
+        sum(parts[name] for name in ("adapter", "reference", "gradients", "optimizer")), 0.9726, rel_tol=1e-3
+    )
+    four = plan.memory_gb(TrainSection(load_in_4bit=True), shape, (32, "all-linear"), 0)
+    assert math.isclose(four["weights"], 2.24, rel_tol=1e-2)
+    plain, checkpointed = (
+        plan.memory_gb(TrainSection(gradient_checkpointing=on), shape, (32, "all-linear"), 1000)["activations"]
+        for on in (False, True)
+    )
+    assert math.isclose(plain, 4.03, rel_tol=1e-2)
+    assert math.isclose(checkpointed, (6.144e3 * 28 + 143.9e3) * 1000 / 1e9, rel_tol=1e-2)
+
+
+def test_steps_tokens_and_warnings_by_hand():
+    result = made([Lengths(600, [200, 100])] * 320)
+    assert (result.steps, result.evaluations, result.longest, result.too_long) == (20, 1, 800, 0)
+    assert result.tokens == 320 * 1500 and result.warmup_share == 1.0
+    assert [warning.split()[0] for warning in result.warnings] == ["warmup", "320", "chosen"]
+    assert "train.warmup_steps = 2" in result.warnings[0]
+    calm = made([Lengths(600, [100, 100])] * 4000)
+    assert calm.fits and calm.warnings == []
+    loud = made([Lengths(3000, [100, 100])] * 4000, learning_rate=1e-3, gradient_checkpointing=False)
+    assert not loud.fits and loud.longest == 2048 and loud.too_long == 4000
+    assert [
+        any(word in text for text in loud.warnings) for word in ("learning_rate", "max_length", "train_batch_size")
+    ] == [True] * 3
+
+
+def test_steps_at_most_caps_the_epochs_alone():
+    section = TrainSection(num_train_epochs=3, steps_at_most=10)
+    assert plan.steps(section, 1600) == 10 and plan.capped_steps(section, 1600) == 10
+    assert plan.steps(section, 16) == 3
+    assert plan.capped_steps(TrainSection(), 1600) == -1 and plan.capped_steps(TrainSection(max_steps=7), 1600) == 7
+
+
+def test_the_plan_of_files_counts_with_the_bases_tokenizer(start):
+    config = settings(start, start / "base")
+    result = preflight.run(config)
+    assert (result.pairs, result.held_out, result.steps) == (22, 5, 8)
+    assert result.counted_by == "the base's tokenizer" and 20 < result.longest < 200
+    config.model.base = str(start / "nowhere")
+    with pytest.raises(UserError, match="not on this machine"):
+        preflight.run(config)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "said"),
+    [
+        ([0, 5, 6], [0, 0, 5, 6], "the server doubles BOS"),
+        ([0, 0, 5, 6], [0, 5, 6], "training doubles BOS"),
+        ([0, 5, 6], [5, 6], "the server lacks BOS"),
+        ([0, 5, 6, 7], [0, 5], "the server lacks the generation prompt"),
+        ([0, 5], [0, 5, 6, 7], "training lacks the generation prompt"),
+        ([0, 5, 6], [0, 5, 7], "from token 2 on"),
+    ],
+)
+def test_a_difference_of_tokens_is_named(start, ours, theirs, said):
+    from transformers import AutoTokenizer
+
+    from dpo_cli.served_tokens import difference
+
+    assert said in difference(ours, theirs, AutoTokenizer.from_pretrained(start / "base"))
+
+
+@pytest.fixture
+def tokenizer_server(start):
+    """A server that answers /tokenize with the base's own tokenizer; `drop` tokens are left out at the end."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(start / "base")
+
+    class Handler(BaseHTTPRequestHandler):
+        drop = 0
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            text = tokenizer.apply_chat_template(body["messages"], tokenize=False, add_generation_prompt=True)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            answer = json.dumps({"tokens": ids[: len(ids) - Handler.drop]}).encode()
+            self.send_response(200 if self.path == "/tokenize" else 404)
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/v1", Handler
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_training_stops_where_the_server_sees_other_tokens(start, tmp_path, tokenizer_server):
+    url, handler = tokenizer_server
+    config = settings(
+        start, start / "base", f"runs={tmp_path}", f"model.dpo_adapter={tmp_path / 'out'}", "train.max_steps=1",
+        f"generate.url={url}",
+    )  # fmt: skip
+    handler.drop = 3
+    with pytest.raises(UserError, match="the server lacks the generation prompt"):
+        train.run(config, Silent())
+    handler.drop = 0
+    progress = Lines()
+    train.run(config, progress)
+    assert "tokens: 10 prompts are the same tokens on the server" in progress.lines
+    assert any(line.startswith("plan: 1 steps on 22 pairs (5 held out)") for line in progress.lines)
+
+
+def test_a_sweep_is_a_run_for_each_value_and_names_the_best_within_the_kl_limit(start, tmp_path):
+    places = [f"runs={tmp_path / 'runs'}", f"model.dpo_adapter={tmp_path / 'out'}", "train.max_steps=3"]
+    config = settings(start, start / "base", "gate.kl_limit=100", *places)
+    result = sweep.run(config, Silent(), "beta=0.05,0.5")
+    assert [point.value for point in result.points] == [0.05, 0.5] and result.best in (0.05, 0.5)
+    for value in ("0.05", "0.5"):
+        run = tmp_path / "runs" / f"dpo-beta-{value}"
+        assert json.loads((run / "config.json").read_text())["config"]["train"]["beta"] == float(value)
+        assert (tmp_path / f"out-beta-{value}" / "adapter_model.safetensors").exists()
+    config.gate.kl_limit = 1e-9
+    assert sweep.run(config, Silent(), "beta=0.05", fresh=True).best is None
+    for text in ("gamma=1", "beta=", "beta"):
+        with pytest.raises(UserError, match="--sweep"):
+            sweep.parse(text)
+    with pytest.raises(UserError, match="rank is the SFT adapter's"):
+        sweep.run(config, Silent(), "r=4,8")
+
+
+def test_a_merged_model_says_what_base_and_adapter_said(start, tmp_path):
+    places = [f"runs={tmp_path / 'runs'}", f"model.dpo_adapter={tmp_path / 'out'}", "train.max_steps=1"]
+    result = train.run(settings(start, start / "base", "train.merge=true", *places), Silent())
+    assert result.merged["mean_difference"] < 1e-4 and result.merged["dtype"] == "float32"
+    assert (tmp_path / "out-merged" / "model.safetensors").exists()
+    assert (tmp_path / "out-merged" / "tokenizer.json").exists()
+
+
+def test_a_runs_own_checkpoint_is_no_adapter_to_start_from(start, tmp_path):
+    runs = tmp_path / "runs"
+    save_adapter(runs / "dpo/checkpoints/checkpoint-3", start / "base")
+    config = settings(start, start / "base", f"runs={runs}", f"model.adapter={runs / 'dpo/checkpoints/checkpoint-3'}")
+    with pytest.raises(UserError, match="a run's own checkpoint") as refused:
+        train.run(config, Silent())
+    assert "--name" in refused.value.hint
+
+
+def test_remedies_are_shown_for_what_the_events_name():
+    assert remedies.shown_by([{"event": "loss_spike"}, {"event": "ended", "reason": "nan"}]) == ["loss_spike", "nan"]
+    assert remedies.shown_by([{"event": "step_zero"}]) == []
