@@ -209,7 +209,7 @@ def receipt(table: Table, paid: "Receipt") -> None:
     table.add_row("tokens", _tokens(paid.usage))
     table.add_row("spent", dollars(paid.usd))
     if paid.resent or paid.interrupted:
-        twice = f"{paid.resent:,} sent again without an answer, {paid.interrupted:,} in flight when a run was stopped"
+        twice = f"{paid.resent:,} sent again without an answer, {paid.interrupted:,} left unanswered by a former run"
         twice += f" · at most {dollars(paid.unseen_usd)}" if paid.unseen_usd else ""
         table.add_row("perhaps twice", Text(twice, "yellow"))
 
