@@ -249,7 +249,7 @@ def enable(trainer: Any, tokens_per_batch: int | None = None) -> str | None:
         return reason
     forwards = [model.forward for model in bare]
     for model in bare:
-        _patch(model, is_reference=_reads_reference(model, trainer.ref_model))
+        _patch(model, _reads_reference(model, trainer.ref_model), trainer.accelerator.autocast)
     trainer.data_collator.pack = True
     reason = _difference(trainer)
     if reason is not None:
@@ -325,8 +325,11 @@ def _reads_reference(model: Any, ref_model: Any) -> Callable[[], bool]:
     return lambda: layer.disable_adapters or layer.active_adapters == ["ref"]
 
 
-def _patch(model: Any, is_reference: Callable[[], bool]) -> None:
-    """Let `model(..., labels, packing, fused_lm_head=True)` run packed; every other call is as before."""
+def _patch(model: Any, is_reference: Callable[[], bool], autocast: Callable[[], Any]) -> None:
+    """Let `model(..., labels, packing, fused_lm_head=True)` run packed; every other call is as before.
+
+    `autocast` stands here as well, since a reference of its own is wrapped in it below this patch.
+    """
     theirs = model.forward
     softcap = getattr(model.config, "final_logit_softcapping", None)
     model.set_attn_implementation(attention.NAME)
@@ -349,22 +352,23 @@ def _patch(model: Any, is_reference: Callable[[], bool]) -> None:
         reference = is_reference()
         if reference and "reference" in packing:
             return FusedCausalLMOutput(log_probs=spread(packing["reference"]), label_mask=mask)
-        states = self.base_model(
-            input_ids=ids.flatten()[packing["tokens"]][None],
-            position_ids=packing["positions"],
-            # Four dimensions say that the mask is ready: no other is made. Attention goes by `packing`.
-            attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
-            use_cache=False,
-            packing=packing,
-        ).last_hidden_state[0]
-        scores = score(
-            # The prompt's last token predicts twice; index_select adds up its gradient without sorting indices.
-            states.index_select(0, packing["scored"]),
-            self.get_output_embeddings(),
-            labels[:, 1:].flatten()[packing["targets"]],
-            softcap,
-            metrics=not reference,
-        )
+        with autocast():
+            states = self.base_model(
+                input_ids=ids.flatten()[packing["tokens"]][None],
+                position_ids=packing["positions"],
+                # Four dimensions say that the mask is ready: no other is made. Attention goes by `packing`.
+                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
+                use_cache=False,
+                packing=packing,
+            ).last_hidden_state[0]
+            scores = score(
+                # The prompt's last token predicts twice; index_select adds up its gradient without sorting indices.
+                states.index_select(0, packing["scored"]),
+                self.get_output_embeddings(),
+                labels[:, 1:].flatten()[packing["targets"]],
+                softcap,
+                metrics=not reference,
+            )
         return FusedCausalLMOutput(label_mask=mask, **{name: spread(value) for name, value in scores._asdict().items()})
 
     model.forward = types.MethodType(forward, model)

@@ -110,6 +110,14 @@ def test_other_architectures_are_left_to_trl(tmp_path, name, changes, reason):
     assert_equal(outcome(trainer), theirs)
 
 
+def test_a_reference_of_its_own_computes_in_the_policys_precision(tmp_path):
+    trainer = make(Packed, tmp_path, configuration("Llama"), lora=False, bf16=True)
+    trainer.ref_model.load_state_dict(trainer.model.state_dict())
+    assert packed.enable(trainer) is None
+    logged = outcome(trainer)["logged"]
+    assert logged["rewards/margins"] == logged["eval_rewards/margins"] == 0.0
+
+
 def test_padded_generation_is_as_before(tmp_path):
     trainer = make(Packed, tmp_path, configuration("Llama"))
     ids = torch.tensor([[0, 0, 0, 7, 9, 11], [5, 6, 7, 8, 9, 10]])
