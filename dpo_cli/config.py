@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta, Struct
@@ -28,6 +28,7 @@ Seconds = Annotated[float, Meta(gt=0)]
 Positive = Annotated[float, Meta(gt=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 NonNegative = Annotated[float, Meta(ge=0)]
+Orders: TypeAlias = Annotated[int, Meta(ge=1, le=8)] | Literal["full", "auto"]
 Tracker = Literal["none", "wandb", "trackio", "tensorboard"]
 Strategy = Literal["best-worst", "all", "adjacent", "mu-2sigma", "same-prompt", "stratified"]
 KlAction = Literal["halve_lr", "raise_beta", "rollback", "stop"]
@@ -90,14 +91,16 @@ class JudgeSection(Struct, kw_only=True):
     """Completions to judgments."""
 
     judge: Annotated[str, _doc("Who ranks the completions.")] = "llm"
-    model: Annotated[str, _doc("Judge model.")] = "gpt-5.4-mini"
+    model: Annotated[str | list[str], _doc("Judge model; repeated, or with commas: a panel.")] = (
+        "gpt-5.4-mini"
+    )
     url: Annotated[str, _doc("OpenAI-compatible endpoint of the judge.")] = "https://api.openai.com/v1"
     function: Annotated[str | None, _doc("module:callable for --judge function.")] = None
     reward_model: Annotated[str | None, _doc("Folder or Hub id of a scoring model for --judge reward-model.")] = None
     batch_size: Annotated[Count, _doc("Completions at once, --judge reward-model.")] = 8
     against: Annotated[str | None, _doc("judgments.jsonl of another judge, for --judge human to compare with.")] = None
     rubric: Annotated[str | None, _doc("File that replaces the default rubric.")] = None
-    orders: Annotated[int, Meta(ge=1, le=8), _doc("Orders in which the candidates are shown.")] = 2
+    orders: Annotated[Orders, _doc("Orders that show the candidates: 1 to 8, full, auto (a 3rd if two conflict).")] = 2
     seed: Annotated[int, _doc("Seed of the orders.")] = SEED
     reasoning_effort: Annotated[str | None, _doc("Reasoning effort, for judges that reason.")] = "low"
     max_tokens: Annotated[Count, _doc("Longest reply, reasoning included, in tokens.")] = 2048
@@ -109,6 +112,12 @@ class JudgeSection(Struct, kw_only=True):
     batch_queue_tokens: Annotated[Count, _doc("Input tokens that may wait in batches; your tier's limit.")] = 2_000_000
     concurrency: Annotated[Count, _doc("Most requests in flight; it adapts below that.")] = 64
     timeout: Annotated[Seconds, _doc("Seconds to wait for one reply.")] = 300.0
+
+    @property
+    def models(self) -> list[str]:
+        """Every judge model, once, in an order that does not depend on how they were written."""
+        given = [self.model] if isinstance(self.model, str) else self.model
+        return sorted({name.strip() for text in given for name in text.split(",")} - {""})
 
 
 class PairSection(Struct, kw_only=True):
@@ -294,10 +303,12 @@ def describe(key: str) -> str:
 
 
 def plain_type(key: str) -> type[Any]:
-    """The type of a setting as a flag takes it: `int`, `float`, `bool` or `str`."""
+    """The type of a setting as a flag takes it: `int`, `float`, `bool`, `str`, or a list where one may be given."""
     kind = get_args(fields()[key])[0]
     parts = {get_args(part)[0] if get_origin(part) is Annotated else part for part in get_args(kind) or [kind]}
     parts -= {type(None)}
+    if list[str] in parts:
+        return list[str]
     return parts.pop() if len(parts) == 1 and parts <= {bool, int, float} else str
 
 
