@@ -165,7 +165,7 @@ def _flag(key: str) -> Any:
     kind = config.plain_type(key)
     name = FLAGS.get(key, "--" + key.rpartition(".")[2].replace("_", "-"))
     names = (f"{name}/--no-{name[2:]}",) if kind is bool else (name,)
-    choices = "|".join(CHOICES[key]) if key in CHOICES else None
+    choices = "|".join(CHOICES[key]) if key in CHOICES else "<str>" if kind == list[str] else None
     return Annotated[kind | None, typer.Option(*names, help=_help(key), show_default=False, metavar=choices)]
 
 

@@ -91,9 +91,7 @@ class JudgeSection(Struct, kw_only=True):
     """Completions to judgments."""
 
     judge: Annotated[str, _doc("Who ranks the completions.")] = "llm"
-    model: Annotated[str | list[str], _doc("Judge model; repeated, or with commas: a panel.")] = (
-        "gpt-5.4-mini"
-    )
+    model: Annotated[str | list[str], _doc("Judge model; repeated, or with commas: a panel.")] = "gpt-5.4-mini"
     url: Annotated[str, _doc("OpenAI-compatible endpoint of the judge.")] = "https://api.openai.com/v1"
     function: Annotated[str | None, _doc("module:callable for --judge function.")] = None
     reward_model: Annotated[str | None, _doc("Folder or Hub id of a scoring model for --judge reward-model.")] = None

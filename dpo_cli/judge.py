@@ -7,8 +7,9 @@ that `generate.keep_lines` asks for) never. Making pairs is `pair`'s work.
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def run(config: Config, progress: Progress, limit: int | None = None, dry_run: b
         UserError: bad completions, judgments of another judge in the file, or the judge can't go on.
     """
     path = Path(config.data) / JUDGMENTS
-    rows = _read_completions(Path(config.data) / COMPLETIONS)[:limit]
+    everything = _read_completions(Path(config.data) / COMPLETIONS)
+    rows = everything[:limit]
     judge = judges.load(config.judge.judge)
     identity = judge.identity(config)
     if config.generate.keep_lines:
@@ -100,8 +102,22 @@ def run(config: Config, progress: Progress, limit: int | None = None, dry_run: b
             finally:
                 progress.end()
             journal.compact()
+    if (settle := getattr(judge, "settle", None)) is not None:
+        tasks_of_all = (_task(row, config) for row in everything)
+        changed = {row.id: row for row in settle(tasks_of_all, known | fresh, config)}
+        _replace(path, changed.values())
+        known, fresh = known | changed, fresh | {key: row for key, row in changed.items() if key in fresh}
     _count(result, fresh, known | fresh)
     return result
+
+
+def _replace(path: Path, judgments: Collection[Judgment]) -> None:
+    """Write judgments in the place of those with their ids."""
+    if judgments:
+        with Journal(path) as journal:
+            for judgment in judgments:
+                journal.append(judgment)
+            journal.compact()
 
 
 def _read_completions(path: Path) -> list[Completions]:
@@ -113,7 +129,6 @@ def _read_completions(path: Path) -> list[Completions]:
 
 def _plan(rows: Iterable[Completions], known: dict[str, Judgment], config: Config) -> tuple[list[Task], list[Judgment]]:
     """What the judge must see, and the judgments of prompts that leave it nothing to compare."""
-    pattern = _compile(config.generate.keep_lines)
     tasks: list[Task] = []
     skips: list[Judgment] = []
     for row in rows:
@@ -122,7 +137,7 @@ def _plan(rows: Iterable[Completions], known: dict[str, Judgment], config: Confi
             old = None
         if old is not None and old.error is None and old.skipped != TOO_FEW:
             continue
-        task = make_task(row, lambda text: _in_format(text, pattern), old.failures if old else 0)
+        task = _task(row, config, old.failures if old else 0)
         if len(task.shown) > 1:
             tasks.append(task)
         elif old is None or old.skipped is None:
@@ -130,6 +145,12 @@ def _plan(rows: Iterable[Completions], known: dict[str, Judgment], config: Confi
     return tasks, skips
 
 
+def _task(row: Completions, config: Config, failures: int = 0) -> Task:
+    pattern = _compile(config.generate.keep_lines)
+    return make_task(row, lambda text: _in_format(text, pattern), failures)
+
+
+@cache
 def _compile(pattern: str | None) -> re.Pattern[str] | None:
     try:
         return re.compile(pattern) if pattern else None

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 import msgspec
 from msgspec import Struct
 
-from dpo_cli.judges import inverts, label_of
+from dpo_cli.judges import any_inverts, label_of
 from dpo_cli.schema import Completions, Judgment, Order, canonical, completions_id
 
 UNIT = 100  # characters; what one point of a slope is for
@@ -110,7 +110,7 @@ def _controlled(judgment: Judgment, texts: Sequence[str], deviations: Deviations
     ranking = sorted(old, key=lambda index: -scores[index])
     orders = [_shifted(order, shift) for order in judgment.orders or []]
     seen = [index for index in ranking if index in shift]
-    consistent = not any(inverts(order, seen[0], seen[-1]) for order in orders) if orders else judgment.consistent
+    consistent = not any_inverts(orders, seen[0], seen[-1], judgment.weights) if orders else judgment.consistent
     return msgspec.structs.replace(
         judgment, scores=scores, ranking=ranking, consistent=consistent, orders=orders or judgment.orders
     )

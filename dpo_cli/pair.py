@@ -16,7 +16,7 @@ from msgspec import Struct
 from dpo_cli.config import MIN_GAP, MIN_REWARD_GAP, Config, PairSection
 from dpo_cli.errors import UserError
 from dpo_cli.formats.preferences import read_preferences
-from dpo_cli.judges import inverts
+from dpo_cli.judges import any_inverts
 from dpo_cli.length import length_controlled
 from dpo_cli.rollouts import Rollout, RolloutStatistics, pair_rollouts, stratified
 from dpo_cli.schema import (
@@ -285,7 +285,7 @@ def _inverted(prompt: _Judged, chosen: int, rejected: int) -> bool:
     meant = not orders or (chosen, rejected) == (prompt.ranking[0], prompt.ranking[-1])
     if meant and prompt.judgment.consistent is False:
         return True
-    return any(inverts(order, chosen, rejected) for order in orders)
+    return any_inverts(orders, chosen, rejected, prompt.judgment.weights)
 
 
 def _preference(prompt: _Judged, chosen: int, rejected: int) -> Preference:

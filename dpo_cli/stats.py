@@ -284,10 +284,13 @@ def completion_stats(rows: Iterable[Completions]) -> CompletionStats:
 
 
 def judge_name(row: Judgment) -> str:
-    """What a judgment says of its judge: the model or function, or all of it."""
+    """What a judgment says of its judge: the models or the function, or all of it."""
     for key in ("model", "function", "judge", "name"):
-        if isinstance(row.judge.get(key), str):
-            return str(row.judge[key])
+        value = row.judge.get(key)
+        if isinstance(value, str):
+            return value
+        if isinstance(value, list):
+            return ", ".join(map(str, value))
     return json.dumps(row.judge, ensure_ascii=False) if row.judge else "unnamed"
 
 

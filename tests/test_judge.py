@@ -19,6 +19,8 @@ from dpo_cli.config import Config, GenerateSection, JudgeSection
 from dpo_cli.endpoint import Rejected
 from dpo_cli.errors import UserError
 from dpo_cli.judges import Task, label_of, llm, make_task, names
+from dpo_cli.judges._endings import ENDINGS, ending_warning
+from dpo_cli.judges._orders import Heard, aggregate, cyclic_orders, preference
 from dpo_cli.judges._wire import Verdict, read_verdict
 from dpo_cli.schema import Order
 
@@ -36,39 +38,39 @@ def test_scores_are_means_and_borda_points_break_ties():
     # A beats B and C in the first order (2 points); in the second B leads, C and A tie and the ranking puts A above C.
     orders = [Order([0, 1, 2], {"A": 8, "B": 6, "C": 5}, ""), Order([1, 2, 0], {"A": 9, "B": 7, "C": 7}, "")]
     verdicts = [Verdict({"A": 8, "B": 6, "C": 5}, ["A", "B", "C"]), Verdict({"A": 9, "B": 7, "C": 7}, ["A", "C", "B"])]
-    preferences = [llm.preference(order.order, verdict) for order, verdict in zip(orders, verdicts, strict=True)]
+    preferences = [preference(order.order, verdict) for order, verdict in zip(orders, verdicts, strict=True)]
     assert preferences == [[0, 1, 2], [1, 0, 2]]
-    scores, borda = llm.aggregate(orders, preferences)
+    scores, borda = aggregate([Heard(*one) for one in zip(orders, preferences, strict=True)])
     assert scores == {0: 7.5, 1: 7.5, 2: 6.0}
-    assert borda == {0: 2 + 1, 1: 1 + 2, 2: 0}
+    assert borda == {0: (2 + 1) / 2, 1: (1 + 2) / 2, 2: 0}
 
 
 def test_a_ranking_decides_between_equal_scores_and_never_against_unequal_ones():
-    assert llm.preference([2, 0, 1], Verdict({"A": 5, "B": 5, "C": 9}, ["B", "A", "C"])) == [1, 0, 2]
+    assert preference([2, 0, 1], Verdict({"A": 5, "B": 5, "C": 9}, ["B", "A", "C"])) == [1, 0, 2]
 
 
 def test_thirds_do_not_break_ties():
     orders = [Order([0, 1], scores, "") for scores in ({"A": 1, "B": 7}, {"A": 1, "B": 1}, {"A": 7, "B": 1})]
-    scores, _ = llm.aggregate(orders, [[0, 1]] * 3)
+    scores, _ = aggregate([Heard(order, [0, 1]) for order in orders])
     assert scores[0] == scores[1] == 3
 
 
 @pytest.mark.parametrize(("count", "shifts"), [(2, [0, 1]), (3, [0, 1, 2]), (8, [0, 1, 2])])
 def test_orders_are_cyclic_shifts_of_one_seeded_order(count, shifts):
     one = task("a", "b", "c")
-    base, *_ = orders = llm.cyclic_orders(one, count, seed=1)
+    base, *_ = orders = cyclic_orders(one, count, seed=1)
     assert orders == [base[shift:] + base[:shift] for shift in shifts]
     assert sorted(base) == [0, 1, 2]
-    assert orders == llm.cyclic_orders(one, count, seed=1)
+    assert orders == cyclic_orders(one, count, seed=1)
 
 
 def test_orders_differ_between_prompts_and_seeds_and_are_evenly_spread():
     bases = Counter(
-        tuple(llm.cyclic_orders(make_task(one, lambda _: True), 1, seed)[0]) for one in rows(60) for seed in range(5)
+        tuple(cyclic_orders(make_task(one, lambda _: True), 1, seed)[0]) for one in rows(60) for seed in range(5)
     )
     assert len(bases) == 6
     assert min(bases.values()) > 25  # of 300, 50 expected
-    four = llm.cyclic_orders(task("a", "b", "c", "d"), 2, seed=1)
+    four = cyclic_orders(task("a", "b", "c", "d"), 2, seed=1)
     assert four[1] == four[0][2:] + four[0][:2]
 
 
@@ -101,7 +103,7 @@ def test_two_orders_cancel_a_preference_for_the_first_place(tmp_path, bonus):
 
 def test_openai_gets_its_own_fields_and_others_only_what_all_know():
     def fields(model: str, url: str, **settings) -> dict:
-        body = llm.request("hello", ["A", "B"], 99, JudgeSection(model=model, url=url, **settings), llm.Dialect())
+        body = llm.request(model, "hello", ["A", "B"], 99, JudgeSection(url=url, **settings), llm.Dialect())
         assert body.pop("messages") == [{"role": "user", "content": "hello"}]
         assert body.pop("model") == model
         assert body.pop("response_format")["json_schema"]["strict"] is True
@@ -116,7 +118,7 @@ def test_openai_gets_its_own_fields_and_others_only_what_all_know():
 
 
 def test_the_schema_asks_for_evidence_first_and_every_label():
-    body = llm.request("", ["A", "B"], 9, JudgeSection(), llm.Dialect())
+    body = llm.request("m", "", ["A", "B"], 9, JudgeSection(), llm.Dialect())
     schema = body["response_format"]["json_schema"]["schema"]
     assert list(schema["properties"]) == schema["required"] == ["rationale", "scores", "ranking"]
     scores = schema["properties"]["scores"]
@@ -423,9 +425,9 @@ def _lines(path: Path) -> int:
 
 
 def test_models_with_an_announced_end_are_accepted_with_a_date():
-    assert "shuts down on 2026-12-11" in llm.ending_warning("gpt-5-mini", date(2026, 11, 20))
-    assert "was to shut down" in llm.ending_warning("gpt-5-mini", date(2027, 1, 1))
-    assert llm.ending_warning("my-own-model", date(2026, 11, 20)) is None
+    assert "shuts down on 2026-12-11" in ending_warning("gpt-5-mini", date(2026, 11, 20))
+    assert "was to shut down" in ending_warning("gpt-5-mini", date(2027, 1, 1))
+    assert ending_warning("my-own-model", date(2026, 11, 20)) is None
 
 
 def test_the_warning_reaches_the_log(tmp_path):
@@ -440,7 +442,7 @@ def test_the_warning_reaches_the_log(tmp_path):
 def test_the_default_judge_is_of_the_gpt_5_generation_and_stays():
     model = JudgeSection().model
     assert model.startswith("gpt-5")
-    assert all(model not in models for models in llm.ENDINGS.values())
+    assert all(model not in models for models in ENDINGS.values())
 
 
 def test_every_judge_is_a_file():

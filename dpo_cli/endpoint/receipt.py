@@ -47,6 +47,19 @@ class Estimate(Struct, kw_only=True):
     usd_worst: float | None = None
     assumptions: list[str] = []
 
+    def __add__(self, other: "Estimate") -> "Estimate":
+        """Both together; without dollars if those of either are unknown."""
+
+        def both(one: float | None, two: float | None) -> float | None:
+            return None if one is None or two is None else one + two
+
+        return Estimate(
+            calls=self.calls + other.calls, input=self.input + other.input,
+            output_low=self.output_low + other.output_low, output_worst=self.output_worst + other.output_worst,
+            usd_low=both(self.usd_low, other.usd_low), usd_worst=both(self.usd_worst, other.usd_worst),
+            assumptions=list(dict.fromkeys(self.assumptions + other.assumptions)),
+        )  # fmt: skip
+
 
 def estimate(
     calls: int, size: int, output_low: int, output_worst: int, price: Price | None, given: bool, typical: str

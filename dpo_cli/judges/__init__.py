@@ -1,13 +1,14 @@
 """Who ranks the completions: one module a judge, whose name is the value of `--judge`, with hyphens for underscores.
 
 A judge module has the three functions of `Judge`; one that is paid has a fourth, `estimate(tasks, config)`, for what
-the tasks would cost. It is handed tasks, one a prompt, and builds each `Judgment` with
+the tasks would cost, and one whose judgments depend on each other `settle(tasks, judgments, config)`, for those that
+must change. It is handed tasks, one a prompt, and builds each `Judgment` with
 `conclude`, which gives what was never shown its score: a twin that of its like, what is unusable the lowest.
 """
 
 import math
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, Protocol, cast
 
@@ -18,6 +19,8 @@ from dpo_cli.endpoint import Receipt
 from dpo_cli.errors import require
 from dpo_cli.progress import Progress
 from dpo_cli.schema import Completions, Judgment, Message, Order, canonical, completions_id
+
+EPSILON = 1e-9  # what sums of weighted scores may be off by
 
 
 class Task(Struct, kw_only=True):
@@ -90,6 +93,7 @@ def conclude(
     scores: dict[int, float],
     tiebreak: dict[int, float] | None = None,
     orders: list[Order] | None = None,
+    weights: Mapping[str, float] | None = None,
 ) -> Judgment:
     """The judgment of a task from the scores of what was shown.
 
@@ -101,6 +105,7 @@ def conclude(
         scores: index of a shown completion -> score.
         tiebreak: index of a shown completion -> what decides between equal scores.
         orders: what the judge saw and said.
+        weights: of a panel's models.
     """
     lowest = min(0.0, *scores.values())
     rank: dict[int | None, tuple[float, float]] = {None: (lowest, -math.inf)}
@@ -111,15 +116,29 @@ def conclude(
     return Judgment(
         id=task.id, completions_id=task.completions_id,
         scores=[rank[stand][0] for stand in task.stands], ranking=ranking, orders=orders,
-        consistent=not any(inverts(order, shown[0], shown[-1]) for order in orders),
+        consistent=not any_inverts(orders, shown[0], shown[-1], weights or {}), weights=dict(weights or {}),
     )  # fmt: skip
 
 
-def inverts(order: Order, better: int, worse: int) -> bool:
-    """Whether the judge, in this order, gave the worse of two completions the higher score."""
-    scores = {index: order.scores.get(label_of(place)) for place, index in enumerate(order.order)}
-    high, low = scores.get(better), scores.get(worse)
-    return high is not None and low is not None and low > high
+def any_inverts(orders: Sequence[Order], better: int, worse: int, weights: Mapping[str, float]) -> bool:
+    """Whether any order gave the worse of two completions the higher score.
+
+    A panel's models answer as one: of the same order, the weighted mean counts.
+
+    Args:
+        orders: what the judge saw and said.
+        better: index of a completion.
+        worse: index of a completion.
+        weights: model -> weight; empty: equal.
+    """
+    gaps: dict[tuple[int, ...], float] = {}
+    for order in orders:
+        scores = {index: order.scores.get(label_of(place)) for place, index in enumerate(order.order)}
+        high, low = scores.get(better), scores.get(worse)
+        if high is not None and low is not None:
+            shown = tuple(order.order)
+            gaps[shown] = gaps.get(shown, 0.0) + weights.get(order.model or "", 1.0) * (high - low)
+    return any(gap < -EPSILON for gap in gaps.values())
 
 
 def label_of(place: int) -> str:

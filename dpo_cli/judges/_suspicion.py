@@ -39,8 +39,8 @@ _ADDRESS = re.compile(
 # Only a text with one of these can match; looking for them first takes a hundredth of the time.
 _STEMS = (
     "candidate", "response", "completion", "submission", "ignor", "disregard", "forget", "override", "rank", "rate",
-    "score", "grade", "judge", "evaluator", "rater", "system prompt", "new ", "kandidat", "忽略", "候选", "这个", "無視", "評価者",
-    "оценк", "игнорир", "تجاهل", "अनदेखा", "무시하",
+    "score", "grade", "judge", "evaluator", "system prompt", "new ", "kandidat", "忽略", "候选", "这个", "無視",
+    "評価者", "оценк", "игнорир", "تجاهل", "अनदेखा", "무시하",
 )  # fmt: skip
 _ENCODED = re.compile(r"[A-Za-z0-9+/]{20,}={0,2}")
 _WORD = re.compile(r"[^\W\d_]{2,}")

@@ -1,17 +1,17 @@
 """A language model as judge: candidates side by side in one message, in cyclic orders, one JSON reply an order.
 
 Talks to any OpenAI-compatible endpoint; paid replies go to `judge.replies.jsonl` first, so that a kill costs only what
-was in flight. An order whose reply is no valid verdict is asked again, and never scored without one. Panels of several
-models are not covered.
-
-Permuted orders: arXiv:2406.07791, 2603.20562. The mean of the scores: arXiv:2503.03064.
+was in flight. An order whose reply is no valid verdict is asked again, and never scored without one. Of a panel every
+model must answer, at the same endpoint.
 """
 
 import asyncio
 import re
-from collections.abc import Callable, Sequence
-from datetime import UTC, date, datetime
-from functools import partial
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from functools import partial, reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,9 +24,11 @@ from dpo_cli.endpoint import Choice, Endpoint, Estimate, Price, Receipt, Rejecte
 from dpo_cli.endpoint import estimate as price_estimate
 from dpo_cli.endpoint.batch import Batches, Owed, waiting
 from dpo_cli.errors import UserError
-from dpo_cli.judges import Task, conclude, label_of
+from dpo_cli.judges import Task, _panel, label_of
 from dpo_cli.judges._batch import answer
-from dpo_cli.judges._wire import Verdict, read_verdict, verdict_schema, write_message
+from dpo_cli.judges._endings import ending_warning
+from dpo_cli.judges._orders import Heard, cyclic_orders, is_enough, preference
+from dpo_cli.judges._wire import read_verdict, verdict_schema, write_message
 from dpo_cli.progress import Progress
 from dpo_cli.schema import Judgment, Order, Usage, content_id
 
@@ -52,29 +54,23 @@ _FIELDS = {
 _TOO_LONG = re.compile(r"context.?length|maximum context|too (large|long)", re.I)  # this request, not its fields
 _POLICY = ("content_filter", "content_policy_violation", "invalid_prompt")
 
-# Shutdowns that OpenAI has announced (model list of its SDK, 3.52).
-ENDINGS = {
-    "2026-07-23": ("gpt-5-chat-latest", "gpt-5.1-chat-latest", "gpt-5.1-codex"),
-    "2026-08-10": ("gpt-5.2-chat-latest", "gpt-5.3-chat-latest"),
-    "2026-12-11": ("gpt-5", "gpt-5-mini", "gpt-5-nano", "gpt-5-2025-08-07", "gpt-5-mini-2025-08-07",
-                   "gpt-5-nano-2025-08-07"),
-    "2027-01-14": ("gpt-4.1", "gpt-4.1-mini", "gpt-4.1-2025-04-14", "gpt-4.1-mini-2025-04-14", "gpt-4o",
-                   "gpt-4o-2024-11-20", "gpt-4o-2024-08-06", "gpt-4o-mini", "gpt-4o-mini-2024-07-18"),
-    "2027-04-01": ("gpt-5.1", "gpt-5.1-2025-11-13", "gpt-5.4-nano", "gpt-5.4-nano-2026-03-17"),
-}  # fmt: skip
-
 
 def identity(config: Config) -> dict[str, Any]:
-    """Model, rubric (as a hash), orders, seed and, where it is sent, reasoning effort."""
+    """Model or models, rubric (as a hash), orders, seed and, where it is sent, reasoning effort."""
     settings = config.judge
-    who: dict[str, Any] = {"judge": "llm", "model": settings.model, "rubric": content_id(read_rubric(settings.rubric))}
+    models = settings.models
+    if not models:
+        raise UserError("no judge model", where="judge.model", hint="--model NAME")
+    model = models[0] if len(models) == 1 else models
+    who: dict[str, Any] = {"judge": "llm", "model": model, "rubric": content_id(read_rubric(settings.rubric))}
     who |= {"orders": settings.orders, "seed": settings.seed}
     return who | ({"reasoning_effort": settings.reasoning_effort} if _is_openai(settings.url) else {})
 
 
 def calls(tasks: Sequence[Task], config: Config) -> int:
-    """One call an order."""
-    return sum(min(config.judge.orders, len(task.shown)) for task in tasks)
+    """One call an order and model."""
+    settings = config.judge
+    return sum(len(settings.models) * len(cyclic_orders(task, settings.orders, settings.seed)) for task in tasks)
 
 
 def estimate(tasks: Sequence[Task], config: Config) -> Estimate:
@@ -82,18 +78,29 @@ def estimate(tasks: Sequence[Task], config: Config) -> Estimate:
     settings = config.judge
     rubric = read_rubric(settings.rubric)
     tier = "batch" if settings.batch else _live_tier(config)
-    cap, price = settings.max_tokens, _price(config, tier)(settings.model)
-    owed = size = typical = 0
-    for task in tasks:
-        for order in cyclic_orders(task, settings.orders, settings.seed):
-            message, candidates = compose(task, order, rubric, settings.seed)
-            size += len(msgspec.json.encode(request(message, list(candidates), cap, settings, Dialect())))
-            typical += min(cap, REPLY_TOKENS + SENTENCE_TOKENS * len(candidates))
-            owed += 1
-    return price_estimate(
-        owed, size, typical, owed * cap, price, given=settings.price is not None,
-        typical=f"a reply is {REPLY_TOKENS} tokens and {SENTENCE_TOKENS} a candidate",
-    )  # fmt: skip
+    cap, found = settings.max_tokens, []
+    for model in settings.models:
+        owed = size = typical = 0
+        for task in tasks:
+            for order in cyclic_orders(task, settings.orders, settings.seed):
+                message, candidates = compose(task, order, rubric, settings.seed)
+                size += len(msgspec.json.encode(request(model, message, list(candidates), cap, settings, Dialect())))
+                typical += min(cap, REPLY_TOKENS + SENTENCE_TOKENS * len(candidates))
+                owed += 1
+        assumed = f"a reply is {REPLY_TOKENS} tokens and {SENTENCE_TOKENS} a candidate"
+        if settings.orders == "auto":
+            assumed += ", and every third order is asked"
+        price = _price(config, tier)(model)
+        one = price_estimate(
+            owed, size, typical, owed * cap, price, given=settings.price is not None, typical=assumed
+        )  # fmt: skip
+        found.append(one)
+    return reduce(add, found)
+
+
+def settle(tasks: Iterable[Task], judgments: Mapping[str, Judgment], config: Config) -> list[Judgment]:
+    """A panel's judgments that change once its models are weighed; one model's never do."""
+    return _panel.settle(list(tasks), judgments) if len(config.judge.models) > 1 else []
 
 
 def judge(tasks: Sequence[Task], config: Config, deliver: Callable[[Judgment], None], progress: Progress) -> Receipt:
@@ -108,9 +115,9 @@ def judge(tasks: Sequence[Task], config: Config, deliver: Callable[[Judgment], N
     if not settings.batch and (open_ := waiting(Path(config.data) / BATCHES)):
         twice = f"{open_:,} requests wait in batches, and would be paid twice"
         raise UserError(twice, where=str(Path(config.data) / BATCHES), hint="nothing-dpo judge --batch")
-    warning = ending_warning(settings.model, datetime.now(UTC).date())
-    if warning:
-        progress.log(warning)
+    for model in settings.models:
+        if warning := ending_warning(model, datetime.now(UTC).date()):
+            progress.log(warning)
     return asyncio.run(_judge(tasks, config, deliver, progress))
 
 
@@ -197,26 +204,28 @@ class Court:
         self.settings = config.judge
         self.rubric = read_rubric(config.judge.rubric)
         self.log = log
-        self.dialect = Dialect()
+        self.dialects: dict[str, Dialect] = defaultdict(Dialect)  # by model
 
     async def judgment(self, task: Task) -> Judgment:
         """The judgment of one task: scored, skipped where the judge refuses, or an error where it can't be had."""
         paid: list[Reply] = []
-        orders: list[Order] = []
-        preferences: list[list[int]] = []
+        heard: list[Heard] = []
         judgment = Judgment(id=task.id, completions_id=task.completions_id)
         try:
-            for order in cyclic_orders(task, self.settings.orders, self.settings.seed):
-                verdict, raw = await self._hear(task, order, paid)
-                orders.append(Order(order, {label: float(score) for label, score in verdict.scores.items()}, raw))
-                preferences.append(preference(order, verdict))
+            for model in self.settings.models:
+                mine: list[Heard] = []
+                for asked, order in enumerate(self._orders(task)):
+                    if is_enough(task, self.settings.orders, asked, mine):
+                        break
+                    mine.append(await self._hear(task, order, model, paid))
+                heard += mine
         except _Refused as refusal:
             judgment.skipped = f"the judge refused: {refusal}"
         except (_Invalid, Rejected) as error:
             judgment.error = str(error)
             judgment.failures = task.failures + 1
         else:
-            judgment = conclude(task, *aggregate(orders, preferences), orders)
+            judgment = _panel.decide(task, heard)
         judgment.usage = sum((reply.usage for reply in paid), Usage())
         judgment.usd = sum(reply.usd for reply in paid)
         return judgment
@@ -224,17 +233,24 @@ class Court:
     async def owed(self, task: Task) -> list[Owed]:
         """What a task would ask next, an order each, where `chat` sends nothing itself."""
         found = []
-        for order in cyclic_orders(task, self.settings.orders, self.settings.seed):
-            try:
-                await self._hear(task, order, [])
-            except Owed as request:
-                found.append(request)
-            except (_Refused, _Invalid, Rejected):
-                break  # whatever the other orders say
+        for model in self.settings.models:
+            mine: list[Heard] = []
+            for asked, order in enumerate(self._orders(task)):
+                if is_enough(task, self.settings.orders, asked, mine):
+                    break
+                try:
+                    mine.append(await self._hear(task, order, model, []))
+                except Owed as request:
+                    found.append(request)
+                except (_Refused, _Invalid, Rejected):
+                    return found  # whatever the others say
         return found
 
-    async def _hear(self, task: Task, order: list[int], paid: list[Reply]) -> tuple[Verdict, str]:
-        """Verdict and raw reply for one order.
+    def _orders(self, task: Task) -> list[list[int]]:
+        return cyclic_orders(task, self.settings.orders, self.settings.seed)
+
+    async def _hear(self, task: Task, order: list[int], model: str, paid: list[Reply]) -> Heard:
+        """A model's verdict on one order.
 
         What was asked before is in the ledger and free, so each run may ask twice more than the failed ones before it.
 
@@ -247,11 +263,11 @@ class Court:
         shown = [*candidates.values(), *(part["content"] for part in task.prompt)]
         cap, replicate = self.settings.max_tokens, 0
         while True:
-            choice = await self._ask(message, list(candidates), cap, replicate, paid)
+            choice = await self._ask(model, message, list(candidates), cap, replicate, paid)
             if choice.refusal or choice.finish_reason == "content_filter":
                 raise _Refused(choice.refusal or "content filter")
             try:
-                return read_verdict(choice.text, list(candidates), shown), choice.text
+                verdict = read_verdict(choice.text, list(candidates), shown)
             except ValueError as error:
                 cut = choice.finish_reason == "length"
                 if cut and cap == self.settings.max_tokens:
@@ -260,16 +276,22 @@ class Court:
                     replicate += 1
                 else:
                     raise _Invalid(f"no valid verdict: {'cut off by length' if cut else error}") from None
+            else:
+                scores = {label: float(score) for label, score in verdict.scores.items()}
+                name = model if len(self.settings.models) > 1 else None
+                return Heard(Order(order, scores, choice.text, name), preference(order, verdict))
 
-    async def _ask(self, message: str, labels: list[str], cap: int, replicate: int, paid: list[Reply]) -> Choice:
+    async def _ask(
+        self, model: str, message: str, labels: list[str], cap: int, replicate: int, paid: list[Reply]
+    ) -> Choice:
         while True:
-            dialect = self.dialect
-            body = request(message, labels, cap, self.settings, dialect)
+            dialect = self.dialects[model]
+            body = request(model, message, labels, cap, self.settings, dialect)
             try:
                 reply = await self.chat(body, replicate)
             except Rejected as rejected:
                 if rejected.status == 404:
-                    raise await self._no_model(rejected) from None
+                    raise await self._no_model(model, rejected) from None
                 self._learn(dialect, body, rejected)
                 continue
             paid.append(reply)
@@ -277,7 +299,8 @@ class Court:
 
     def _learn(self, dialect: Dialect, body: dict[str, Any], rejected: Rejected) -> None:
         """Change the dialect as the rejection says, or raise what it means."""
-        if self.dialect != dialect:
+        model = body["model"]
+        if self.dialects[model] != dialect:
             return  # another task has learnt it meanwhile
         if rejected.code in _POLICY:
             raise _Refused(rejected.message) from rejected
@@ -287,18 +310,17 @@ class Court:
         if field == "service_tier":
             raise UserError(f"no flex tier there ({rejected.message})", where=self.endpoint.url, hint="without --flex")
         if field == "response_format":
-            self.dialect = msgspec.structs.replace(dialect, format=dialect.format + 1)
-            self.log(f"the judge's endpoint refuses {FORMATS[dialect.format]}; now {FORMATS[self.dialect.format]}")
+            learnt = msgspec.structs.replace(dialect, format=dialect.format + 1)
+            self.log(f"the judge's endpoint refuses {FORMATS[dialect.format]}; now {FORMATS[learnt.format]}")
         else:
-            self.dialect = msgspec.structs.replace(dialect, dropped=dialect.dropped | {field})
+            learnt = msgspec.structs.replace(dialect, dropped=dialect.dropped | {field})
             self.log(f"the judge's endpoint refuses {field}; now without it")
+        self.dialects[model] = learnt
 
-    async def _no_model(self, rejected: Rejected) -> UserError:
+    async def _no_model(self, model: str, rejected: Rejected) -> UserError:
         names = ", ".join(await self.endpoint.models())
         hint = f"--model NAME; it serves: {names}" if names else "--model NAME"
-        return UserError(
-            f"no model '{self.settings.model}' there ({rejected.message})", where=self.endpoint.url, hint=hint
-        )
+        return UserError(f"no model '{model}' there ({rejected.message})", where=self.endpoint.url, hint=hint)
 
 
 def compose(task: Task, order: list[int], rubric: str, seed: int) -> tuple[str, dict[str, str]]:
@@ -307,9 +329,11 @@ def compose(task: Task, order: list[int], rubric: str, seed: int) -> tuple[str, 
     return write_message(rubric, task.prompt, candidates, seed), candidates
 
 
-def request(message: str, labels: list[str], cap: int, settings: JudgeSection, dialect: Dialect) -> dict[str, Any]:
+def request(
+    model: str, message: str, labels: list[str], cap: int, settings: JudgeSection, dialect: Dialect
+) -> dict[str, Any]:
     """The request body; beyond OpenAI only what every endpoint knows: model, messages, format and output cap."""
-    body: dict[str, Any] = {"model": settings.model, "messages": [{"role": "user", "content": message}]}
+    body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": message}]}
     openai = _is_openai(settings.url)
     caps = ["max_completion_tokens", "max_tokens"] if openai else ["max_tokens", "max_completion_tokens"]
     body |= dict.fromkeys([name for name in caps if name not in dialect.dropped][:1], cap)
@@ -321,7 +345,7 @@ def request(message: str, labels: list[str], cap: int, settings: JudgeSection, d
         body["service_tier"] = "flex"
     if openai:
         extra: dict[str, Any] = {"reasoning_effort": settings.reasoning_effort}
-        if re.match(r"gpt-(5\.([6-9]|\d\d)|[6-9]|\d\d)", settings.model):
+        if re.match(r"gpt-(5\.([6-9]|\d\d)|[6-9]|\d\d)", model):
             # Each message is sent once: writing it to the cache would cost a quarter more and never pay.
             extra["prompt_cache_options"] = {"mode": "explicit"}
         body |= {name: value for name, value in extra.items() if value is not None and name not in dialect.dropped}
@@ -335,36 +359,6 @@ def refused_field(body: dict[str, Any], rejected: Rejected) -> str | None:
     said = rejected.param or rejected.message
     named = ((match.start(), field) for field, words in _FIELDS.items() if (match := words.search(said)))
     return min(((place, field) for place, field in named if field in body), default=(0, None))[1]
-
-
-def cyclic_orders(task: Task, count: int, seed: int) -> list[list[int]]:
-    """Up to `count` orders of what is shown: a seeded random one and cyclic shifts of it, evenly spread."""
-    base = sorted(task.shown, key=lambda index: content_id(seed, task.id, index))
-    count = min(count, len(base))
-    shifts = [turn * len(base) // count for turn in range(count)]
-    return [base[shift:] + base[:shift] for shift in shifts]
-
-
-def preference(order: list[int], verdict: Verdict) -> list[int]:
-    """Completion indices, best first: by score, and by the judge's ranking only between equal scores.
-
-    A ranking that contradicts its scores is so overruled; it stays in the record, as the judge wrote it.
-    """
-    index_of = {label_of(place): index for place, index in enumerate(order)}
-    labels = sorted(verdict.ranking, key=lambda label: -verdict.scores[label])
-    return [index_of[label] for label in labels]
-
-
-def aggregate(orders: list[Order], preferences: list[list[int]]) -> tuple[dict[int, float], dict[int, float]]:
-    """Mean score and Borda points (the number of candidates beaten, over all orders) of each completion."""
-    total = dict.fromkeys(sorted(orders[0].order), 0.0)
-    borda = dict(total)
-    for order, best_first in zip(orders, preferences, strict=True):
-        for place, index in enumerate(order.order):
-            total[index] += order.scores[label_of(place)]
-        for place, index in enumerate(best_first):
-            borda[index] += len(best_first) - 1 - place
-    return {index: score / len(orders) for index, score in total.items()}, borda
 
 
 def read_rubric(path: str | None) -> str:
@@ -381,15 +375,6 @@ def read_rubric(path: str | None) -> str:
     if not text.strip():
         raise UserError("the rubric is empty", where=str(file))
     return text
-
-
-def ending_warning(model: str, today: date) -> str | None:
-    """A warning if OpenAI has announced the end of a model."""
-    for day, models in ENDINGS.items():
-        if model in models:
-            was = "was to shut down" if date.fromisoformat(day) <= today else "shuts down"
-            return f"{model} {was} on {day}; the default judge model is {JudgeSection().model}"
-    return None
 
 
 def _is_openai(url: str) -> bool:

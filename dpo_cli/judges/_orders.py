@@ -1,0 +1,73 @@
+"""In which orders a judge is shown the candidates, and what it said over all of them; pure functions.
+
+Permuted orders: arXiv:2406.07791, 2603.20562. The mean of the scores: arXiv:2503.03064.
+"""
+
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+from dpo_cli.config import Orders
+from dpo_cli.judges import Task, conclude, label_of
+from dpo_cli.judges._wire import Verdict
+from dpo_cli.schema import Order, content_id
+
+MOST = 8  # orders of one prompt, whatever the number of candidates
+
+
+class Heard(Struct):
+    """A verdict: the order and its scores, and completion indices, best first."""
+
+    order: Order
+    best_first: list[int]
+
+
+def cyclic_orders(task: Task, orders: Orders, seed: int) -> list[list[int]]:
+    """Orders of what is shown: a seeded random one and cyclic shifts of it, evenly spread; never one twice.
+
+    Args:
+        task: what is judged.
+        orders: how many at most; `full`: every shift, up to `MOST`; `auto`: those of 2, and a third in reserve.
+        seed: of the first order.
+    """
+    base = sorted(task.shown, key=lambda index: content_id(seed, task.id, index))
+    size = len(base)
+    count = min(size, MOST if orders == "full" else 2 if orders == "auto" else orders)
+    shifts = [turn * size // count for turn in range(count)]
+    if orders == "auto" and size > 2:
+        shifts.append((shifts[1] + size) // 2)
+    return [base[shift:] + base[:shift] for shift in shifts]
+
+
+def is_enough(task: Task, orders: Orders, asked: int, heard: Sequence[Heard]) -> bool:
+    """Whether no further order need be asked: with `auto`, after two that do not conflict.
+
+    They conflict where one of them inverts the best and the worst of their mean; as long as one of the two is without
+    a verdict, nothing calls for a third.
+    """
+    if orders != "auto" or asked < 2:
+        return False
+    return len(heard) < 2 or conclude(task, *aggregate(heard), [one.order for one in heard]).consistent is True
+
+
+def preference(order: list[int], verdict: Verdict) -> list[int]:
+    """Completion indices, best first: by score, and by the judge's ranking only between equal scores.
+
+    A ranking that contradicts its scores is so overruled; it stays in the record, as the judge wrote it.
+    """
+    index_of = {label_of(place): index for place, index in enumerate(order)}
+    labels = sorted(verdict.ranking, key=lambda label: -verdict.scores[label])
+    return [index_of[label] for label in labels]
+
+
+def aggregate(heard: Sequence[Heard]) -> tuple[dict[int, float], dict[int, float]]:
+    """Mean score and mean Borda points (the number of candidates beaten in an order) of each completion."""
+    total = dict.fromkeys(sorted(heard[0].best_first), 0.0)
+    borda = dict(total)
+    for one in heard:
+        for place, index in enumerate(one.order.order):
+            total[index] += one.order.scores[label_of(place)]
+        for place, index in enumerate(one.best_first):
+            borda[index] += len(one.best_first) - 1 - place
+    count = len(heard)  # dividing the sum, so that thirds break no tie
+    return {index: score / count for index, score in total.items()}, {key: sum_ / count for key, sum_ in borda.items()}

@@ -1,0 +1,105 @@
+"""Several models as one judge: each weighs as much as it agrees with the others; pure functions.
+
+    weight of m  ∝  max(0, mean over the other models k of τ-b(m, k))
+
+with Kendall's τ-b over all pairs of candidates of all prompts (doi:10.1093/biomet/33.3.239), each model's score of a
+candidate being the mean of its orders. Weights sum to 1; if nobody agrees with anybody, and of two models always, they
+are equal. They follow from what stands in judgments.jsonl alone, so that neither the order in which prompts finished
+nor a kill changes them. A panel of models: arXiv:2404.18796 (its plain average is what a judgment has until the run
+ends); that judges who agree with their peers are the better ones: Dawid and Skene 1979, doi:10.2307/2346806; the
+formula is ours. Models that share a bias agree in it: agreement is not truth, and `inspect judgments --stats` shows
+both. What is not covered: models at different endpoints.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+import msgspec
+
+from dpo_cli.judges import Task, conclude, label_of
+from dpo_cli.judges._agreement import agree
+from dpo_cli.judges._orders import Heard, aggregate, preference
+from dpo_cli.judges._wire import Verdict, read_verdict
+from dpo_cli.schema import Judgment, Order
+
+DIGITS = 9  # a sum of weighted means has noise below that, which must break no tie
+
+
+def decide(task: Task, heard: Sequence[Heard], weights: Mapping[str, float] | None = None) -> Judgment:
+    """The judgment of one model or a panel: the weighted mean of its models' mean scores, then of their Borda points.
+
+    Args:
+        task: what was judged.
+        heard: every verdict.
+        weights: model -> weight; unset: equal.
+    """
+    by_model: dict[str | None, list[Heard]] = defaultdict(list)
+    for one in heard:
+        by_model[one.order.model].append(one)
+    share = {model: weights.get(model or "", 0.0) if weights else 1.0 for model in by_model}
+    rated = {model: aggregate(theirs) for model, theirs in by_model.items()}
+
+    def mean(part: int) -> dict[int, float]:
+        whole = sum(share.values())
+        indices = rated[heard[0].order.model][part]
+        sums = {index: sum(share[model] * found[part][index] for model, found in rated.items()) for index in indices}
+        return {index: round(total / whole, DIGITS) for index, total in sums.items()}
+
+    return conclude(task, mean(0), mean(1), [one.order for one in heard], weights)
+
+
+def agreement_weights(judgments: Sequence[Judgment]) -> dict[str, float]:
+    """Model -> weight, by the formula above; empty if none of the judgments is a panel's.
+
+    Args:
+        judgments: of one panel; those without scores do not count.
+    """
+    seen: dict[str, dict[str, Judgment]] = defaultdict(dict)
+    for judgment in judgments:
+        given: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for order in judgment.orders or []:
+            for place, index in enumerate(order.order):
+                given[order.model or ""][index].append(order.scores[label_of(place)])
+        for model, scores in given.items():
+            means = [fmean(scores.get(index, [0.0])) for index in range(len(judgment.scores or []))]
+            seen[model][judgment.id] = msgspec.structs.replace(judgment, scores=means)
+    seen.pop("", None)
+    models = sorted(seen)
+    if not models:
+        return {}
+    raw = {one: fmean([agree(seen[one], seen[two]).tau or 0.0 for two in models if two != one]) for one in models}
+    kept = {model: max(0.0, mean) for model, mean in raw.items()}
+    whole = sum(kept.values())
+    return {model: round(mean / whole if whole else 1 / len(kept), 4) for model, mean in kept.items()}
+
+
+def settle(tasks: Sequence[Task], judgments: Mapping[str, Judgment]) -> list[Judgment]:
+    """A panel's judgments under the weights that all of them give; only those that change.
+
+    Args:
+        tasks: the prompts; a judgment of other completions neither counts nor changes.
+        judgments: by id.
+    """
+    known = ((task, judgments.get(task.id)) for task in tasks)
+    current = [
+        (task, row) for task, row in known if row and row.scores and row.completions_id == task.completions_id
+    ]  # fmt: skip
+    weights = agreement_weights([row for _, row in current])
+    return [_again(task, row, weights) for task, row in current if row.weights != weights]
+
+
+def _again(task: Task, row: Judgment, weights: Mapping[str, float]) -> Judgment:
+    found = decide(task, [_recall(task, order) for order in row.orders or []], weights)
+    return msgspec.structs.replace(
+        row, scores=found.scores, ranking=found.ranking, consistent=found.consistent, weights=found.weights
+    )
+
+
+def _recall(task: Task, order: Order) -> Heard:
+    """A verdict from its record: the scores as they stand there, the ranking from the judge's words."""
+    labels = [label_of(place) for place in range(len(order.order))]
+    shown = [task.completions[index] for index in order.order] + [part["content"] for part in task.prompt]
+    ranking = read_verdict(order.raw, labels, shown).ranking
+    scores = {label: int(score) for label, score in order.scores.items()}
+    return Heard(order, preference(order.order, Verdict(scores, ranking)))
