@@ -133,7 +133,7 @@ class PairSection(Struct, kw_only=True):
     high: Annotated[
         float, _doc("Least score of a chosen side, --strategy stratified; 0 is the lowest judged, 1 the highest.")
     ] = 0.7
-    low: Annotated[float, _doc("Greatest score of a rejected side, --strategy stratified, on that scale.")] = 0.4
+    low: Annotated[float, _doc("Greatest score of a rejected side, so scaled; rewards are taken as they stand.")] = 0.4
     margin_column: Annotated[bool, _doc("Also write the score gap as `margin`, which reward trainers read.")] = False
     require_consistent: Annotated[bool, _doc("Drop a pair that any order inverts.")] = True
     length_control: Annotated[bool, _doc("Pair by scores without the part that is linear in length.")] = False

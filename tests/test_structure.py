@@ -25,7 +25,7 @@ ALLOWED = {
         ("torch", "transformers", "trl", "peft", "datasets"),
         {
             "attention", "head", "packed", "reference", "trainer", "loop", "merge", "sft", "dpo", "engines/transformers",
-            "judges/reward_model", "evaluate", "demo/tiny", "formats/export",
+            "judges/reward_model", "evaluate", "demo/tiny", "formats/export", "lint/tokens",
         },
     ),
 }  # fmt: skip
@@ -34,7 +34,7 @@ ALLOWED = {
 def room(file: Path) -> str:
     """`engines/transformers` for a module of a package whose name alone would not tell, else the top-level name."""
     parts = file.relative_to(PACKAGE).with_suffix("").parts
-    return "/".join(parts) if parts[0] in ("engines", "judges", "demo", "backends", "formats") else parts[0]
+    return "/".join(parts) if parts[0] in ("engines", "judges", "demo", "backends", "formats", "lint") else parts[0]
 
 
 def imports(file: Path) -> list[tuple[str, bool]]:
