@@ -109,6 +109,7 @@ def test_the_best_checkpoint_is_the_best_margin_within_the_kl_limit_else_the_lea
 def test_the_last_good_checkpoint_is_judged_by_its_next_evaluation():
     rows = [evaluation(10), evaluation(20), evaluation(30, kl=0.5)]
     assert guards.last_good([8, 12, 24], rows, 0.1) == 12
+    assert guards.last_good([20, 24], rows, 0.1) == 20  # by its own evaluation
     assert guards.last_good([24, 30], rows, 0.1) is None
 
 
