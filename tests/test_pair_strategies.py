@@ -141,6 +141,8 @@ def test_imported_rows_are_filtered_and_counted(tmp_path):
         "the gap is below min_gap"
     ]
     assert texts(tmp_path) == [("good", "bad"), ("r", "s")]
+    pair.run_import(tmp_path / "other.jsonl", config(tmp_path, pair=PairSection(max_pairs_per_prompt=1)))
+    assert texts(tmp_path) == [("r", "s")], "the largest gap, not the first row"
     write_rows(tmp_path / "other.jsonl", rows[2:4])
     with pytest.raises(UserError, match="no row is a pair: 1 x both sides say the same, 1 x a tie"):
         pair.run_import(tmp_path / "other.jsonl", config(tmp_path))
