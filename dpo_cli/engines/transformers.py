@@ -8,6 +8,7 @@ on what else is in the batch; bfloat16 rounds differently in another batch, so t
 Not covered: several devices, quantised bases, encoder-decoder and linear-attention models.
 """
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -386,7 +387,8 @@ def _with_adapter(network: Any, adapter: str, merge: bool) -> Any:
             hint="nothing-dpo train --stage sft makes one, or --set model.adapter=FOLDER",
         )  # fmt: skip
     try:
-        network = PeftModel.from_pretrained(network, adapter)
+        with warnings.catch_warnings(action="ignore"):
+            network = PeftModel.from_pretrained(network, adapter)
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(
             f"the adapter at '{adapter}' does not load on this base model: {str(error).splitlines()[0]}",

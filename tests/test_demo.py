@@ -1,0 +1,103 @@
+"""The demo: its text, its judge, and a small run from nothing to a served-ready adapter."""
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from dpo_cli import demo
+from dpo_cli.demo import Sizes
+from dpo_cli.demo.scenes import cast, make_scenes
+from dpo_cli.demo.score import voices
+from dpo_cli.errors import UserError
+from dpo_cli.progress import Silent
+
+OPENING = [{"role": "user", "content": "[PIP] Do not sit on the fan yet.\n[BRAM] Doom has a sound."}]
+
+
+def test_every_line_is_where_the_judge_expects_it() -> None:
+    _, characters = cast()
+    assert len(characters) == 4
+    for name, character in characters.items():
+        assert len(character.words) == 4
+        for line in character.voice:
+            assert voices([{"role": "user", "content": ""}], f"[{name}] {line}") == 10, line
+        for line in character.plain + character.opens:
+            assert voices([{"role": "user", "content": ""}], f"[{name}] {line}") == 0, line
+
+
+def test_scenes_are_the_same_for_a_seed_and_share_no_opening() -> None:
+    scenes = make_scenes(500, 0.35, seed=1)
+    assert scenes == make_scenes(500, 0.35, seed=1)
+    assert scenes != make_scenes(500, 0.35, seed=2)
+    assert len({scene.opening for scene in scenes}) == 500
+    voiced = sum(voices([{"role": "user", "content": scene.opening}], scene.rest) for scene in scenes) / 500
+    assert voiced == pytest.approx(3.5, abs=0.3)
+    for scene in scenes:
+        speakers = [line.partition("]")[0] for line in f"{scene.opening}\n{scene.rest}".splitlines()]
+        assert len(speakers) == 5
+        assert all(one != other for one, other in pairwise(speakers))
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ("[MARLO] Receipt, please.", 10),
+        ("[MARLO] Receipt, please.\n[PIP] Hold this.", 5),
+        ("[PIP] Receipt, please.", 0),  # MARLO's word
+        ("[MARLO] Receipts are boring.", 0),  # another word
+        ("[BRAM] Doom has a sound.", 0),  # said in the opening
+        ("[MARLO] Receipt, please.\n[MARLO] Receipt, please.", 5),
+        ("MARLO: Receipt, please.", 0),
+        ("[MARLO] Receipt, please.\n", 10),
+        ("", 0),
+    ],
+)
+def test_the_judge_by_hand(completion: str, expected: float) -> None:
+    assert voices(OPENING, completion) == expected
+
+
+def test_the_judge_is_blind_to_length() -> None:
+    lines = ["[PIP] Lever up.", "[PIP] Hold this.", "[BRAM] Alas, soup.", "[BRAM] The soup was cold."]
+    assert voices(OPENING, "\n".join(lines)) == voices(OPENING, "\n".join(lines[:2])) == 5
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "nothing-dpo.toml").write_text('data = "mine"\n')
+    (tmp_path / "data").mkdir()
+    with pytest.raises(UserError, match="no folder of the demo"):
+        demo.run(tmp_path, Silent(), fresh=True)
+    assert (tmp_path / "data").exists()
+
+
+class Stages(Silent):
+    """Keeps which stages had work to do."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+
+    def begin(self, stage: str, total: int | None, done: int = 0) -> None:
+        self.begun.append(stage)
+
+
+def test_the_whole_pipeline_and_nothing_twice(tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    sizes = Sizes(base=400, demonstrations=64, prompts=40, held_out=16, steps=100)
+    here = Path.cwd()
+    result = demo.run(folder, Silent(), sizes=sizes)
+    assert Path.cwd() == here
+    assert result.dpo.step_zero is not None
+    assert result.dpo.step_zero["ok"]
+    assert result.dpo.reference_sha256 == result.sft.policy_sha256 != result.dpo.policy_sha256
+    assert result.generated.completions >= 4 * 40
+    assert result.judged.judged > 0
+    assert result.paired.train > 0
+    assert result.evaluation.n == 16
+    assert '"name":"spin-dpo"' in result.serve_config
+    for name in ("base/config.json", "adapters/dpo/adapter_config.json", "data/dpo/train.jsonl", "data/heldout.jsonl"):
+        assert (folder / name).is_file()
+
+    stages = Stages()
+    again = demo.run(folder, stages, sizes=sizes)
+    assert stages.begun == ["evaluate"]
+    assert again.evaluation == result.evaluation

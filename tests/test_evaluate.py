@@ -1,0 +1,100 @@
+"""Policy against reference: the arithmetic by hand, and two real adapters of a tiny model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from msgspec.structs import replace
+
+from dpo_cli import config, evaluate
+from dpo_cli.config import Config
+from dpo_cli.demo.tiny import make_base
+from dpo_cli.engines.transformers import load
+from dpo_cli.errors import UserError
+from dpo_cli.evaluate import Compared, bootstrap, win_rate
+from dpo_cli.progress import Silent
+from dpo_cli.store import read_rows, write_rows
+
+
+def test_win_rate_by_hand() -> None:
+    assert win_rate([1], [2]) == 1
+    assert win_rate([2], [1]) == 0
+    assert win_rate([1], [1]) == 0.5
+    # 3 beats 1 and 2; 2 beats 1 and ties 2: (2 + 1.5) of 4
+    assert win_rate([1, 2], [3, 2]) == 3.5 / 4
+
+
+def test_bootstrap_covers_as_often_as_it_says() -> None:
+    """Means of 60 tosses of a coin: their 95% intervals hold one half about 95 times in 100."""
+    generator = torch.Generator().manual_seed(0)
+    tosses = torch.randint(2, (100, 60), generator=generator).double().tolist()
+    intervals = [bootstrap(values, 300, seed) for seed, values in enumerate(tosses)]
+    covered = sum(low <= 0.5 <= high for low, high in intervals) / len(intervals)
+    assert 0.90 <= covered <= 0.99
+    # The normal interval of a fair coin's mean is 2 * 1.96 * 0.5 / sqrt(60) = 0.253 wide.
+    assert sum(high - low for low, high in intervals) / len(intervals) == pytest.approx(0.253, abs=0.02)
+    assert bootstrap([1.0, 1.0], 100, 0) == (1.0, 1.0)
+
+
+def score(prompt: list[dict[str, str]], completion: str) -> float:
+    return sum(map(str.islower, completion))
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A random base with two random adapters, and 24 prompts."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("project")
+    sentence = "all the kettles of the laundromat sing at noon and nobody knows why"
+    words = sentence.split()
+    base = make_base(folder / "base", [sentence], vocabulary=300, context=256)
+    lora = LoraConfig(r=4, lora_alpha=64, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    for seed, name in enumerate(("sft", "dpo")):
+        torch.manual_seed(seed)
+        get_peft_model(load(str(base), None).network, lora).save_pretrained(folder / name)
+    write_rows(
+        folder / "heldout.jsonl", [{"prompt": " ".join(words[:i]) + "!" * j} for i in range(1, 13) for j in (0, 1)]
+    )
+    keys = {
+        "model.base": base, "model.adapter": folder / "sft", "model.dpo_adapter": folder / "dpo", "data": folder,
+        "judge.judge": "function", "judge.function": f"{__file__}:score", "evaluate.prompts": folder / "heldout.jsonl",
+        "generate.engine": "transformers", "generate.max_tokens": 12, "evaluate.samples": 2,
+    }  # fmt: skip
+    return config.resolve({key: str(value) for key, value in keys.items()}, environment={}).config
+
+
+def test_identical_adapters_are_even(settings: Config) -> None:
+    same = replace(settings, model=replace(settings.model, dpo_adapter=settings.model.adapter))
+    result = evaluate.run(same, Silent())
+    low, high = result.interval
+    assert low < 0.5 < high  # both sides draw for themselves, so the interval has a width
+    assert low <= result.win_rate <= high
+    assert result.n == 24
+
+
+def test_the_result_is_what_the_file_says(settings: Config) -> None:
+    result = evaluate.run(settings, Silent())
+    rows = [row for _, row in read_rows(Path(result.path), Compared)]
+    assert len(rows) == result.n == 24
+    assert any(row.reference != row.policy for row in rows)
+    for row in rows:
+        assert row.reference_scores == [score([], text) for text in row.reference]
+        assert row.policy_scores == [score([], text) for text in row.policy]
+    rates = [win_rate(row.reference_scores, row.policy_scores) for row in rows]
+    assert result.win_rate == pytest.approx(sum(rates) / 24)
+    assert result.scores.policy == pytest.approx(sum(sum(row.policy_scores) for row in rows) / 48)
+    assert result.lengths.reference == pytest.approx(sum(len(text) for row in rows for text in row.reference) / 48)
+    swapped = replace(
+        settings, model=replace(settings.model, adapter=settings.model.dpo_adapter, dpo_adapter=settings.model.adapter)
+    )
+    # The same two adapters the other way round, sampled anew: the rates add up to one, but for chance.
+    assert evaluate.run(swapped, Silent()).win_rate == pytest.approx(1 - result.win_rate, abs=0.2)
+
+
+def test_a_missing_prompt_file_is_named(settings: Config) -> None:
+    lost = replace(settings, evaluate=replace(settings.evaluate, prompts="nowhere.jsonl"))
+    with pytest.raises(UserError, match="held-out prompts") as caught:
+        evaluate.run(lost, Silent())
+    assert caught.value.where == "nowhere.jsonl"
