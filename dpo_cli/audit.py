@@ -92,8 +92,9 @@ class Audit(Struct, kw_only=True):
     """`inspect judgments --stats`.
 
     `between_judges` compares the mean scores of the judges that rated the same prompts. `consistent` counts prompts
-    whose best and worst no order inverts. `length_controlled` is `length` after the slope was removed. `findings` says
-    what stands out, in words, with commands in backticks.
+    whose best and worst no order inverts. `length_controlled` is `length` after the slope was removed. `flagged`
+    counts completions by what is suspicious about them. `findings` says what stands out, in words, with commands in
+    backticks.
     """
 
     total: int
@@ -111,6 +112,7 @@ class Audit(Struct, kw_only=True):
     usage: Usage
     usd: float
     examples: list[Example]
+    flagged: dict[str, int] = field(default_factory=dict)
     findings: list[str] = field(default_factory=list)
 
 
@@ -144,6 +146,8 @@ def audit(judgments: Mapping[str, Judgment], completions: Mapping[str, Completio
         usd=sum(row.usd for row in rows),
         examples=_examples(rows, completions),
     )
+    reasons = Counter(reason for row in rows for flags in row.flags.values() for reason in flags)
+    result.flagged = dict(reasons.most_common())
     result.findings = _findings(result)
     return result
 
@@ -208,7 +212,7 @@ def _judges(judged: Sequence[Judgment]) -> tuple[dict[str, JudgeAudit], Reliabil
     for row in judged:
         by_judge: dict[str, list[Order]] = defaultdict(list)
         for order in row.orders or []:
-            by_judge[getattr(order, "model", None) or judge_name(row)].append(order)
+            by_judge[order.model or judge_name(row)].append(order)
         for name, seen in by_judge.items():
             orders[name].append(seen)
         if not by_judge:
@@ -332,6 +336,9 @@ def _findings(found: Audit) -> list[str]:
     if found.skipped_share is not None and found.skipped_share.share > SKIPPED_MUCH:
         most = next(iter(found.skipped))
         said.append(f"{found.skipped_share.share:.0%} of the prompts are skipped, most for: {most}.")
+    if found.flagged:
+        reasons = ", ".join(f"{reason} ({count:,})" for reason, count in found.flagged.items())
+        said.append(f"Some completions look as if they were written for the judge: {reasons}.")
     if found.errors:
         said.append(f"{sum(found.errors.values()):,} prompts failed: `nothing-dpo judge` asks again.")
     return said

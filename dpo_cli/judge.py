@@ -33,8 +33,8 @@ class Judged(Struct, kw_only=True):
     """What `run` did, or with `dry_run` would do.
 
     `done_before` prompts needed nothing; `owed` were given to the judge, at most `calls` paid calls; `skipped` and
-    `errors` count this run's reasons; `usage` and `usd` are of all judgments in the file. `receipt` is of this run's
-    paid calls, where there were any; `estimate`, with `dry_run`, of those that are owed.
+    `errors` count this run's reasons; `usage` and `usd` are of all judgments in the file, `weights` those of a panel's
+    models. `receipt` is of this run's paid calls, where there were any; `estimate`, with `dry_run`, of those owed.
     """
 
     total: int
@@ -47,6 +47,7 @@ class Judged(Struct, kw_only=True):
     errors: dict[str, int] = field(default_factory=dict)
     usage: Usage = field(default_factory=Usage)
     usd: float = 0.0
+    weights: dict[str, float] = field(default_factory=dict)
     path: str = ""
     receipt: Receipt | None = None
     estimate: Estimate | None = None
@@ -197,6 +198,7 @@ def _count(result: Judged, fresh: dict[str, Judgment], everything: dict[str, Jud
     # What follows a colon is the judge's or the endpoint's own words, and different each time.
     result.skipped = dict(Counter(row.skipped.partition(":")[0] for row in fresh.values() if row.skipped))
     result.errors = dict(Counter(row.error for row in fresh.values() if row.error))
+    result.weights = next((row.weights for row in everything.values() if row.weights), {})
     result.usage = sum((row.usage for row in everything.values()), Usage())
     result.usd = sum(row.usd for row in everything.values())
 

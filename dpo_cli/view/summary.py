@@ -55,6 +55,9 @@ def judged(console: Console, result: "Judged") -> None:
     if result.judged:
         share = percent(result.consistent / result.judged)
         table.add_row("judged", f"{result.judged:,} · in {share} no order inverts best and worst")
+    if result.weights:
+        shares = ", ".join(f"{model} {weight:.2f}" for model, weight in result.weights.items())
+        table.add_row("weights", safe(f"{shares}, by agreement"))
     for name, style in (("skipped", "yellow"), ("errors", "red")):
         counts = getattr(result, name)
         if counts:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_cli.pages import Rows
-from dpo_cli.schema import Completions, Judgment
+from dpo_cli.schema import Completions, Judgment, Order
 from dpo_cli.stats import (
     CompletionStats,
     Lengths,
@@ -126,9 +126,11 @@ def judgment(console: Console, record: Judgment, judged: Completions | None = No
                 head = Text(f"{place_of}. completion {index}", "bold")
                 if record.scores:
                     head.append(f"  {number(record.scores[index])}")
+                for reason in record.flags.get(index, []):
+                    head.append_text(safe_line(f"  {reason}", "not bold yellow"))
                 console.print(_candidate(head, judged.completions[index]))
     for number_of, order in enumerate(record.orders or [], 1):
-        console.print(_reply(number_of, order.order, order.raw))
+        console.print(_reply(number_of, order))
 
 
 def pair_stats(console: Console, stats: PairStats) -> None:
@@ -272,14 +274,16 @@ def _or_dash(value: float | None) -> str:
     return "–" if value is None else number(value)
 
 
-def _reply(number_of: int, order: Sequence[int], raw: str) -> RenderableType:
+def _reply(number_of: int, order: Order) -> RenderableType:
     """The judge's reply to one order: its rationale where it is readable, else as it came."""
-    shown = ", ".join(f"{chr(ord('A') + place)} = {index}" for place, index in enumerate(order))
+    shown = ", ".join(f"{chr(ord('A') + place)} = {index}" for place, index in enumerate(order.order))
     title = Text(f"order {number_of}").append(f"  {shown}", "dim")
+    if order.model:
+        title.append("  ").append_text(safe_line(order.model))
     try:
-        reply = msgspec.json.decode(raw)
+        reply = msgspec.json.decode(order.raw)
         rationale = reply["rationale"] if isinstance(reply, dict) else None
     except (msgspec.DecodeError, KeyError):
         rationale = None
-    text = safe(rationale if isinstance(rationale, str) else raw)
+    text = safe(rationale if isinstance(rationale, str) else order.raw)
     return Group("", Rule(title, align="left", style="dim"), Padding(text, (0, 0, 0, 2)))
