@@ -169,23 +169,31 @@ def _train(
         encoder = trainer.load_encoder(base, config.model, section.max_length)
         rows, held_out = (encoder.encode([row[:2] for row in side]) for side in (inputs.rows, inputs.held_out))
         _tell(rows, held_out, events, progress)
-        if stage == "dpo":
-            made = of_encoded(config, base, rows.rows, held_out.rows)
-            progress.log(plan.line(made))
-            for warning in made.warnings:
-                progress.log(f"plan: {warning}")
-            check_tokens(encoder, [row.prompt for row in inputs.rows], config.generate.url, progress)
         if not rows.rows:
             raise UserError("no row is left to train on", where=", ".join(inputs.files), hint="raise max_length")
         if stage == "dpo":
             from dpo_cli import dpo
 
+            _say_plan(config, base, rows, held_out, progress)
+            check_tokens(encoder, [row.prompt for row in inputs.rows], config.generate.url, progress)
             start = adapter.path if adapter else None
             dpo.train(config, base, start, encoder.tokenizer, rows.rows, held_out.rows, folder, events, progress)
         else:
             from dpo_cli import sft
 
             sft.train(config.sft, base, encoder.tokenizer, rows.rows, held_out.rows, folder, events, progress)
+
+
+def _say_plan(config: Config, base: Path, rows: Encoded, held_out: Encoded, progress: Progress) -> None:
+    """What the run will need, in one line, and what to change."""
+    try:
+        made = of_encoded(config, base, rows.rows, held_out.rows)
+    except UserError as error:  # of another family than Llama: it trains all the same
+        progress.log(f"plan: {error}")
+        return
+    progress.log(plan.line(made))
+    for warning in made.warnings:
+        progress.log(f"plan: {warning}")
 
 
 def _tell(rows: Encoded, held_out: Encoded, events: store.Journal, progress: Progress) -> None:
