@@ -46,9 +46,9 @@ def sampled(model: Model, requests: list[Request], **settings: float) -> dict[st
 
 def test_a_completion_does_not_depend_on_the_batch(model: Model) -> None:
     requests = requests_of(12, need=3)
-    alone = sampled(model, requests, batch_size=1)
-    together = sampled(model, requests[::-1], batch_size=32)
-    few = sampled(model, requests[3:9], batch_size=5)
+    alone = sampled(model, requests, batch_size=1, frequency_penalty=0.7)
+    together = sampled(model, requests[::-1], batch_size=32, frequency_penalty=0.7)
+    few = sampled(model, requests[3:9], batch_size=5, frequency_penalty=0.7)
     assert together == alone
     assert few == {request.id: alone[request.id] for request in requests[3:9]}
     texts = [text for answer in alone.values() for text in answer.texts]
