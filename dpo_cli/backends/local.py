@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from dpo_cli.config import Config
+from dpo_cli.inputs import Stage
 from dpo_cli.progress import Progress
-from dpo_cli.train import Stage, Trained, run
+from dpo_cli.train import Trained, run
 
 
 def train(
