@@ -157,7 +157,7 @@ def _make_inputs(settings: Config, sizes: Sizes, progress: Progress) -> None:
     texts = [f"{scene.opening}\n{scene.rest}" for scene in corpus]
     unfinished = base.with_name(f".{base.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    tiny.make_base(unfinished, texts, vocabulary=1024, hidden=96, heads=4, context=512)
+    tiny.make_base(unfinished, texts, vocabulary=1024, hidden=96, heads=3, context=512)
     tiny.pretrain(unfinished, texts, progress, steps=sizes.steps)
     unfinished.rename(base)
 

@@ -19,7 +19,10 @@ def make_base(
     folder: Path, texts: list[str], *, vocabulary: int = 768, hidden: int = 64, layers: int = 2, heads: int = 2,
     context: int = 2048, seed: int = 0,
 ) -> Path:  # fmt: skip
-    """Save a byte-level BPE tokenizer trained on `texts`, and a randomly initialised Llama, in `folder`."""
+    """Save a byte-level BPE tokenizer trained on `texts`, and a randomly initialised Llama, in `folder`.
+
+    hidden / heads must be a width that vLLM has kernels for; on a CPU 32, 64, 80, 96, 112 or 128.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
