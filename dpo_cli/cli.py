@@ -13,10 +13,11 @@ from typing import Annotated, Any, Literal, get_args
 import msgspec
 import typer
 
-from dpo_cli import __version__, backends, config, engines, judges
-from dpo_cli.config import Config, Resolved
+from dpo_cli import __version__, backends, config, engines, judges, settings
+from dpo_cli.config import Resolved
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Progress, Silent
+from dpo_cli.settings import Config
 from dpo_cli.terminal import plain
 
 app = typer.Typer(
@@ -35,7 +36,7 @@ app.add_typer(inspector, name="inspect")
 CHOICES = {
     "generate.engine": engines.names(),
     "judge.judge": judges.names(),
-    "pair.strategy": list(get_args(config.Strategy)),
+    "pair.strategy": list(get_args(settings.Strategy)),
 }
 
 # Flags whose name is not the setting's own.
@@ -501,7 +502,8 @@ def inspect_run(
 )  # fmt: skip
 def inspect_plan(session: Session, limit: Limit = None) -> None:
     """What a training run will need: steps, memory, hours, dollars."""
-    from dpo_cli import preflight, view
+    from dpo_cli import view
+    from dpo_cli.training import preflight
 
     given = session.data if session.resolved.sources["data"] == "flag" else None
     session.show(preflight.run(session.config, given, limit), view.plan)
@@ -513,7 +515,8 @@ def inspect_config(
     presets: Annotated[bool, typer.Option("--presets", help="What each preset sets and costs.")] = False,
 ) -> None:
     """Every setting, its value, and where that came from."""
-    from dpo_cli import preflight, stats, view
+    from dpo_cli import stats, view
+    from dpo_cli.training import preflight
 
     if presets:
         session.show(preflight.presets(session.config), view.presets)

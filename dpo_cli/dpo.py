@@ -31,14 +31,14 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import use_adapter
 
 from dpo_cli import store
-from dpo_cli.config import Config, TrainSection
-from dpo_cli.encode import Sequences
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.guards import LN2, MARGIN, State
-from dpo_cli.loop import fit
 from dpo_cli.progress import Progress
-from dpo_cli.run_folder import ADAPTER_FILES, RunFolder, event
-from dpo_cli.trainer import ResumableTrainer, arguments, fresh_lora, load_base
+from dpo_cli.settings import Config, TrainSection
+from dpo_cli.training.encode import Sequences
+from dpo_cli.training.loop import fit
+from dpo_cli.training.run_folder import ADAPTER_FILES, RunFolder, event
+from dpo_cli.training.trainer import ResumableTrainer, arguments, fresh_lora, load_base
 
 STEP_ZERO_TOLERANCE = 1e-3  # for the loss and for the margin of every pair, in nats
 BEST = (MARGIN, 1)

@@ -15,12 +15,12 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from dpo_cli import engines
-from dpo_cli.config import Config
 from dpo_cli.engines import Request, Sampled
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.judges import function
 from dpo_cli.progress import Progress
 from dpo_cli.schema import Message, prompt_id, read_prompt
+from dpo_cli.settings import Config
 from dpo_cli.store import parse_rows, write_rows
 
 CONFIDENCE = 0.95

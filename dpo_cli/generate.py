@@ -19,12 +19,13 @@ from msgspec import Raw, Struct
 from msgspec.structs import replace
 
 from dpo_cli import engines
-from dpo_cli.config import Config, get
+from dpo_cli.config import get
 from dpo_cli.endpoint import Estimate, Receipt, estimate, price_of
 from dpo_cli.engines import Request, Sample, Sampled, contrasted, split
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Progress, Silent
 from dpo_cli.schema import Completions, Message, Usage, canonical, prompt_id, read_prompt
+from dpo_cli.settings import Config
 from dpo_cli.store import Journal, parse_rows, read_rows
 
 SHOWN_ERRORS = 3

@@ -13,8 +13,8 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from dpo_cli.config import GateSection
 from dpo_cli.remedies import REMEDIES
+from dpo_cli.settings import GateSection
 
 LN2 = math.log(2)
 KL = "eval_kl_nats_per_token"

@@ -16,13 +16,13 @@ from typing import Any
 from msgspec import Struct, field
 
 from dpo_cli import judges
-from dpo_cli.config import Config
 from dpo_cli.endpoint import Estimate, Receipt
 from dpo_cli.errors import UserError
 from dpo_cli.judges import Task, make_task
 from dpo_cli.judges._suspicion import suspicious
 from dpo_cli.progress import Progress, Silent
 from dpo_cli.schema import Completions, Judgment, Usage, completions_id
+from dpo_cli.settings import Config
 from dpo_cli.store import Journal, read_latest
 
 COMPLETIONS, JUDGMENTS = "completions.jsonl", "judgments.jsonl"

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from dpo_cli.config import MIN_GAP, MIN_REWARD_GAP, Config, PairSection
 from dpo_cli.errors import UserError
 from dpo_cli.formats.preferences import read_preferences
 from dpo_cli.judges import any_inverts
@@ -30,6 +29,7 @@ from dpo_cli.schema import (
     prompt_id,
     split_side,
 )
+from dpo_cli.settings import MIN_GAP, MIN_REWARD_GAP, Config, PairSection
 from dpo_cli.store import read_latest, write_rows
 from dpo_cli.strategies import STRATEGIES
 

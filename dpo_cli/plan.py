@@ -14,8 +14,8 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from dpo_cli.config import PlanSection, TrainingSection, TrainSection
 from dpo_cli.errors import UserError
+from dpo_cli.settings import PlanSection, TrainingSection, TrainSection
 
 CHARACTERS_A_TOKEN = 3.5  # English, where there is no tokenizer to ask
 TURN_TOKENS = 5  # what a chat template adds to a message

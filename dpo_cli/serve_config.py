@@ -13,8 +13,8 @@ import msgspec
 from msgspec import Struct
 
 from dpo_cli.adapter import RANKS, Adapter, absolute, base_folder, chat_template, check_adapter, read_json
-from dpo_cli.config import Config
 from dpo_cli.errors import UserError
+from dpo_cli.settings import Config
 
 Argument = str | int | float | bool | dict[str, Any] | list[dict[str, str]]
 

@@ -11,9 +11,9 @@ from msgspec import Struct
 
 from dpo_cli import backends, guards
 from dpo_cli import config as configuration
-from dpo_cli.config import Config
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Progress
+from dpo_cli.settings import Config
 from dpo_cli.train import Trained
 
 SETTINGS = ("beta", "learning_rate", "r")

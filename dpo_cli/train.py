@@ -18,14 +18,16 @@ from msgspec import Struct
 
 from dpo_cli import errors, plan, store
 from dpo_cli.adapter import Adapter, check_adapter, fingerprint
-from dpo_cli.config import Config, as_dict
-from dpo_cli.encode import Encoded
+from dpo_cli.config import as_dict
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.guards import KL, LN2, MARGIN, best_step
-from dpo_cli.inputs import Inputs, Stage, base_folder, read_inputs
-from dpo_cli.preflight import of_encoded
 from dpo_cli.progress import Progress
-from dpo_cli.run_folder import (
+from dpo_cli.settings import Config
+from dpo_cli.stats import proportion
+from dpo_cli.training.encode import Encoded
+from dpo_cli.training.inputs import Inputs, Stage, base_folder, read_inputs
+from dpo_cli.training.preflight import of_encoded
+from dpo_cli.training.run_folder import (
     RunFolder,
     check_replaceable,
     event,
@@ -34,8 +36,7 @@ from dpo_cli.run_folder import (
     sha256,
     weights_file,
 )
-from dpo_cli.served_tokens import check_tokens
-from dpo_cli.stats import proportion
+from dpo_cli.training.served_tokens import check_tokens
 
 PACKAGES = ("nothing-dpo", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 WITHOUT_EFFECT = ("report_to", "merge")  # on what is trained: a run may go on with others
@@ -160,7 +161,7 @@ def _train(
     events: store.Journal, progress: Progress,
 ) -> None:  # fmt: skip
     """Encode the rows and run the stage's trainer; everything that needs torch is imported here."""
-    from dpo_cli import trainer
+    from dpo_cli.training import trainer
 
     for torn in folder.drop_incomplete():
         progress.log(f"{torn} was cut short and is dropped")
@@ -179,7 +180,7 @@ def _train(
             start = adapter.path if adapter else None
             dpo.train(config, base, start, encoder.tokenizer, rows.rows, held_out.rows, folder, events, progress)
         else:
-            from dpo_cli import sft
+            from dpo_cli.training import sft
 
             sft.train(config.sft, base, encoder.tokenizer, rows.rows, held_out.rows, folder, events, progress)
 
@@ -242,7 +243,7 @@ def _finish(
 
 def _merge(config: Config, base: Path, adapter: Path, inputs: Inputs) -> dict[str, Any]:
     """Fold the adapter into the base beside it, checked on a few of the rows."""
-    from dpo_cli.merge import merge
+    from dpo_cli.training.merge import merge
 
     texts = [row.prompt[-1]["content"] + "\n" + row.completions[0][0]["content"] for row in inputs.rows[:4]]
     merged: dict[str, Any] = msgspec.to_builtins(merge(base, adapter, merged_folder(adapter), texts))

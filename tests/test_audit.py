@@ -6,10 +6,10 @@ import pytest
 from judging import config, write
 
 from dpo_cli import audit, pair
-from dpo_cli.config import PairSection
 from dpo_cli.judges import conclude, label_of, make_task
 from dpo_cli.length import length_controlled, length_slope, within
 from dpo_cli.schema import Completions, Judgment, Order, Preference, Usage, completions_id, prompt_id
+from dpo_cli.settings import PairSection
 from dpo_cli.store import read_latest, write_rows
 
 

@@ -6,11 +6,11 @@ from openai_server import Server, first, scene
 from test_generate import SYSTEM, folder, messages, rows, run, short_backoff
 
 from dpo_cli import judge, pair
-from dpo_cli.config import GenerateSection
 from dpo_cli.engines import Request, split
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Silent
 from dpo_cli.schema import prompt_id
+from dpo_cli.settings import GenerateSection
 
 __all__ = ["folder", "short_backoff"]
 

@@ -9,7 +9,7 @@ from training import Lines, pair, settings, write_data
 from dpo_cli import store
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Silent
-from dpo_cli.run_folder import RunFolder
+from dpo_cli.training.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def trainer_of(start, tmp_path):
     from trl import DPOConfig
 
     from dpo_cli import dpo
-    from dpo_cli.trainer import arguments, fresh_lora, load_base, load_encoder
+    from dpo_cli.training.trainer import arguments, fresh_lora, load_base, load_encoder
 
     with store.Journal(tmp_path / "events.jsonl") as events:
 
@@ -242,8 +242,8 @@ def test_evaluation_draws_nothing_from_the_generator_of_training(trainer_of):
 
 
 def test_sft_learns_the_completion_and_its_end_alone(start):
-    from dpo_cli import sft
-    from dpo_cli.trainer import load_encoder
+    from dpo_cli.training import sft
+    from dpo_cli.training.trainer import load_encoder
 
     config = settings(start, start / "base")
     encoder = load_encoder(start / "base", config.model, 256)
@@ -267,7 +267,7 @@ def test_the_libraries_keep_off_the_terminal(start, tmp_path, capfd):
     train.run(config, progress)
     assert capfd.readouterr() == ("", "")
 
-    from dpo_cli.trainer import hushed
+    from dpo_cli.training.trainer import hushed
 
     with hushed(progress):
         logging.getLogger("trl.trainer").warning("a real\nwarning")

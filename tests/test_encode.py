@@ -3,8 +3,8 @@
 import pytest
 from adapters import base_model
 
-from dpo_cli.encode import IDENTICAL, NOT_A_PREFIX, TOO_LONG, Encoder
 from dpo_cli.errors import UserError
+from dpo_cli.training.encode import IDENTICAL, NOT_A_PREFIX, TOO_LONG, Encoder
 
 SYSTEM = {"role": "system", "content": "Each line is [NAME] text."}
 

@@ -7,13 +7,13 @@ import torch
 from msgspec.structs import replace
 
 from dpo_cli import config, evaluate
-from dpo_cli.config import Config
 from dpo_cli.demo.tiny import make_base
 from dpo_cli.engines import Request, Sampled
 from dpo_cli.engines.transformers import load, run
 from dpo_cli.errors import UserError
 from dpo_cli.evaluate import Compared, bootstrap, win_rate
 from dpo_cli.progress import Silent
+from dpo_cli.settings import Config
 from dpo_cli.store import read_rows, write_rows
 
 

@@ -5,9 +5,9 @@ import math
 import pytest
 
 from dpo_cli import guards
-from dpo_cli.config import GateSection
 from dpo_cli.guards import State
-from dpo_cli.run_folder import RunFolder
+from dpo_cli.settings import GateSection
+from dpo_cli.training.run_folder import RunFolder
 
 
 def evaluation(step, margin=0.1, kl=0.01, **more):

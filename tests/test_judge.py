@@ -15,7 +15,6 @@ from judging import LONG, MIDDLE, SHORT, Log, config, judgments, reply, row, row
 from openai_server import Server, first, shares
 
 from dpo_cli import judge
-from dpo_cli.config import Config, GenerateSection, JudgeSection
 from dpo_cli.endpoint import Rejected
 from dpo_cli.errors import UserError
 from dpo_cli.judges import Task, label_of, llm, make_task, names
@@ -23,6 +22,7 @@ from dpo_cli.judges._endings import ENDINGS, ending_warning
 from dpo_cli.judges._orders import Heard, aggregate, cyclic_orders, preference
 from dpo_cli.judges._wire import Verdict, read_verdict
 from dpo_cli.schema import Order
+from dpo_cli.settings import Config, GenerateSection, JudgeSection
 
 OPENAI = "https://api.openai.com/v1"
 

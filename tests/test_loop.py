@@ -115,7 +115,7 @@ def test_out_of_memory_halves_the_forward_and_keeps_the_step(start, tmp_path, mo
 
 def test_the_curriculum_begins_with_the_largest_gap_and_resumes_exactly(start, tmp_path):
     from dpo_cli.dpo import EasyFirst
-    from dpo_cli.inputs import read_inputs
+    from dpo_cli.training.inputs import read_inputs
 
     rows = [pair(number) | {"score_gap": float(number % 5)} for number in range(12)]
     data = write_rows(tmp_path / "data/train.jsonl", rows).parent
@@ -139,7 +139,7 @@ def test_the_curriculum_begins_with_the_largest_gap_and_resumes_exactly(start, t
 
 
 def test_a_signal_in_an_evaluation_saves_the_step_and_the_evaluation_is_made_up_for(start, tmp_path, monkeypatch):
-    from dpo_cli import loop
+    from dpo_cli.training import loop
 
     sets = ("train.eval_steps=4", "train.save_steps=8")
     train.run(config_of(start, tmp_path / "whole", *sets), Silent())

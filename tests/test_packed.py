@@ -6,8 +6,8 @@ import pytest
 import torch
 from packing import PAIRS, Packed, Plain, assert_equal, configuration, make, outcome, rows
 
-from dpo_cli import attention, head, packed
 from dpo_cli.errors import UserError
+from dpo_cli.training import attention, head, packed
 
 torch.set_num_threads(1)
 

@@ -7,9 +7,9 @@ import pytest
 from judging import config, row, write
 
 from dpo_cli import pair
-from dpo_cli.config import PairSection
 from dpo_cli.errors import UserError
 from dpo_cli.schema import Completions, Judgment, Order, Preference, completions_id
+from dpo_cli.settings import PairSection
 from dpo_cli.store import read_latest, write_rows
 
 

@@ -7,9 +7,9 @@ from judging import config, row
 from test_pair import judged, made, make, many
 
 from dpo_cli import pair
-from dpo_cli.config import PairSection, Strategy
 from dpo_cli.errors import UserError
 from dpo_cli.schema import Completions, Judgment, Message, Order, prompt_id
+from dpo_cli.settings import PairSection, Strategy
 from dpo_cli.store import write_rows
 
 STRATEGIES = Strategy.__args__

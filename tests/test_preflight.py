@@ -9,11 +9,12 @@ import pytest
 from adapters import base_model, save_adapter
 from training import Lines, settings, write_data
 
-from dpo_cli import plan, preflight, remedies, sweep, train
-from dpo_cli.config import PlanSection, TrainSection
+from dpo_cli import plan, remedies, sweep, train
 from dpo_cli.errors import UserError
 from dpo_cli.plan import Lengths
 from dpo_cli.progress import Silent
+from dpo_cli.settings import PlanSection, TrainSection
+from dpo_cli.training import preflight
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def test_the_plan_of_files_counts_with_the_bases_tokenizer(start):
 def test_a_difference_of_tokens_is_named(start, ours, theirs, said):
     from transformers import AutoTokenizer
 
-    from dpo_cli.served_tokens import difference
+    from dpo_cli.training.served_tokens import difference
 
     assert said in difference(ours, theirs, AutoTokenizer.from_pretrained(start / "base"))
 

@@ -5,8 +5,9 @@ import torch
 from packing import PAIRS, Packed, Plain, assert_equal, configuration, make, outcome
 from training import Lines
 
-from dpo_cli import packed, reference, store
+from dpo_cli import store
 from dpo_cli.errors import UserError
+from dpo_cli.training import packed, reference
 
 torch.set_num_threads(1)
 

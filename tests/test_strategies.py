@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpo_cli.config import Strategy
+from dpo_cli.settings import Strategy
 from dpo_cli.strategies import STRATEGIES
 
 SCORES = [5.0, 9.0, 6.0, 2.0]

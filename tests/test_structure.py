@@ -12,29 +12,29 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Rooms, lowest first: each imports only rooms before it.
 ROOMS = [
-    "errors", "terminal", "schema", "store", "presets", "config", "progress", "adapter", "remedies", "guards", "plan", "endpoint", "engines", "judges", "generate", "judge",
-    "formats", "rollouts", "length", "strategies", "pair", "encode", "served_tokens", "run_folder", "inputs", "preflight", "attention", "head", "packed", "reference", "trainer",
-    "loop", "merge", "sft", "dpo", "stats", "train", "evaluate", "backends", "sweep", "pages", "audit", "svg", "report", "lint", "serve_config", "demo", "view", "cli",
+    "errors", "terminal", "schema", "store", "presets", "settings", "config", "progress", "adapter", "remedies",
+    "guards", "plan", "endpoint", "engines", "judges", "generate", "judge", "formats", "rollouts", "length",
+    "strategies", "pair", "training", "dpo", "stats", "train", "evaluate", "backends", "sweep", "pages", "audit",
+    "svg", "report", "lint", "serve_config", "demo", "view", "cli",
 ]  # fmt: skip
 STAGES = {"generate", "judge", "pair", "train", "evaluate", "serve_config"}
+HEAVY = frozenset({
+    "training/attention", "training/head", "training/packed", "training/reference", "training/trainer",
+    "training/loop", "training/merge", "training/sft", "dpo", "engines/transformers", "judges/reward_model",
+    "evaluate", "demo/tiny", "formats/export", "lint/tokens",
+})  # fmt: skip
 ALLOWED = {
     "typer": {"cli"},
     "rich": {"view", "cli"},
     "aiohttp": {"endpoint"},
-    **dict.fromkeys(
-        ("torch", "transformers", "trl", "peft", "datasets"),
-        {
-            "attention", "head", "packed", "reference", "trainer", "loop", "merge", "sft", "dpo", "engines/transformers",
-            "judges/reward_model", "evaluate", "demo/tiny", "formats/export", "lint/tokens",
-        },
-    ),
-}  # fmt: skip
+    **dict.fromkeys(("torch", "transformers", "trl", "peft", "datasets"), HEAVY),
+}
 
 
 def room(file: Path) -> str:
     """`engines/transformers` for a module of a package whose name alone would not tell, else the top-level name."""
     parts = file.relative_to(PACKAGE).with_suffix("").parts
-    return "/".join(parts) if parts[0] in ("engines", "judges", "demo", "backends", "formats", "lint") else parts[0]
+    return "/".join(parts) if (PACKAGE / parts[0]).is_dir() and parts[0] not in ("view", "endpoint") else parts[0]
 
 
 def imports(file: Path) -> list[tuple[str, bool]]:

@@ -24,8 +24,8 @@ from training import (
 from dpo_cli import train
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Silent
-from dpo_cli.run_folder import sha256
 from dpo_cli.schema import split_side
+from dpo_cli.training.run_folder import sha256
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_killed_between_two_logs_it_goes_on_as_if_nothing_had_happened(start, wo
 
 
 def test_killed_while_it_saves_it_goes_on_from_the_checkpoint_before(start, work, monkeypatch):
-    from dpo_cli import trainer
+    from dpo_cli.training import trainer
 
     folder, config = work
     seal = trainer.seal

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from dpo_cli.config import Config
-from dpo_cli.inputs import Stage
 from dpo_cli.progress import Progress
+from dpo_cli.settings import Config
 from dpo_cli.train import Trained, run
+from dpo_cli.training.inputs import Stage
 
 
 def train(

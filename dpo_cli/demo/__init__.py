@@ -17,7 +17,6 @@ from typing import Literal
 from msgspec import Struct
 
 from dpo_cli import config, errors, evaluate, generate, judge, pair, serve_config, train
-from dpo_cli.config import Config
 from dpo_cli.demo.scenes import Scene, make_scenes
 from dpo_cli.errors import UserError
 from dpo_cli.evaluate import Compared, Evaluation
@@ -26,6 +25,7 @@ from dpo_cli.judge import Judged
 from dpo_cli.pair import Paired
 from dpo_cli.progress import Progress
 from dpo_cli.schema import Message
+from dpo_cli.settings import Config
 from dpo_cli.store import read_rows, write_file, write_rows
 from dpo_cli.train import Trained
 

@@ -11,11 +11,11 @@ from typing import TypeAlias, cast
 
 from msgspec import Struct
 
-from dpo_cli.config import Config
 from dpo_cli.endpoint import Receipt
 from dpo_cli.errors import require
 from dpo_cli.progress import Progress
 from dpo_cli.schema import Message, Usage
+from dpo_cli.settings import Config
 
 
 class Request(Struct, kw_only=True):

@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.config import Config
 from dpo_cli.endpoint import Endpoint, Receipt, Rejected, Reply, price_of
 from dpo_cli.engines import Request, Sampled
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Progress
 from dpo_cli.schema import Usage, content_id
+from dpo_cli.settings import Config
 
 KEY_VARIABLE = "SERVE_API_KEY"  # vLLM asks for a key only if it was started with one
 EXTERNAL_KEY_VARIABLE = "OPENAI_API_KEY"  # of generate.contrast_url

@@ -12,10 +12,10 @@ from typing import Any
 
 from msgspec import Struct
 
-from dpo_cli.config import Config
 from dpo_cli.errors import UserError, require
 from dpo_cli.formats import nemo_rl
 from dpo_cli.schema import Preference
+from dpo_cli.settings import Config
 from dpo_cli.store import read_rows, write_file, write_rows
 
 TARGETS = ("trl", "parquet", "nemo-rl")

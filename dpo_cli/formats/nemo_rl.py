@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.adapter import absolute
-from dpo_cli.config import Config
 from dpo_cli.errors import UserError
 from dpo_cli.schema import Preference
+from dpo_cli.settings import Config
 from dpo_cli.store import write_file
 
 CONFIG_FILE = "nemo_rl.yaml"

@@ -14,11 +14,11 @@ from typing import Any, Protocol, cast
 
 from msgspec import Struct
 
-from dpo_cli.config import Config
 from dpo_cli.endpoint import Receipt
 from dpo_cli.errors import require
 from dpo_cli.progress import Progress
 from dpo_cli.schema import Completions, Judgment, Message, Order, canonical, completions_id
+from dpo_cli.settings import Config
 
 EPSILON = 1e-9  # what sums of weighted scores may be off by
 

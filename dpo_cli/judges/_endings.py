@@ -2,7 +2,7 @@
 
 from datetime import date
 
-from dpo_cli.config import JudgeSection
+from dpo_cli.settings import JudgeSection
 
 # Shutdowns that OpenAI has announced (model list of its SDK, 3.52).
 ENDINGS = {

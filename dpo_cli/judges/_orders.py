@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-from dpo_cli.config import Orders
 from dpo_cli.judges import Task, conclude, label_of
 from dpo_cli.judges._wire import Verdict
 from dpo_cli.schema import Order, content_id
+from dpo_cli.settings import Orders
 
 MOST = 8  # orders of one prompt, whatever the number of candidates
 

@@ -20,11 +20,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from dpo_cli.config import Config
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.judges import Task, conclude
 from dpo_cli.progress import Progress
 from dpo_cli.schema import Judgment, Message, content_id
+from dpo_cli.settings import Config
 
 Score = Callable[[list[Message], str], float]
 

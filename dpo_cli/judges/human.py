@@ -16,12 +16,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from dpo_cli.config import Config
 from dpo_cli.errors import UserError
 from dpo_cli.judges import Task, conclude, label_of
 from dpo_cli.judges._agreement import agree
 from dpo_cli.progress import Progress
 from dpo_cli.schema import Judgment, Order, content_id
+from dpo_cli.settings import Config
 from dpo_cli.store import read_latest
 from dpo_cli.terminal import GUTTER, Screen, cut, full_screen, plain, side_by_side, width, wrap
 

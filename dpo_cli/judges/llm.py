@@ -19,7 +19,6 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Struct
 
-from dpo_cli.config import Config, JudgeSection
 from dpo_cli.endpoint import Choice, Endpoint, Estimate, Price, Receipt, Rejected, Reply, Tier, price_of
 from dpo_cli.endpoint import estimate as price_estimate
 from dpo_cli.endpoint.batch import Batches, Owed, waiting
@@ -31,6 +30,7 @@ from dpo_cli.judges._orders import Heard, cyclic_orders, is_enough, preference
 from dpo_cli.judges._wire import read_verdict, verdict_schema, write_message
 from dpo_cli.progress import Progress
 from dpo_cli.schema import Judgment, Order, Usage, content_id
+from dpo_cli.settings import Config, JudgeSection
 
 LEDGER = "judge.replies.jsonl"
 BATCHES = "judge.batches.jsonl"

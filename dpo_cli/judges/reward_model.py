@@ -23,11 +23,11 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers.utils import logging
 
 from dpo_cli.adapter import base_folder, fingerprint
-from dpo_cli.config import Config
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.judges import Task, conclude
 from dpo_cli.progress import Progress
 from dpo_cli.schema import Judgment, Message
+from dpo_cli.settings import Config
 
 KEY = "judge.reward_model"
 WINDOW = 256  # prompts that are encoded and sorted by length together

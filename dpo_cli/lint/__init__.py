@@ -12,11 +12,11 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from dpo_cli.config import Config
 from dpo_cli.errors import UserError
 from dpo_cli.lint import corpus, rules
 from dpo_cli.lint.findings import Finding, Pair, Side, read_pairs
 from dpo_cli.lint.tokens import token_counter
+from dpo_cli.settings import Config
 from dpo_cli.stats import Proportion
 from dpo_cli.store import write_rows
 

@@ -13,8 +13,8 @@ from dpo_cli.view.text import dollars, number, percent, safe
 
 if TYPE_CHECKING:
     from dpo_cli.plan import Plan
-    from dpo_cli.preflight import Cost
     from dpo_cli.sweep import Point, Swept
+    from dpo_cli.training.preflight import Cost
 
 BAR_WIDTH = 24
 

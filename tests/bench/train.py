@@ -35,9 +35,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from trl import DPOConfig
 
-from dpo_cli import packed, reference
 from dpo_cli.demo.tiny import make_base
 from dpo_cli.progress import Silent
+from dpo_cli.training import packed, reference
 
 MODELS: dict[str, dict[str, int]] = {
     "small": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4,

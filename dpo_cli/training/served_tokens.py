@@ -10,10 +10,10 @@ import urllib.request
 from collections.abc import Sequence
 from typing import Any
 
-from dpo_cli.encode import Encoder
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Progress
 from dpo_cli.schema import Message
+from dpo_cli.training.encode import Encoder
 
 ROWS = 10
 TIMEOUT = 5.0  # seconds

@@ -18,13 +18,13 @@ import torch
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from dpo_cli import guards, store
-from dpo_cli.config import GateSection
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.guards import Finding, State
 from dpo_cli.progress import Progress
 from dpo_cli.remedies import REMEDIES, advice
-from dpo_cli.run_folder import RunFolder, event, metric_rows
-from dpo_cli.trainer import Diverged, peak_memory
+from dpo_cli.settings import GateSection
+from dpo_cli.training.run_folder import RunFolder, event, metric_rows
+from dpo_cli.training.trainer import Diverged, peak_memory
 
 Outcome = Literal["done", "stopped", "rollback", "nan", "out_of_memory"]
 

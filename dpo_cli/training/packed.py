@@ -24,9 +24,9 @@ from torch import Tensor
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import FusedCausalLMOutput
 
-from dpo_cli import attention
 from dpo_cli.errors import UserError
-from dpo_cli.head import score
+from dpo_cli.training import attention
+from dpo_cli.training.head import score
 
 # The mean log-probability of a token may differ by so much from TRL's forward: rounding, but no other attention.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}

@@ -11,14 +11,14 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from dpo_cli import store
-from dpo_cli.config import SftSection
-from dpo_cli.encode import Sequences
 from dpo_cli.errors import UserError
 from dpo_cli.guards import State
-from dpo_cli.loop import fit
 from dpo_cli.progress import Progress
-from dpo_cli.run_folder import RunFolder
-from dpo_cli.trainer import ResumableTrainer, arguments, fresh_lora, load_base
+from dpo_cli.settings import SftSection
+from dpo_cli.training.encode import Sequences
+from dpo_cli.training.loop import fit
+from dpo_cli.training.run_folder import RunFolder
+from dpo_cli.training.trainer import ResumableTrainer, arguments, fresh_lora, load_base
 
 BEST = ("eval_loss", -1)
 IGNORED = -100  # a label that carries no loss

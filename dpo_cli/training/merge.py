@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_cli.errors import Exit, UserError
-from dpo_cli.run_folder import check_replaceable
+from dpo_cli.training.run_folder import check_replaceable
 
 # Mean difference of a token's log-probability, in nats, that the rounding of weights of a type explains.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}

@@ -11,10 +11,10 @@ from typing import Any, Literal, NamedTuple
 from msgspec import Struct
 
 from dpo_cli import store
-from dpo_cli.config import Config
 from dpo_cli.errors import Exit, UserError
-from dpo_cli.run_folder import sha256
 from dpo_cli.schema import Message, prompt_id, read_demonstration, read_preference, split_side
+from dpo_cli.settings import Config
+from dpo_cli.training.run_folder import sha256
 
 Stage = Literal["dpo", "sft"]
 MODEL_FILES = ["*.json", "*.jinja", "*.model", "*.safetensors"]

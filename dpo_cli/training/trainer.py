@@ -29,14 +29,14 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from dpo_cli import errors, guards
-from dpo_cli.config import ModelSection, TrainingSection
-from dpo_cli.encode import Encoder
 from dpo_cli.errors import UserError
 from dpo_cli.guards import State
 from dpo_cli.plan import capped_steps
 from dpo_cli.progress import Progress
-from dpo_cli.run_folder import GUARDS, RunFolder, metric_rows, seal
+from dpo_cli.settings import ModelSection, TrainingSection
 from dpo_cli.store import write_json
+from dpo_cli.training.encode import Encoder
+from dpo_cli.training.run_folder import GUARDS, RunFolder, metric_rows, seal
 
 METERS = "meters.json"
 LIBRARIES = ("transformers", "trl", "peft", "accelerate", "datasets", "torch")

@@ -1,0 +1,245 @@
+"""Every setting of every stage: its default, bounds and description, each written once.
+
+Where a value comes from is `config.py`'s matter.
+"""
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+import msgspec
+from msgspec import Meta, Struct
+
+SEED = 42
+MIN_GAP = 1.0  # of a judge's ten points
+MIN_REWARD_GAP = 0.2  # of a rollout's reward, which goes from 0 to 1; as in the NeMo Gym guide to DPO
+
+Count = Annotated[int, Meta(ge=1)]
+Seconds = Annotated[float, Meta(gt=0)]
+Positive = Annotated[float, Meta(gt=0)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+NonNegative = Annotated[float, Meta(ge=0)]
+Orders: TypeAlias = Annotated[int, Meta(ge=1, le=8)] | Literal["full", "auto"]
+Tracker = Literal["none", "wandb", "trackio", "tensorboard"]
+Strategy = Literal["best-worst", "all", "adjacent", "mu-2sigma", "same-prompt", "stratified"]
+KlAction = Literal["halve_lr", "raise_beta", "rollback", "stop"]
+MaxUsd = Annotated[
+    NonNegative | None, Meta(description="Most dollars that this run may spend on new calls; the next counts anew.")
+]
+LossType = Literal[
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+]  # fmt: skip
+
+
+def _doc(text: str) -> Meta:
+    return Meta(description=text)
+
+
+class ModelSection(Struct, kw_only=True):
+    """The base model, its adapters and their served names."""
+
+    base: Annotated[str, _doc("Base model: a folder or a Hub id.")] = "meta-llama/Llama-3.2-3B-Instruct"
+    adapter: Annotated[str | None, _doc("SFT adapter folder; none: train a fresh LoRA, reference = base.")] = (
+        "adapters/nothing-gpt"
+    )
+    dpo_adapter: Annotated[str, _doc("DPO adapter folder: what train writes.")] = "adapters/nothing-gpt-dpo"
+    name: Annotated[str, _doc("Name under which the SFT adapter is served.")] = "seinfeld"
+    dpo_name: Annotated[str, _doc("Name under which the DPO adapter is served.")] = "seinfeld-dpo"
+    chat_template_kwargs: Annotated[
+        dict[str, Any], _doc("Variables of the chat template; Llama 3.2's would otherwise insert today's date.")
+    ] = msgspec.field(default_factory=lambda: {"date_string": "26 Jul 2024"})
+
+
+class GenerateSection(Struct, kw_only=True):
+    """Prompts to completions."""
+
+    prompts: Annotated[str, _doc("Prompts: a JSONL file, or a folder that holds val.jsonl.")] = "data"
+    engine: Annotated[str, _doc("Where completions come from.")] = "endpoint"
+    url: Annotated[str | None, _doc("OpenAI-compatible endpoint that serves the SFT adapter.")] = None
+    n: Annotated[Count, _doc("Completions a prompt.")] = 3
+    temperature: Annotated[NonNegative, _doc("Sampling temperature.")] = 0.9
+    top_p: Annotated[Share, _doc("Nucleus mass; always sent, since servers have other defaults.")] = 1.0
+    max_tokens: Annotated[Count, _doc("Longest completion, in tokens.")] = 256
+    frequency_penalty: Annotated[float, _doc("Penalty for tokens that already stand in the completion.")] = 0.5
+    seed: Annotated[int, _doc("Seed; completion i of a prompt is the same on every run.")] = SEED
+    keep_lines: Annotated[str | None, _doc("Keep only the lines that match this pattern.")] = None
+    concurrency: Annotated[Count, _doc("Most requests in flight; it adapts below that.")] = 256
+    timeout: Annotated[Seconds, _doc("Seconds to wait for one reply.")] = 300.0
+    batch_size: Annotated[Count, _doc("Sequences at once, engine transformers.")] = 32
+    price: Annotated[str | None, _doc("IN,CACHED,OUT in dollars per million tokens.")] = None
+    max_usd: MaxUsd = None
+    contrast: Annotated[bool, _doc("Two completions a prompt, from a good and a bad system prompt.")] = False
+    good_system: Annotated[str, _doc("System prompt of the good one.")] = "Give an accurate and helpful answer."
+    bad_system: Annotated[str, _doc("System prompt of the bad one.")] = (
+        "Give an answer that is vague, unhelpful or slightly wrong, without saying so."
+    )
+    contrast_url: Annotated[str | None, _doc("Endpoint of an external model that gives both.")] = None
+    contrast_model: Annotated[str | None, _doc("Model that gives both; unset: model.name.")] = None
+
+
+class JudgeSection(Struct, kw_only=True):
+    """Completions to judgments."""
+
+    judge: Annotated[str, _doc("Who ranks the completions.")] = "llm"
+    model: Annotated[str | list[str], _doc("Judge model; repeated, or with commas: a panel.")] = "gpt-5.4-mini"
+    url: Annotated[str, _doc("OpenAI-compatible endpoint of the judge.")] = "https://api.openai.com/v1"
+    function: Annotated[str | None, _doc("module:callable for --judge function.")] = None
+    reward_model: Annotated[str | None, _doc("Folder or Hub id of a scoring model for --judge reward-model.")] = None
+    batch_size: Annotated[Count, _doc("Completions at once, --judge reward-model.")] = 8
+    against: Annotated[str | None, _doc("judgments.jsonl of another judge, for --judge human to compare with.")] = None
+    rubric: Annotated[str | None, _doc("File that replaces the default rubric.")] = None
+    orders: Annotated[Orders, _doc("Orders that show the candidates: 1 to 8, full, auto (a 3rd if two conflict).")] = 2
+    seed: Annotated[int, _doc("Seed of the orders.")] = SEED
+    reasoning_effort: Annotated[str | None, _doc("Reasoning effort, for judges that reason.")] = "low"
+    max_tokens: Annotated[Count, _doc("Longest reply, reasoning included, in tokens.")] = 2048
+    price: Annotated[str | None, _doc("IN,CACHED,OUT in dollars per million tokens, of the tier that is used.")] = None
+    max_usd: MaxUsd = None
+    flex: Annotated[bool, _doc("OpenAI's flex tier: half the price, and slow.")] = False
+    batch: Annotated[bool, _doc("OpenAI's Batch API: half the price, within a day.")] = False
+    wait: Annotated[bool, _doc("Wait for the batches; else send them, and take them in with a later run.")] = True
+    batch_queue_tokens: Annotated[Count, _doc("Input tokens that may wait in batches; your tier's limit.")] = 2_000_000
+    concurrency: Annotated[Count, _doc("Most requests in flight; it adapts below that.")] = 64
+    timeout: Annotated[Seconds, _doc("Seconds to wait for one reply.")] = 300.0
+
+    @property
+    def models(self) -> list[str]:
+        """Every judge model, once, in an order that does not depend on how they were written."""
+        given = [self.model] if isinstance(self.model, str) else self.model
+        return sorted({name.strip() for text in given for name in text.split(",")} - {""})
+
+
+class PairSection(Struct, kw_only=True):
+    """Judgments, scored rollouts or imported pairs to preference pairs."""
+
+    strategy: Annotated[Strategy, _doc("Which completions are paired.")] = "best-worst"
+    min_gap: Annotated[
+        NonNegative | None,
+        _doc(f"Least score gap; unset: {MIN_GAP:g} for judgments, {MIN_REWARD_GAP:g} for rollouts, none for imports."),
+    ] = None
+    max_pairs_per_prompt: Annotated[
+        Count | None, _doc("Most pairs a prompt, those of the largest gap first; unset: all.")
+    ] = None
+    max_pairs: Annotated[Count, _doc("Most pairs in all, --strategy stratified.")] = 10_000
+    high: Annotated[
+        float, _doc("Least score of a chosen side, --strategy stratified; 0 is the lowest judged, 1 the highest.")
+    ] = 0.7
+    low: Annotated[float, _doc("Greatest score of a rejected side, so scaled; rewards are taken as they stand.")] = 0.4
+    margin_column: Annotated[bool, _doc("Also write the score gap as `margin`, which reward trainers read.")] = False
+    require_consistent: Annotated[bool, _doc("Drop a pair that any order inverts.")] = True
+    length_control: Annotated[bool, _doc("Pair by scores without the part that is linear in length.")] = False
+    val_share: Annotated[Share, _doc("Share of the prompts that go to val.jsonl.")] = 0.1
+    seed: Annotated[int, _doc("Seed of the split.")] = SEED
+
+
+class TrainingSection(Struct, kw_only=True):
+    """What both training stages have in common; TRL's and PEFT's own names."""
+
+    learning_rate: Annotated[NonNegative, _doc("Peak learning rate.")] = 5e-6
+    num_train_epochs: Annotated[NonNegative, _doc("Passes over the rows.")] = 1.0
+    max_steps: Annotated[int, _doc("Optimizer steps, whatever num_train_epochs says; -1: as it says.")] = -1
+    steps_at_most: Annotated[Count | None, _doc("Cap on the optimizer steps that num_train_epochs makes.")] = None
+    per_device_train_batch_size: Annotated[Count, _doc("Rows a forward.")] = 4
+    per_device_eval_batch_size: Annotated[Count, _doc("Rows a forward in evaluation.")] = 2
+    gradient_accumulation_steps: Annotated[Count, _doc("Forwards an optimizer step.")] = 4
+    max_length: Annotated[Count, _doc("Longest prompt plus completion, in tokens.")] = 2048
+    bf16: Annotated[bool | None, _doc("bfloat16 compute; unset: on a GPU that has it.")] = None
+    gradient_checkpointing: Annotated[bool | None, _doc("Trade time for memory at the same loss; unset: on a GPU.")] = (
+        None
+    )
+    lr_scheduler_type: Annotated[str, _doc("Learning rate schedule.")] = "cosine"
+    warmup_steps: Annotated[int, Meta(ge=0), _doc("Warmup, in optimizer steps.")] = 20
+    warmup_ratio: Annotated[Share | None, _doc("Warmup as a share of the steps; wins over the steps.")] = None
+    weight_decay: Annotated[NonNegative, _doc("Weight decay.")] = 0.0
+    max_grad_norm: Annotated[NonNegative, _doc("Gradient clipping norm.")] = 1.0
+    logging_steps: Annotated[Count, _doc("Steps between two metric lines.")] = 10
+    eval_steps: Annotated[Count, _doc("Steps between two evaluations.")] = 25
+    save_steps: Annotated[Count, _doc("Steps between two checkpoints.")] = 25
+    save_total_limit: Annotated[int, Meta(ge=2), _doc("Checkpoints kept; the best is always among them.")] = 3
+    seed: Annotated[int, _doc("Seed of shuffling and initialisation.")] = SEED
+    r: Annotated[Count, _doc("LoRA rank of a fresh adapter.")] = 32
+    lora_alpha: Annotated[NonNegative, _doc("LoRA alpha of a fresh adapter.")] = 64
+    lora_dropout: Annotated[Share, _doc("LoRA dropout of a fresh adapter.")] = 0.0
+    target_modules: Annotated[str | list[str], _doc("LoRA targets of a fresh adapter.")] = "all-linear"
+    load_in_4bit: Annotated[bool, _doc("Base weights in 4 bits: NF4, double quantisation, bfloat16 compute.")] = False
+    report_to: Annotated[Tracker | None, _doc("Tracker; unset: wandb where WANDB_API_KEY is set and it is there.")] = (
+        None
+    )
+
+
+class TrainSection(TrainingSection, kw_only=True):
+    """Preferences to the DPO adapter."""
+
+    beta: Annotated[NonNegative, _doc("Strength of the pull towards the reference.")] = 0.1
+    loss_type: Annotated[LossType, _doc("TRL loss type.")] = "sigmoid"
+    label_smoothing: Annotated[Share, _doc("Assumed share of flipped labels.")] = 0.0
+    kl_prompts: Annotated[int, Meta(ge=0), _doc("Held-out prompts on which each evaluation measures KL.")] = 8
+    kl_tokens: Annotated[Count, _doc("Longest completion sampled for that, in tokens.")] = 64
+    full: Annotated[bool, _doc("Train every weight, the adapter folded in, against a frozen copy.")] = False
+    curriculum: Annotated[bool, _doc("First epoch from the largest score gap to the smallest.")] = False
+    merge: Annotated[bool, _doc("Also save the base with the adapter folded in, and check it.")] = False
+
+
+class SftSection(TrainingSection, kw_only=True):
+    """`train --stage sft`: the adapter that DPO starts from."""
+
+    learning_rate: Annotated[NonNegative, _doc("Peak learning rate.")] = 3e-5
+
+
+class GateSection(Struct, kw_only=True):
+    """What a DPO run must not do, and what is done about it."""
+
+    kl_limit: Annotated[Positive, _doc("Most KL(policy || reference) of the policy's own text, in nats a token.")] = 0.1
+    kl_actions: Annotated[
+        list[KlAction], _doc("What each evaluation over the limit sets off, the first one first; then the run stops.")
+    ] = msgspec.field(default_factory=lambda: ["halve_lr", "raise_beta", "rollback", "stop"])
+    adaptive_beta: Annotated[bool, _doc("Steer beta towards kl_target at each evaluation.")] = False
+    kl_target: Annotated[Positive, _doc("KL that adaptive_beta aims at, in nats a token.")] = 0.05
+    patience: Annotated[
+        int, Meta(ge=0), _doc("Evaluations without a better held-out margin until the run ends; 0: all.")
+    ] = 5
+
+
+class PlanSection(Struct, kw_only=True):
+    """What `inspect plan` reckons with."""
+
+    gpu_memory_gb: Annotated[Positive, _doc("Memory that the card can really give; of an L4's 24 GB.")] = 23.6
+    gpu_tflops: Annotated[Positive, _doc("Dense bfloat16 peak of the card; an L4's.")] = 121.0
+    utilization: Annotated[Share, _doc("Share of that peak that training reaches; assumed, not measured.")] = 0.35
+    modal_usd_per_hour: Annotated[NonNegative, _doc("Price of the card on Modal.")] = 0.80
+    gke_usd_per_hour: Annotated[NonNegative, _doc("Price of a node with the card on GKE.")] = 0.71
+
+
+class EvaluateSection(Struct, kw_only=True):
+    """Policy against reference on held-out prompts."""
+
+    prompts: Annotated[str | None, _doc("Held-out prompts; unset: the prompts of val.jsonl.")] = None
+    samples: Annotated[Count, _doc("Completions a prompt and adapter.")] = 1
+    bootstrap: Annotated[Count, _doc("Bootstrap resamples, by prompt.")] = 2000
+    seed: Annotated[int, _doc("Seed of sampling and bootstrap.")] = SEED
+
+
+class ServeSection(Struct, kw_only=True):
+    """The vLLM server that serves both adapters."""
+
+    host: Annotated[str, _doc("Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, Meta(ge=1024, le=65535), _doc("Port to listen on; vLLM takes none below 1024.")] = 8000
+    dtype: Annotated[str, _doc("vLLM's weight type.")] = "auto"
+    max_model_len: Annotated[Count, _doc("Longest context, in tokens.")] = 4096
+    gpu_memory_utilization: Annotated[Share, _doc("Share of the card that vLLM may take.")] = 0.9
+    chat_template: Annotated[str | None, _doc("Chat template file; unset: the base's own.")] = None
+
+
+class Config(Struct, kw_only=True):
+    """Every setting of every stage."""
+
+    data: Annotated[str, _doc("Folder of completions, judgments and pairs.")] = "data/dpo"
+    runs: Annotated[str, _doc("Folder of training runs.")] = "runs"
+    model: ModelSection = msgspec.field(default_factory=ModelSection)
+    generate: GenerateSection = msgspec.field(default_factory=GenerateSection)
+    judge: JudgeSection = msgspec.field(default_factory=JudgeSection)
+    pair: PairSection = msgspec.field(default_factory=PairSection)
+    train: TrainSection = msgspec.field(default_factory=TrainSection)
+    sft: SftSection = msgspec.field(default_factory=SftSection)
+    gate: GateSection = msgspec.field(default_factory=GateSection)
+    plan: PlanSection = msgspec.field(default_factory=PlanSection)
+    evaluate: EvaluateSection = msgspec.field(default_factory=EvaluateSection)
+    serve: ServeSection = msgspec.field(default_factory=ServeSection)
