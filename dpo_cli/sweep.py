@@ -33,7 +33,7 @@ class Point(Struct):
 
 
 class Swept(Struct):
-    """All points, in the order given, and the value of the best one within the KL limit; None: none was."""
+    """All points, in the order given, and the value of the best one that passes its gates; None: none does."""
 
     setting: str
     points: list[Point]
@@ -76,7 +76,7 @@ def run(
             one, progress, stage="dpo", name=f"{name}-{setting}-{written}", data=data, fresh=fresh, limit=limit
         )
         points.append(_point(value, result))
-    within = [point for point in points if (point.kl or 0.0) <= config.gate.kl_limit and point.margin is not None]
+    within = [point for point in points if point.verdict == "pass" and (point.kl or 0.0) <= config.gate.kl_limit]
     best = max(within, key=lambda point: (point.accuracy or 0.0, -(point.loss or 0.0)), default=None)
     return Swept(setting, points, config.gate.kl_limit, best.value if best else None)
 

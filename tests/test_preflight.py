@@ -152,11 +152,13 @@ def test_training_stops_where_the_server_sees_other_tokens(start, tmp_path, toke
     assert any(line.startswith("plan: 1 steps on 22 pairs (5 held out)") for line in progress.lines)
 
 
-def test_a_sweep_is_a_run_for_each_value_and_names_the_best_within_the_kl_limit(start, tmp_path):
+def test_a_sweep_is_a_run_for_each_value_and_names_the_best_that_passes(start, tmp_path):
     places = [f"runs={tmp_path / 'runs'}", f"model.dpo_adapter={tmp_path / 'out'}", "train.max_steps=3"]
     config = settings(start, start / "base", "gate.kl_limit=100", *places)
     result = sweep.run(config, Silent(), "beta=0.05,0.5")
-    assert [point.value for point in result.points] == [0.05, 0.5] and result.best in (0.05, 0.5)
+    assert [point.value for point in result.points] == [0.05, 0.5]
+    passing = [point for point in result.points if point.verdict == "pass"]
+    assert result.best == (max(passing, key=lambda point: (point.accuracy, -point.loss)).value if passing else None)
     for value in ("0.05", "0.5"):
         run = tmp_path / "runs" / f"dpo-beta-{value}"
         assert json.loads((run / "config.json").read_text())["config"]["train"]["beta"] == float(value)

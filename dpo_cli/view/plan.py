@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dpo_cli.sweep import Point, Swept
     from dpo_cli.training.preflight import Cost
 
-BAR_WIDTH = 24
+BAR_WIDTH = 20
 
 
 def plan(console: Console, plan: "Plan") -> None:
@@ -93,11 +93,11 @@ def swept(console: Console, result: "Swept") -> None:
     console.print(table)
     console.print()
     console.print(_bars(result))
-    console.print(
-        Text(f"\nbest: {result.setting} = {result.best:g}, the most accurate within the KL limit", "bold")
-        if result.best is not None
-        else Text(f"\nno run stayed within {result.kl_limit:g} nats a token", "bold red")
-    )
+    if result.best is None:
+        said = Text(f"no run stayed within {result.kl_limit:g} nats a token and passed its gates", "bold red")
+    else:
+        said = Text(f"best: {result.setting} = {result.best:g}, the most accurate of those that pass", "bold green")
+    console.print(Group("", said))
 
 
 def _bars(result: "Swept") -> RenderableType:
