@@ -21,9 +21,9 @@ def test_every_line_is_where_the_judge_expects_it() -> None:
     for name, character in characters.items():
         assert len(character.words) == 4
         for line in character.voice:
-            assert voices([{"role": "user", "content": ""}], f"[{name}] {line}") == 10, line
+            assert voices(OPENING, f"[{name}] {line}") > 0, line
         for line in character.plain + character.opens:
-            assert voices([{"role": "user", "content": ""}], f"[{name}] {line}") == 0, line
+            assert voices(OPENING, f"[{name}] {line}") == 0, line
 
 
 def test_scenes_are_the_same_for_a_seed_and_share_no_opening() -> None:
@@ -40,26 +40,27 @@ def test_scenes_are_the_same_for_a_seed_and_share_no_opening() -> None:
 
 
 @pytest.mark.parametrize(
-    ("completion", "expected"),
+    ("completion", "hits"),
     [
-        ("[MARLO] Receipt, please.", 10),
-        ("[MARLO] Receipt, please.\n[PIP] Hold this.", 5),
+        ("[MARLO] Receipt, please.\n[PIP] Lever up.\n[BRAM] Alas, soup.", 3),
+        ("[MARLO] Receipt, please.\n[PIP] Hold this.\n[BRAM] The soup was cold.", 1),
         ("[PIP] Receipt, please.", 0),  # MARLO's word
         ("[MARLO] Receipts are boring.", 0),  # another word
         ("[BRAM] Doom has a sound.", 0),  # said in the opening
-        ("[MARLO] Receipt, please.\n[MARLO] Receipt, please.", 5),
+        ("[MARLO] Receipt, please.\n[MARLO] Receipt, please.", 1),
         ("MARLO: Receipt, please.", 0),
-        ("[MARLO] Receipt, please.\n", 10),
+        ("[MARLO] Receipt, please.\n", 1),
         ("", 0),
     ],
 )
-def test_the_judge_by_hand(completion: str, expected: float) -> None:
-    assert voices(OPENING, completion) == expected
+def test_the_judge_by_hand(completion: str, hits: int) -> None:
+    assert voices(OPENING, completion) == pytest.approx(10 * hits / 3)
 
 
-def test_the_judge_is_blind_to_length() -> None:
-    lines = ["[PIP] Lever up.", "[PIP] Hold this.", "[BRAM] Alas, soup.", "[BRAM] The soup was cold."]
-    assert voices(OPENING, "\n".join(lines)) == voices(OPENING, "\n".join(lines[:2])) == 5
+def test_neither_short_nor_long_wins() -> None:
+    lines = ["[PIP] Lever up.", "[BRAM] Alas, soup.", "[PIP] Spring in.", "[BRAM] Doom again.", "[PIP] Lever down."]
+    scores = [voices(OPENING, "\n".join(lines[:count])) for count in range(1, 6)]
+    assert scores == pytest.approx([10 / 3, 20 / 3, 10, 7.5, 6])
 
 
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:

@@ -9,22 +9,24 @@ from dpo_cli.demo.scenes import cast
 from dpo_cli.schema import Message
 
 LINE = re.compile(r"\[([A-Z]+)\] (\S.*)")
+LINES = 3  # how many go on from an opening in scenes.py
 
 
 def voices(prompt: list[Message], completion: str) -> float:
-    """Share of the lines, times ten, that are in the voice of who says them: 0 to 10, whatever the number of lines.
+    """How much of a scene is in the voices of those who speak, from 0 to 10.
 
-    A line counts if it is `[CHARACTER] line`, has one of the character's own words, and was not said before in the
-    scene.
+    Of the three lines that a scene goes on with, the share that is well-formed (`[CHARACTER] line`), has one of the
+    character's own words and was not said before. Fewer lines earn less and more lines dilute it, so that neither
+    short nor long answers are better for their length.
     """
     _, characters = cast()
     said = set(prompt[-1]["content"].splitlines())
     lines = completion.splitlines()
     hits = 0
-    for line in lines:
+    for line in lines[:LINES]:
         match = LINE.fullmatch(line)
         if match and line not in said and match[1] in characters:
             spoken = set(re.findall(r"[a-z]+", match[2].lower()))
             hits += not spoken.isdisjoint(characters[match[1]].words)
         said.add(line)
-    return 10 * hits / len(lines) if lines else 0.0
+    return 10 * hits / max(LINES, len(lines))
