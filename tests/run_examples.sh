@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the examples in a copy of their folder, against the tests' own server and a tiny model. `nothing-dpo` and the
 # `python` of its environment must be on PATH.
-set -euxo pipefail
+set -euo pipefail
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
 cp -r examples "$work/examples"
