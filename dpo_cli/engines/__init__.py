@@ -7,15 +7,17 @@ soon as that request is finished, in any order, and returns the receipt of its p
 import pkgutil
 from collections.abc import Callable
 from importlib import import_module
-from typing import TypeAlias, cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 from msgspec import Struct
 
-from dpo_cli.endpoint import Receipt
 from dpo_cli.errors import require
 from dpo_cli.progress import Progress
 from dpo_cli.schema import Message, Usage
 from dpo_cli.settings import Config
+
+if TYPE_CHECKING:  # the names of engines and judges are wanted for --help, asyncio is not
+    from dpo_cli.endpoint import Receipt
 
 
 class Request(Struct, kw_only=True):
@@ -40,7 +42,7 @@ class Sampled(Struct, kw_only=True):
     error: str | None = None
 
 
-Sample: TypeAlias = Callable[[list[Request], Config, Callable[[Sampled], None], Progress], Receipt | None]
+Sample: TypeAlias = "Callable[[list[Request], Config, Callable[[Sampled], None], Progress], Receipt | None]"
 
 
 def names() -> list[str]:
@@ -67,7 +69,7 @@ def contrasted(sample: Sample, good: str, bad: str) -> Sample:
 
     def sample_both(
         requests: list[Request], config: Config, deliver: Callable[[Sampled], None], progress: Progress
-    ) -> Receipt | None:
+    ) -> "Receipt | None":
         parts = {request.id: split(request, good, bad) for request in requests}
         owners = {part.id: key for key, split_ in parts.items() for part in split_}
         answers: dict[str, Sampled] = {}

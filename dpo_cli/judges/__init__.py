@@ -10,15 +10,17 @@ import math
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from msgspec import Struct
 
-from dpo_cli.endpoint import Receipt
 from dpo_cli.errors import require
 from dpo_cli.progress import Progress
 from dpo_cli.schema import Completions, Judgment, Message, Order, canonical, completions_id
 from dpo_cli.settings import Config
+
+if TYPE_CHECKING:  # the names of engines and judges are wanted for --help, asyncio is not
+    from dpo_cli.endpoint import Receipt
 
 EPSILON = 1e-9  # what sums of weighted scores may be off by
 
@@ -54,7 +56,7 @@ class Judge(Protocol):
 
     def judge(
         self, tasks: Sequence[Task], config: Config, deliver: Callable[[Judgment], None], progress: Progress
-    ) -> Receipt | None:
+    ) -> "Receipt | None":
         """Judge every task and deliver its judgment as soon as it is there, in any order; return what was paid."""
 
 
