@@ -9,8 +9,7 @@ from judging import config, judgments, reply, row, rows, run, write
 from openai_server import Call, Server, candidates
 from typer.testing import CliRunner
 
-from dpo_cli import config as settings
-from dpo_cli import judge
+from dpo_cli import judge, settings
 from dpo_cli.cli import app
 from dpo_cli.endpoint import batch
 from dpo_cli.errors import UserError
