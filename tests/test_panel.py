@@ -9,6 +9,7 @@ from judging import config, judgments, reply, row, rows, run, write
 from openai_server import Call, Server, candidates
 from typer.testing import CliRunner
 
+from dpo_cli import config as configuration
 from dpo_cli import judge, settings
 from dpo_cli.cli import app
 from dpo_cli.endpoint import batch
@@ -308,7 +309,7 @@ def split(call: Call) -> str:
 
 def test_orders_are_a_number_from_1_to_8_or_one_of_two_words():
     def orders(text: str) -> object:
-        return settings.resolve({"judge.orders": text}, environment={}).config.judge.orders
+        return configuration.resolve({"judge.orders": text}, environment={}).config.judge.orders
 
     assert [orders(text) for text in ("1", "8", "full", "auto")] == [1, 8, "full", "auto"]
     for text in ("0", "9", "most", "2.5"):
