@@ -122,7 +122,7 @@ def run(folder: Path, progress: Progress, fresh: bool = False, sizes: Sizes | No
             f"cd {folder}",
             "nothing-dpo inspect pairs --browse",
             "nothing-dpo inspect run dpo",
-            "nothing-dpo train --name again --beta 0.3",
+            "nothing-dpo train --name again --beta 0.1",
         ],
     )  # fmt: skip
 
