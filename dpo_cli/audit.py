@@ -14,10 +14,10 @@ from statistics import fmean
 from msgspec import Struct, field
 
 from dpo_cli.judges import label_of
-from dpo_cli.judges._agreement import agree
+from dpo_cli.judges._agreement import Z95, agree
 from dpo_cli.length import length_controlled, length_slope, within
 from dpo_cli.schema import Completions, Judgment, Order, Usage
-from dpo_cli.stats import Z95, Histogram, Proportion, Spread, histogram, judge_name, proportion, spread
+from dpo_cli.stats import Histogram, Proportion, Spread, histogram, judge_name, proportion, spread
 
 POINTS = 300  # of a scatter plot; more say no more
 SKIPPED_MUCH = 0.1

@@ -19,9 +19,9 @@ from msgspec import Struct
 
 from dpo_cli import config as configuration
 from dpo_cli.errors import UserError
+from dpo_cli.judges._agreement import wilson
 from dpo_cli.schema import Completions, Judgment, Message, Preference, Usage
 
-Z95 = 1.959964  # two-sided 95% quantile of the normal distribution
 BINS = 10
 
 
@@ -167,16 +167,11 @@ def _round_width(least: float) -> float:
 
 
 def proportion(count: int, n: int) -> Proportion | None:
-    """A share with its Wilson score interval (Wilson 1927, doi:10.1080/01621459.1927.10502953); None if n is 0."""
+    """A share with its Wilson score interval; None if n is 0."""
     if n == 0:
         return None
     share = count / n
-    shrink = 1 + Z95**2 / n
-    centre = (share + Z95**2 / (2 * n)) / shrink
-    half = Z95 / shrink * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
-    return Proportion(
-        count, n, share, max(0.0, centre - half), min(1.0, centre + half), (share - 0.5) / math.sqrt(0.25 / n)
-    )
+    return Proportion(count, n, share, *wilson(count, n), (share - 0.5) / math.sqrt(0.25 / n))
 
 
 def text_of(messages: list[Message]) -> str:

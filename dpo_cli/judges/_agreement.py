@@ -8,7 +8,7 @@ from msgspec import Struct
 
 from dpo_cli.schema import Judgment
 
-Z95 = 1.959963984540054
+Z95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
 
 
 class Agreement(Struct):
