@@ -44,7 +44,10 @@ class UserError(Exception):
 
 
 # The module that shows whether an extra is installed. The extras themselves are in pyproject.toml.
-EXTRAS = {"train": "trl", "qlora": "bitsandbytes"}
+EXTRAS = {
+    "train": "trl", "qlora": "bitsandbytes", "modal": "modal", "gke": "kubernetes", "gcs": "google_crc32c",
+    "hub": "huggingface_hub",
+}  # fmt: skip
 
 
 def require(extra: str, purpose: str) -> None:

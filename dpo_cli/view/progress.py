@@ -144,7 +144,7 @@ class Meter:
                     curve[:] = curve[::2]
 
 
-RATES = ("completions", "tokens")
+RATES = ("completions", "tokens", "megabytes")
 # Order and form of the counters; those of RATES are given a second.
 SHOWN: dict[str, Callable[[float | None], str]] = {
     "loss": lambda value: f"loss {number(value)}",
@@ -153,6 +153,7 @@ SHOWN: dict[str, Callable[[float | None], str]] = {
     "kl": lambda value: f"kl {number(value)}",
     "completions": lambda value: f"{number(value)} completions/s",
     "tokens": lambda value: f"{number(value)} tokens/s",
+    "megabytes": lambda value: f"{number(value)} MB/s",
     "memory_gb": lambda value: f"{value or 0:.1f} GB",
     "in_flight": lambda value: f"{value or 0:,.0f} in flight",
     "retries": lambda value: f"{value or 0:,.0f} retries",
