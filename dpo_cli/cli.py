@@ -321,6 +321,7 @@ def train(
 
     given = session.data if session.resolved.sources["data"] == "flag" else None
     if sweep is not None:
+        from dpo_cli import report
         from dpo_cli import sweep as several
 
         swept = several.run(
@@ -328,6 +329,7 @@ def train(
             backend=backend,
         )  # fmt: skip
         session.show(swept, view.swept)
+        _write_page(session, several.page_path(swept), report.sweep(swept, several.runs_of(swept)))
         return Exit.GATE if swept.best is None else None
     result = backends.load(backend).train(
         session.config, session.progress(), stage=stage, name=name or stage, data=given, fresh=fresh, limit=limit,
@@ -459,7 +461,7 @@ def inspect_judgments(
     """What the judge said, and whether to believe it."""
     from dpo_cli import audit, pages, report, view
     from dpo_cli.schema import Completions, Judgment
-    from dpo_cli.store import read_latest, write_file
+    from dpo_cli.store import read_latest
 
     path, texts = session.data / "judgments.jsonl", session.data / "completions.jsonl"
     if stats or html:
@@ -469,8 +471,7 @@ def inspect_judgments(
         numbers = audit.audit(judgments, read_latest(texts, Completions))
         session.show(numbers, view.audit)
         if html:
-            write_file(html, report.page(numbers).encode())
-            session.suggest(f"look at {html} in a browser")
+            _write_page(session, html, report.audit(numbers))
         return
     with pages.Rows.open([path]) as rows:
         if identity:
@@ -484,16 +485,20 @@ def inspect_judgments(
 def inspect_run(
     session: Session, name: Annotated[str, typer.Argument(metavar="[NAME]", help="Name of the run.")] = "dpo",
     explain: Annotated[bool, typer.Option("--explain", help="What the guards found, and what mends it.")] = False,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="All of it as a page with plots.")] = None,
 ) -> None:  # fmt: skip
     """A training run: curves, guards, gates."""
-    from dpo_cli import remedies, stats, view
+    from dpo_cli import remedies, report, stats, view
 
     if explain:
         folder = Path(session.config.runs) / name
         events = stats.read_run(folder).events if folder.is_dir() else []
         session.show(remedies.shown_by(events), view.explain)
         return
-    session.show(stats.read_run(Path(session.config.runs) / name), view.run)
+    found = stats.read_run(Path(session.config.runs) / name)
+    session.show(found, view.run)
+    if html:
+        _write_page(session, html, report.run(found))
 
 
 @command(
@@ -522,6 +527,14 @@ def inspect_config(
         session.show(preflight.presets(session.config), view.presets)
         return
     session.show(stats.settings(session.resolved), view.settings)
+
+
+def _write_page(session: Session, path: Path, text: str) -> None:
+    """A page for a browser, and where it is."""
+    from dpo_cli.store import write_file
+
+    write_file(path, text.encode())
+    session.suggest(f"look at {path} in a browser")
 
 
 def _show_page(

@@ -118,7 +118,8 @@ class Run(Struct, kw_only=True):
     """`inspect run`: what a run folder holds.
 
     `series` maps a metric's name to its points (step, value) and holds evaluations under their `eval_` names; a value
-    that is not a number is NaN (`null` in JSON). `last` is the last point of each.
+    that is not a number is NaN (`null` in JSON). `last` is the last point of each. `config` is what the run was asked
+    for: settings, versions, hashes of its inputs.
     """
 
     name: str
@@ -126,6 +127,12 @@ class Run(Struct, kw_only=True):
     last: dict[str, float]
     events: list[dict[str, Any]]
     report: dict[str, Any] | None
+    config: dict[str, Any] | None = None
+
+    def acts(self) -> list[dict[str, Any]]:
+        """What the guards found and did, in order: events with an action, rollbacks, the end."""
+        told = [event for event in self.events if "action" in event or event.get("event") in ("rolled_back", "ended")]
+        return [event for event in told if isinstance(event.get("step"), int | float)]
 
 
 class Setting(Struct):
@@ -307,13 +314,14 @@ def read_run(folder: Path) -> Run:
         for name, value in row.items():
             if name != "step" and (value is None or isinstance(value, int | float)):
                 series.setdefault(name, []).append((step, math.nan if value is None else float(value)))
-    report = folder / "report.json"
+    report, config = folder / "report.json", folder / "config.json"
     return Run(
         name=folder.name,
         series=series,
         last={name: points[-1][1] for name, points in series.items()},
         events=_json_lines(folder / "events.jsonl"),
         report=_object(report.read_text("utf-8"), str(report)) if report.exists() else None,
+        config=_object(config.read_text("utf-8"), str(config)) if config.exists() else None,
     )
 
 

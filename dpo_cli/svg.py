@@ -17,7 +17,9 @@ from dpo_cli.terminal import plain
 WIDTH, HEIGHT = 480, 250
 LEFT, RIGHT, TOP, FLOOR = 46, 14, 14, 210  # margins, and where the x axis is
 SERIES = 4  # colours there are
-TICKS, NAME = 5, 20  # labels of an axis, characters of a curve's name
+TICKS, NAME = 5, 24  # labels of an axis, characters of a curve's name
+LETTER = 5.6  # width of a letter, about
+DOTS = 40  # points of a curve that are still drawn one by one
 
 T = TypeVar("T", bound=tuple[float, ...])
 
@@ -27,7 +29,8 @@ svg text { fill: var(--dim); } svg text.name { fill: var(--ink); font-size: 12px
 svg .grid { stroke: var(--line); } svg .zero { stroke: var(--dim); }
 svg .mark { stroke: var(--dim); stroke-dasharray: 3 3; } svg .fit { stroke: var(--bad); stroke-width: 2.5; }
 svg .dot { fill: var(--series-0); fill-opacity: .35; } svg .band { fill-opacity: .15; }
-svg .curve { fill: none; stroke-width: 2; stroke-linejoin: round; }
+svg .curve { fill: none; stroke-width: 2; stroke-linejoin: round; } svg .again { stroke-dasharray: 7 4; }
+svg .event { stroke: var(--bad); stroke-opacity: .6; } svg text.event { fill: var(--bad); stroke: none; }
 svg .good { stroke: var(--good); fill: var(--good); } svg .bad { stroke: var(--bad); fill: var(--bad); }
 svg .track, svg .whisker { stroke-width: 6; stroke-linecap: round; } svg .track { stroke: var(--line); }
 svg .whisker { stroke-opacity: .45; }
@@ -121,6 +124,7 @@ def scatter(title: str, points: Sequence[tuple[float, float]], slope: float, x_l
 def lines(
     title: str, curves: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str,
     bands: Mapping[str, Sequence[tuple[float, float, float]]] | None = None, x_names: Sequence[str] = (),
+    limit: float | None = None, marks: Mapping[float, str] | None = None,
 ) -> str:  # fmt: skip
     """Curves by name, through points in order of x; what is not finite is left out.
 
@@ -131,26 +135,51 @@ def lines(
         y_label: what the y axis is.
         bands: name -> (x, low, high) of what is shaded around the curve.
         x_names: names of x = 0, 1, 2 …, instead of numbers.
+        limit: a y with a dashed line across.
+        marks: x -> name of what happened there, with a line down.
     """
     shaded = {name: _finite(band) for name, band in (bands or {}).items()}
     corners = [point for curve in curves.values() for point in _finite(curve)]
     corners += [(x, edge) for band in shaded.values() for x, *edges in band for edge in edges]
-    axes = _Axes(_range([x for x, _ in corners]), _range([y for _, y in corners]))
-    drawn, said = [axes.rows()], []
+    across, down = [x for x, _ in corners] + list(marks or ()), [y for _, y in corners]
+    axes = _Axes(_range(across), _range(down if limit is None else [*down, limit]))
+    drawn, said = [axes.rows(), *(_mark(axes, x, name) for x, name in (marks or {}).items())], []
+    if limit is not None:
+        drawn.append(f'<path class="mark" d="M{LEFT},{axes.down(limit):.1f}H{WIDTH - RIGHT}"/>')
+    left = float(LEFT)
     for place, (name, curve) in enumerate(curves.items()):
-        colour, left = place % SERIES, LEFT + place * (WIDTH - LEFT) / len(curves)
         points, band = _finite(curve), shaded.get(name, [])
         outline = [axes.at(x, low) for x, low, _ in band] + [axes.at(x, high) for x, _, high in reversed(band)]
-        drawn.append(f'<polygon class="band fill-{colour}" points="{" ".join(outline)}"/>')
-        through = " ".join(axes.at(x, y) for x, y in points)
-        drawn.append(f'<polyline class="curve stroke-{colour}" points="{through}"/>')
+        drawn.append(f'<polygon class="band fill-{place % SERIES}" points="{" ".join(outline)}"/>' if band else "")
+        drawn.append(_curve(axes, place, name, points))
         if len(curves) > 1:
-            drawn.append(f'<rect class="fill-{colour}" x="{left + 8:.1f}" y="{TOP - 10}" width="12" height="4"/>')
-            drawn.append(_text(left + 25, TOP - 5, name[:NAME], "start"))
+            drawn.append(f'<rect class="fill-{place % SERIES}" x="{left:.1f}" y="{TOP - 10}" width="12" height="4"/>')
+            drawn.append(_text(left + 17, TOP - 5, name[:NAME], "start"))
+            left += 34 + LETTER * len(name[:NAME])
         said += [f"{name}: from {points[0][1]:.3g} to {points[-1][1]:.3g}."] if points else []
     drawn += [_text(axes.across(x), FLOOR + 17, name) for x, name in enumerate(x_names)]
     drawn.append(_below(x_label) + _beside(y_label) + ("" if x_names else axes.columns()))
     return _svg(title, " ".join(said), "".join(drawn))
+
+
+def _curve(axes: _Axes, place: int, name: str, points: Sequence[tuple[float, float]]) -> str:
+    """A line, and its points where they are few, each with its value for a pointer that rests on it."""
+    through = " ".join(axes.at(x, y) for x, y in points)
+    again = " again" if place >= SERIES else ""
+    line = f'<polyline class="curve stroke-{place % SERIES}{again}" points="{through}"/>'
+    if len(points) > DOTS:
+        return line
+    return line + "".join(
+        f'<circle class="fill-{place % SERIES}" cx="{axes.across(x):.1f}" cy="{axes.down(y):.1f}" r="3">'
+        f"<title>{escaped(name)}, {_number(x)}: {y:.4g}</title></circle>"
+        for x, y in points
+    )
+
+
+def _mark(axes: _Axes, x: float, name: str) -> str:
+    at = axes.across(x)
+    line = f'<path class="event" d="M{at:.1f},{TOP}V{FLOOR}"><title>{escaped(name)}</title></path>'
+    return line + _text(at, TOP - 3, name, "middle", "event")
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -173,7 +202,7 @@ def _part(value: float, low: float, high: float) -> float:
 def _range(values: Sequence[float]) -> tuple[float, float]:
     """From the least to the greatest, with a little air."""
     low, high = min(values, default=0.0), max(values, default=1.0)
-    air = (high - low) * 0.06 or 1.0
+    air = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
     return low - air, high + air
 
 
@@ -192,6 +221,8 @@ def _below(label: str) -> str:
 
 def _beside(label: str) -> str:
     middle = (TOP + FLOOR) / 2
+    if not label:
+        return ""
     return f'<g transform="rotate(-90 11 {middle})">{_text(11, middle, label)}</g>'
 
 

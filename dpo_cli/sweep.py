@@ -9,11 +9,12 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from dpo_cli import backends, guards
+from dpo_cli import backends, guards, stats
 from dpo_cli import config as configuration
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Progress
 from dpo_cli.settings import Config
+from dpo_cli.stats import Run
 from dpo_cli.train import Trained
 
 SETTINGS = ("beta", "learning_rate", "r")
@@ -30,10 +31,15 @@ class Point(Struct):
     margin: float | None
     loss: float | None
     kl: float | None
+    accuracy_interval: tuple[float, float] | None = None
+    margin_interval: tuple[float, float] | None = None
 
 
 class Swept(Struct):
-    """All points, in the order given, and the value of the best one that passes its gates; None: none does."""
+    """All points, in the order given, and the value of the best one that passes its gates; None: none does.
+
+    The intervals are 95% ones; where they overlap, the order of the points is not shown.
+    """
 
     setting: str
     points: list[Point]
@@ -81,6 +87,30 @@ def run(
     return Swept(setting, points, config.gate.kl_limit, best.value if best else None)
 
 
+def best_said(swept: Swept) -> str:
+    """Which one is the best, in words, and whether that can be told from chance."""
+    if swept.best is None:
+        return f"no run stayed within {swept.kl_limit:g} nats a token and passed its gates"
+    said = f"best: {swept.setting} = {swept.best:g}, the most accurate of those that pass"
+    best, *others = sorted(swept.points, key=lambda point: point.value != swept.best)
+    if best.accuracy_interval and any(
+        other.accuracy_interval and other.accuracy_interval[1] >= best.accuracy_interval[0] for other in others
+    ):
+        said += "; the intervals overlap, so the held-out pairs are too few to tell"
+    return said
+
+
+def runs_of(swept: Swept) -> dict[str, Run]:
+    """What the run folders of the points tell, as far as they are on this machine."""
+    return {point.run: stats.read_run(Path(point.run)) for point in swept.points if Path(point.run).is_dir()}
+
+
+def page_path(swept: Swept) -> Path:
+    """Where a sweep's page goes: beside its runs, under what their names have in common."""
+    first = Path(swept.points[0].run)
+    return first.with_name(first.name[: first.name.rindex(f"-{swept.setting}-")] + f"-{swept.setting}.html")
+
+
 def parse(text: str) -> tuple[str, list[tuple[float, str]]]:
     """Setting and values, each as a number and as written.
 
@@ -99,8 +129,10 @@ def parse(text: str) -> tuple[str, list[tuple[float, str]]]:
 
 
 def _point(value: float, result: Trained) -> Point:
-    metrics = result.metrics
+    metrics, gates = result.metrics, result.gates
+    accuracy, margin = gates.get("held_out_accuracy"), gates.get("held_out_margin")
     return Point(
-        value, result.run, result.adapter, result.verdict, metrics.get("eval_rewards/accuracies"),
+        value, result.run, result.adapter, result.verdict, accuracy.value if accuracy else None,
         metrics.get(guards.MARGIN), metrics.get("eval_loss"), metrics.get(guards.KL),
+        accuracy.interval if accuracy else None, margin.interval if margin else None,
     )  # fmt: skip

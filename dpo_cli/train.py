@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import mean
 from typing import Any, Literal
 
 import msgspec
@@ -20,7 +21,7 @@ from dpo_cli import errors, plan, store
 from dpo_cli.adapter import Adapter, check_adapter, fingerprint
 from dpo_cli.config import as_dict
 from dpo_cli.errors import Exit, UserError
-from dpo_cli.guards import KL, LN2, MARGIN, best_step
+from dpo_cli.guards import KL, LN2, MARGIN, RECENT, best_step
 from dpo_cli.progress import Progress
 from dpo_cli.settings import Config
 from dpo_cli.stats import proportion
@@ -276,7 +277,7 @@ def _gates(stage: Stage, rows: Sequence[dict[str, Any]], config: Config, held_ou
     held_out = [row for row in rows if "eval_loss" in row]
     if stage == "sft":
         return {"loss_falls": _below(trained[-1]["loss"], trained[0]["loss"])} if len(trained) > 1 else {}
-    gates = {"loss": _below(trained[-1]["loss"], LN2)}
+    gates = {"loss": _below(mean(row["loss"] for row in trained[-RECENT:]), LN2)}
     if not held_out:
         return gates
     last = held_out[-1]

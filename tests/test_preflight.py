@@ -159,6 +159,9 @@ def test_a_sweep_is_a_run_for_each_value_and_names_the_best_that_passes(start, t
     assert [point.value for point in result.points] == [0.05, 0.5]
     passing = [point for point in result.points if point.verdict == "pass"]
     assert result.best == (max(passing, key=lambda point: (point.accuracy, -point.loss)).value if passing else None)
+    assert sweep.page_path(result) == tmp_path / "runs" / "dpo-beta.html"
+    assert [run.name for run in sweep.runs_of(result).values()] == ["dpo-beta-0.05", "dpo-beta-0.5"]
+    assert all(len(point.accuracy_interval) == len(point.margin_interval) == 2 for point in result.points)
     for value in ("0.05", "0.5"):
         run = tmp_path / "runs" / f"dpo-beta-{value}"
         assert json.loads((run / "config.json").read_text())["config"]["train"]["beta"] == float(value)

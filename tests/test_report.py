@@ -5,9 +5,9 @@ from html.parser import HTMLParser
 import pytest
 from test_audit import audited, judged, order, row, simulated
 
-from dpo_cli import svg
-from dpo_cli.report import page
+from dpo_cli import guards, report, stats, svg
 from dpo_cli.schema import Judgment
+from dpo_cli.sweep import Point, Swept
 
 HOSTILE = "</p></svg><script>alert(1)</script><img src=https://evil.example/x onerror='go()'>\u202e\x1b[31m &amp;"
 VOID = {"meta", "!doctype"}
@@ -50,7 +50,7 @@ def hostile():
 
 
 def test_hostile_text_is_shown_and_stays_text():
-    text = page(hostile())
+    text = report.audit(hostile())
     found = Page(text)
     assert {"script", "img", "iframe", "link", "a", "object"}.isdisjoint(found.tags)
     assert not [name for name, _ in found.attributes if name.startswith("on") or name in ("src", "href")]
@@ -61,7 +61,7 @@ def test_hostile_text_is_shown_and_stays_text():
 
 
 def test_the_page_loads_nothing():
-    text = page(audited(*simulated(20)))
+    text = report.audit(audited(*simulated(20)))
     assert "://" not in text
     assert "url(" not in text
     assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in Page(text).attributes
@@ -69,18 +69,18 @@ def test_the_page_loads_nothing():
 
 def test_the_page_has_every_part():
     found = audited(*simulated(60, primacy=3.0, per_character=0.01))
-    text = Page(page(found)).text
+    text = Page(report.audit(found)).text
     for part in ("Does it prefer what it sees first?", "How it uses its scale", "Krippendorff", "Scores as given",
                  "Scores with --length-control", "Largest gap", "prefers what it is shown first"):  # fmt: skip
         assert part in text
     assert f"{found.judges['m'].first_wins.share:.1%}" in text
-    assert Page(page(found)).tags.count("svg") == 7
+    assert Page(report.audit(found)).tags.count("svg") == 7
 
 
 def test_a_page_of_little_is_a_page():
-    assert "Nothing stands out" in Page(page(audited())).text
+    assert "Nothing stands out" in Page(report.audit(audited())).text
     single = row(1, "a", "b")
-    assert "How it uses its scale" in Page(page(audited((single, judged(single, order([0, 1], 5, 5)))))).text
+    assert "How it uses its scale" in Page(report.audit(audited((single, judged(single, order([0, 1], 5, 5)))))).text
 
 
 @pytest.mark.parametrize(
@@ -113,3 +113,90 @@ def test_an_interval_is_red_where_it_leaves_chance_out():
 
     assert "bad" in style(0.45, 0.6)
     assert "good" in style(0.3, 0.6)
+
+
+def measured(**more):
+    """A run of ten steps with a rollback and a loss that is no number."""
+    series = {
+        "loss": [(step, 0.69 - 0.01 * step) for step in range(1, 11)], "eval_loss": [(5, 0.68), (10, float("nan"))],
+        "logps/chosen": [(1, -90.0)], "learning_rate": [(1, 0.0), (10, 1e-5)], "eval_rewards/margins": [(5, 0.1)],
+        "eval_rewards/margins_stderr": [(5, 0.02)], guards.KL: [(5, 0.03)], "eval_beta": [(5, 0.1), (10, 0.2)],
+    }  # fmt: skip
+    events = [
+        {"event": "step_zero", "step": 0, "loss": 0.6931, "ok": True},
+        {"event": "kl_limit", "step": 10, "action": "rollback", "kl_nats_per_token": 0.25, "limit": 0.1},
+        {"event": "rolled_back", "step": 10, "to": 5},
+        {"event": "length_drift", "step": 5, "action": "warn", "sampled_tokens": 31.0},
+    ]
+    gate = {"value": 0.61, "limit": 0.5, "ok": True, "interval": [0.52, 0.7]}
+    found = {
+        "report": {"verdict": "fail", "reasons": ["kl_nats_per_token fails"], "best_checkpoint": "checkpoint-5",
+                   "gates": {"held_out_accuracy": gate}, "rows": 40, "held_out": 9, "steps": 10},
+        "config": {"identity": {"stage": "dpo", "data": {"sha256": {"train.jsonl": "ab12"}}}, "policy_sha256": "cd34",
+                   "config": {"train": {"beta": 0.1}, "gate": {"kl_limit": 0.1}}, "versions": {"trl": "1.2.3"}},
+    }  # fmt: skip
+    last = {name: points[-1][1] for name, points in series.items()}
+    return stats.Run(name="dpo", series=series, last=last, events=events, **found | more)
+
+
+def test_a_runs_page_has_its_curves_gates_guards_settings_and_hashes():
+    drawn = Page(report.run(measured()))
+    for part in ("Loss, nats", "Margins", "KL, nats a token", "Log-probabilities", "Learning rate", "Beta", "rollback",
+                 "kl nats per token 0.25", "kl_limit: the policy's own text", "kl_nats_per_token fails",
+                 "0.52 – 0.7", "ab12", "cd34", "1.2.3", "beta"):  # fmt: skip
+        assert part in drawn.text, part
+    assert "Accuracies" not in drawn.text, "there is nothing to draw"
+
+
+def test_guards_are_marked_where_they_acted_on_every_curve_and_the_kl_that_was_rolled_back_is_shown():
+    text = report.run(measured())
+    drawn = Page(text)
+    plots = drawn.tags.count("svg") - 1  # the accuracy's interval has no steps
+    marks = [value for name, value in drawn.attributes if name == "class" and value == "event"]
+    assert len(marks) == 2 * 2 * plots, "a line and a number at steps 5 and 10"
+    assert drawn.text.count("1, 2") >= plots
+    assert "over the limit, 10: 0.25" in drawn.text
+    assert text.count('class="mark"') == 4, "ln 2, margin 0, the KL limit and the accuracy's chance"
+
+
+def test_a_run_in_progress_and_a_hostile_one_are_pages():
+    drawn = Page(report.run(measured(report=None, config=None)))
+    assert "not finished" in drawn.text
+    bad = {"event": HOSTILE, "step": 3, "action": HOSTILE, HOSTILE: HOSTILE}
+    gates = {HOSTILE: {"value": HOSTILE, "limit": HOSTILE}}
+    wild = stats.Run(
+        name=HOSTILE, series={HOSTILE: [(1, 1.0)]}, last={}, events=[bad, {"event": HOSTILE, "step": HOSTILE}],
+        report={"verdict": HOSTILE, "reasons": [HOSTILE], "gates": gates},
+        config={"config": {"train": {HOSTILE: HOSTILE}}, "versions": {HOSTILE: HOSTILE}},
+    )  # fmt: skip
+    found = Page(report.run(wild))
+    assert {"script", "img"}.isdisjoint(found.tags)
+    assert not [name for name, _ in found.attributes if name.startswith("on") or name in ("src", "href")]
+
+
+def test_inspect_run_writes_the_page_and_says_where(tmp_path):
+    from typer.testing import CliRunner
+
+    from dpo_cli.cli import app
+
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "metrics.jsonl").write_text('{"step": 1, "loss": 0.7}\n{"step": 2, "loss": 0.6}\n')
+    page = tmp_path / "page.html"
+    given = ["inspect", "run", "mine", "--html", str(page), "--set", f"runs={tmp_path / 'runs'}"]
+    done = CliRunner().invoke(app, given)
+    assert done.exit_code == 0 and f"look at {page} in a browser" in done.stderr
+    assert "Loss, nats" in Page(page.read_text()).text
+
+
+def test_a_sweeps_page_shows_its_runs_side_by_side_and_says_when_the_best_is_not_told_from_chance():
+    def point(value, accuracy, reach):
+        return Point(value, f"runs/dpo-beta-{value}", "", "pass", accuracy, 0.2, 0.6, 0.02, reach, (0.1, 0.3))
+
+    swept = Swept("beta", [point(0.1, 0.6, (0.5, 0.7)), point(0.5, 0.9, (0.85, 0.95))], 0.1, 0.5)
+    drawn = Page(report.sweep(swept, {point.run: measured() for point in swept.points}))
+    assert "best: beta = 0.5, the most accurate of those that pass" in drawn.text and "★ 0.5" in drawn.text
+    assert drawn.tags.count("svg") == 6 and "overlap, so" not in drawn.text
+    swept.points[1].accuracy_interval = (0.65, 0.95)
+    assert "the intervals overlap, so the held-out pairs are too few to tell" in Page(report.sweep(swept, {})).text
+    swept.best = None
+    assert "no run stayed within 0.1 nats a token" in Page(report.sweep(swept, {})).text

@@ -46,7 +46,7 @@ class RunFolder:
             UserError: it was not; names the keys that differ.
         """
         if self.config.exists():
-            before, now = (_flat(value["identity"]) for value in (read_json(self.config), spec))
+            before, now = (flat(value["identity"]) for value in (read_json(self.config), spec))
             different = [
                 f"{key} is {now.get(key)}, was {before.get(key)}"
                 for key in sorted(before.keys() | now.keys())
@@ -207,16 +207,17 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted keys."""
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        found |= flat(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {f"{prefix}{key}": inner}
+    return found
+
+
 def _is_complete(checkpoint: Path) -> bool:
     try:
         sizes = msgspec.json.decode((checkpoint / MARKER).read_bytes(), type=dict[str, int])
         return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, msgspec.MsgspecError):
         return False
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _flat(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {f"{prefix}{key}": inner}
-    return flat

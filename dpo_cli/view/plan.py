@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
 from dpo_cli.remedies import GUIDE, REMEDIES
-from dpo_cli.view.plot import bar
+from dpo_cli.sweep import best_said
+from dpo_cli.view.plot import bar, interval
 from dpo_cli.view.text import dollars, number, percent, safe
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from dpo_cli.sweep import Point, Swept
     from dpo_cli.training.preflight import Cost
 
-BAR_WIDTH = 20
+BAR_WIDTH, SWEEP_WIDTH = 20, 14
 
 
 def plan(console: Console, plan: "Plan") -> None:
@@ -77,46 +78,48 @@ def explain(console: Console, names: Sequence[str]) -> None:
 
 
 def swept(console: Console, result: "Swept") -> None:
-    """A sweep's runs side by side: numbers, and bars of accuracy, margin and KL."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
-    for header in (result.setting, "accuracy", "margin", "loss", "KL", "gates"):
-        table.add_column(header, justify="right" if header != "gates" else "left")
-    for point in result.points:
+    """A sweep's runs side by side, by number and as plots: accuracy with its interval, margin, KL; the best named."""
+    points = result.points
+    margins, kls = (max((abs(value or 0.0) for value in values), default=0.0) for values in (
+        [point.margin for point in points], [*(point.kl for point in points), result.kl_limit])
+    )  # fmt: skip
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", pad_edge=False)
+    table.add_column(result.setting, justify="right", no_wrap=True)
+    for header in ("accuracy", "margin", "KL"):
+        table.add_column(header, justify="right", no_wrap=True)
+        table.add_column("", no_wrap=True)
+    table.add_column("loss", justify="right", no_wrap=True)
+    table.add_column("gates", no_wrap=True)
+    for point in points:
         best = point.value == result.best
-        over = point.kl is not None and point.kl > result.kl_limit
         table.add_row(
             Text(f"{'★ ' if best else ''}{point.value:g}", "bold green" if best else ""),
-            *(Text("–" if value is None else number(value)) for value in (point.accuracy, point.margin, point.loss)),
-            Text("–" if point.kl is None else number(point.kl), "red" if over else ""),
+            percent(point.accuracy), _accuracy(point), number(point.margin), _signed(point.margin, margins),
+            number(point.kl), _within(point.kl, kls, result.kl_limit), number(point.loss),
             Text(point.verdict or "–", "green" if point.verdict == "pass" else "red"),
-        )
+        )  # fmt: skip
     console.print(table)
-    console.print()
-    console.print(_bars(result))
-    if result.best is None:
-        said = Text(f"no run stayed within {result.kl_limit:g} nats a token and passed its gates", "bold red")
-    else:
-        said = Text(f"best: {result.setting} = {result.best:g}, the most accurate of those that pass", "bold green")
-    console.print(Group("", said))
+    console.print(Text(f"┊ chance · ┊ {result.kl_limit:g} nats a token, the limit · ├─┤ 95%", "dim"))
+    console.print(Text(best_said(result), "bold red" if result.best is None else "bold green"))
 
 
-def _bars(result: "Swept") -> RenderableType:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
-    for header in (result.setting, "accuracy", "margin", f"KL (limit {result.kl_limit:g})"):
-        table.add_column(header, no_wrap=True)
-    names = ("accuracy", "margin", "kl")
-    tops = [max([abs(getattr(point, name) or 0.0) for point in result.points], default=0.0) for name in names]
-    for point in result.points:
-        cells = [_cell(point, name, top) for name, top in zip(names, tops, strict=True)]
-        table.add_row(f"{point.value:g}", *cells)
-    return table
+def _accuracy(point: "Point") -> Text:
+    if point.accuracy is None or point.accuracy_interval is None:
+        return Text("")
+    low, high = point.accuracy_interval
+    return Text(interval(low, point.accuracy, high, 0.5, SWEEP_WIDTH), "cyan" if low <= 0.5 else "green")
 
 
-def _cell(point: "Point", name: str, top: float) -> Text:
-    value = getattr(point, name)
-    if value is None or not top:
-        return Text("–", "dim")
-    return Text(f"{bar(abs(value) / top, BAR_WIDTH):<{BAR_WIDTH}}", "cyan" if value >= 0 else "red")
+def _signed(value: float | None, top: float) -> Text:
+    return Text(bar(abs(value or 0.0) / (top or 1.0), SWEEP_WIDTH), "cyan" if (value or 0.0) >= 0 else "red")
+
+
+def _within(value: float | None, top: float, limit: float) -> Text:
+    """A bar, and where the limit is."""
+    drawn = f"{bar((value or 0.0) / top, SWEEP_WIDTH):<{SWEEP_WIDTH}}"
+    at = min(SWEEP_WIDTH - 1, int(limit / top * SWEEP_WIDTH))
+    marked = drawn[:at] + "┊" + drawn[at + 1 :] if drawn[at] == " " else drawn
+    return Text(marked, "cyan" if (value or 0.0) <= limit else "red")
 
 
 def _table(*headers: str, styles: tuple[str, ...]) -> Table:

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from dpo_cli.stats import Run
 from dpo_cli.view.console import NARROW
-from dpo_cli.view.plot import braille, frame
+from dpo_cli.view.plot import Frame, braille, frame
 from dpo_cli.view.text import number, safe, safe_line
 
 # TRL's name of a metric, and the title of its plot. Those that a run lacks are left out.
@@ -16,12 +16,14 @@ PLOTS = {
     "loss": "loss",
     "rewards/margins": "margins",
     "rewards/accuracies": "accuracies",
-    "kl": "kl",
+    "kl_nats_per_token": "KL, nats a token",
+    "kl": "drift on the pairs, nats a token",
     "mean_token_accuracy": "token accuracy",
 }
 EVALUATED = "eval_"
 TRAIN_STYLE, EVAL_STYLE = "cyan", "yellow"
-EVAL_MARK = "●"
+EVAL_MARK, ACT_MARK = "●", "▲"
+ACT_STYLE = "red"
 PLOT_HEIGHT = 6
 PLOT_WIDTH = 60  # characters at most; wider says no more
 EVENTS_SHOWN = 12
@@ -68,7 +70,15 @@ def plot(run: Run, name: str, width: int) -> RenderableType:
         Text.assemble((f"{label:>{AXIS_WIDTH - 1}} │", "dim"), line) for label, line in zip(labels, lines, strict=True)
     ]
     steps = f"{number(window.left)} – {number(window.right)} steps"
-    return Group(title, *rows, Text(f"{'':{AXIS_WIDTH}}└{steps:─^{window.width}}", "dim", no_wrap=True), "")
+    axis = Text(f"{'':{AXIS_WIDTH}}└{steps:─^{window.width}}", "dim", no_wrap=True)
+    return Group(title, *rows, axis, _acts(run, window))
+
+
+def _acts(run: Run, window: Frame) -> Text:
+    """Where guards found something, below the axis."""
+    columns = {window.dot(act["step"], window.low)[0] // 2 for act in run.acts()}
+    marks = "".join(ACT_MARK if column in columns else " " for column in range(window.width))
+    return Text(f"{'':{AXIS_WIDTH + 1}}{marks}".rstrip(), ACT_STYLE)
 
 
 def _marked(line: Text, column: int) -> Text:
@@ -94,7 +104,8 @@ def _title(run: Run) -> Text:
     if verdict is not None:
         text.append(" · ", "dim").append_text(_verdict(verdict == "pass", str(verdict)))
     text.append("   ").append("── ", TRAIN_STYLE).append("train  ", "not bold dim")
-    return text.append(f"{EVAL_MARK} ", EVAL_STYLE).append("evaluation", "not bold dim")
+    text.append(f"{EVAL_MARK} ", EVAL_STYLE).append("evaluation", "not bold dim")
+    return text.append(f"  {ACT_MARK} ", ACT_STYLE).append("guards", "not bold dim") if run.acts() else text
 
 
 def _values(run: Run) -> Table:

@@ -1,0 +1,11 @@
+"""Pages for a browser: what the judge did, how a training run went, a sweep's runs side by side.
+
+Each function returns one self-contained page and writes nothing. They compute nothing: numbers come from `audit`,
+`stats` and `sweep`.
+"""
+
+from dpo_cli.report.audit import audit
+from dpo_cli.report.run import run
+from dpo_cli.report.sweep import sweep
+
+__all__ = ["audit", "run", "sweep"]
