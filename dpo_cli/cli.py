@@ -59,6 +59,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="At most so many rows.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
+Backend = Annotated[str, typer.Option(metavar="|".join(backends.names()), help="Where it runs.")]
+Detach = Annotated[bool, typer.Option("--detach", help="Submit it and return; nothing-dpo jobs finds it again.")]
+NoFetch = Annotated[bool, typer.Option("--no-fetch", help="Leave the results where it ran.")]
 
 COMMON = {"config_file": ConfigFile, "sets": Sets, "preset": Preset, "data": Data, "json": Json, "quiet": Quiet,
           "debug": Debug}  # fmt: skip
@@ -216,10 +219,17 @@ def _root(
     "generate.price", "generate.max_usd",
     "generate.contrast", "generate.contrast_url", "generate.contrast_model",
 )  # fmt: skip
-def generate(session: Session, limit: Limit = None, dry_run: DryRun = False) -> Exit | None:
+def generate(
+    session: Session, backend: Backend = "local", detach: Detach = False, no_fetch: NoFetch = False,
+    limit: Limit = None, dry_run: DryRun = False,
+) -> Exit | None:  # fmt: skip
     """Prompts to completions: sample the SFT adapter until every prompt has n."""
     from dpo_cli import generate as stage
-    from dpo_cli import view
+    from dpo_cli import launch, view
+
+    if backend != "local" or detach:
+        spec = launch.spec(backend, session.config, "generate", limit=limit)
+        return _launch(session, backend, spec, detach, no_fetch, dry_run)
 
     result = stage.run(session.config, session.progress(), limit=limit, dry_run=dry_run)
     session.show(result, view.generated)
@@ -236,10 +246,17 @@ def generate(session: Session, limit: Limit = None, dry_run: DryRun = False) -> 
     "judge.max_usd", "judge.flex", "judge.batch", "judge.wait",
     "judge.concurrency", "judge.seed", "pair.min_gap", "pair.length_control",
 )  # fmt: skip
-def judge(session: Session, limit: Limit = None, dry_run: DryRun = False) -> Exit | None:
+def judge(
+    session: Session, backend: Backend = "local", detach: Detach = False, no_fetch: NoFetch = False,
+    limit: Limit = None, dry_run: DryRun = False,
+) -> Exit | None:  # fmt: skip
     """Completions to judgments to preference pairs."""
     from dpo_cli import judge as stage
-    from dpo_cli import pair, view
+    from dpo_cli import launch, pair, view
+
+    if backend != "local" or detach:
+        spec = launch.spec(backend, session.config, "judge", limit=limit)
+        return _launch(session, backend, spec, detach, no_fetch, dry_run)
 
     result = stage.run(session.config, session.progress(), limit=limit, dry_run=dry_run)
     if dry_run:
@@ -309,7 +326,12 @@ def pair(
 def train(
     session: Session,
     stage: Annotated[Literal["dpo", "sft"], typer.Option(help="dpo, or sft to make what it starts from.")] = "dpo",
-    backend: Annotated[str, typer.Option(metavar="|".join(backends.names()), help="Where it runs.")] = "local",
+    backend: Backend = "local",
+    gpu: Annotated[str | None, typer.Option(metavar="TYPE", help="Card. [default: the backend's]")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Cards in each machine.")] = 1,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,
+    detach: Detach = False,
+    no_fetch: NoFetch = False,
     name: Annotated[str | None, typer.Option(help="Name of the run. [default: the stage]")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start the run over instead of resuming it.")] = False,
     sweep: Annotated[str | None, typer.Option(metavar="beta=V,V", help="A run each; or learning_rate, r.")] = None,
@@ -317,7 +339,8 @@ def train(
     dry_run: DryRun = False,
 ) -> Exit | None:
     """Preference pairs to the DPO adapter, against the frozen SFT adapter."""
-    from dpo_cli import view
+    from dpo_cli import launch, view
+    from dpo_cli import train as entry
 
     given = session.data if session.resolved.sources["data"] == "flag" else None
     if sweep is not None:
@@ -331,13 +354,68 @@ def train(
         session.show(swept, view.swept)
         _write_page(session, several.page_path(swept), report.sweep(swept, several.runs_of(swept)))
         return Exit.GATE if swept.best is None else None
-    result = backends.load(backend).train(
+    if backend != "local" or detach or gpu or gpus * nodes > 1:
+        spec = launch.spec(
+            backend, session.config, "train", gpu, stage=stage, name=name, data=given, limit=limit, fresh=fresh,
+            gpus=gpus, nodes=nodes,
+        )  # fmt: skip
+        return _launch(session, backend, spec, detach, no_fetch, dry_run)
+    result = entry.run(
         session.config, session.progress(), stage=stage, name=name or stage, data=given, fresh=fresh, limit=limit,
         dry_run=dry_run,
     )  # fmt: skip
     session.show(result, view.trained)
     session.suggest("nothing-dpo generate" if stage == "sft" else f"nothing-dpo inspect run {name or stage}")
     return Exit.GATE if result.verdict == "fail" else None
+
+
+def _launch(session: Session, backend: str, spec: Any, detach: bool, no_fetch: bool, dry_run: bool) -> Exit | None:
+    """Run a command elsewhere, or show what would be submitted."""
+    from dpo_cli import launch
+
+    if dry_run:
+        typer.echo(launch.render(backend, spec, session.config))
+        return None
+    progress = session.progress()
+    return _show_launched(session, launch.run(backend, spec, session.config, progress, detach, not no_fetch))
+
+
+def _show_launched(session: Session, launched: Any) -> Exit | None:
+    """What became of a job, or how to come back to it."""
+    from dpo_cli import view
+
+    session.show(launched, view.launched)
+    if not launched.status.ended:
+        session.suggest(f"nothing-dpo jobs attach {launched.job.id}")
+        return None if launched.detached else Exit.INTERRUPTED
+    if launched.hint:
+        session.suggest(launched.hint)
+    code = launched.status.exit_code
+    return Exit.FAILED if code is None else Exit(code)
+
+
+@command("jobs")
+def jobs(
+    session: Session,
+    action: Annotated[Literal["list", "attach", "logs", "cancel"], typer.Argument(help="What to do with it.")] = "list",
+    identity: Annotated[str, typer.Argument(metavar="[ID]", help="Id of the job, or the beginning of it.")] = "",
+    no_fetch: NoFetch = False,
+) -> Exit | None:
+    """What was launched elsewhere: follow it, read its log, end it."""
+    from dpo_cli import backends, job, launch, view
+
+    if action == "list":
+        session.show(launch.listed(session.config), view.jobs)
+        return None
+    found = job.get(identity, session.config)
+    if action == "attach":
+        return _show_launched(session, launch.attach(found, session.config, session.progress(), not no_fetch))
+    if action == "logs":
+        for line in backends.load(found.backend).logs(found, session.config, follow=False):
+            typer.echo(plain(line))
+        return None
+    session.show(launch.cancel(found, session.config), view.launched)
+    return None
 
 
 @command(

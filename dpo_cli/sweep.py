@@ -9,8 +9,8 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from dpo_cli import backends, guards, stats
 from dpo_cli import config as configuration
+from dpo_cli import guards, launch, stats
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Progress
 from dpo_cli.settings import Config
@@ -77,9 +77,8 @@ def run(
         setattr(one.train, setting, value)
         one.model.dpo_adapter = f"{config.model.dpo_adapter}-{setting}-{written}"
         progress.log(f"sweep: {setting} = {written}")
-        train = backends.load(backend).train
-        result = train(
-            one, progress, stage="dpo", name=f"{name}-{setting}-{written}", data=data, fresh=fresh, limit=limit
+        result = launch.train(
+            backend, one, progress, name=f"{name}-{setting}-{written}", data=data, fresh=fresh, limit=limit
         )
         points.append(_point(value, result))
     within = [point for point in points if point.verdict == "pass" and (point.kl or 0.0) <= config.gate.kl_limit]

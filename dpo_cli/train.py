@@ -7,7 +7,7 @@ and does nothing for one that is finished. Importing this needs no torch.
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -90,6 +90,7 @@ class Trained(Struct, kw_only=True):
 def run(
     config: Config, progress: Progress, stage: Stage = "dpo", name: str = "dpo", data: Path | None = None,
     fresh: bool = False, limit: int | None = None, dry_run: bool = False,
+    after_save: Callable[[], None] | None = None, submission: str | None = None,
 ) -> Trained:  # fmt: skip
     """Train, or go on training, the run `name`.
 
@@ -103,6 +104,8 @@ def run(
         fresh: start over, replacing what an earlier run of this name made.
         limit: train on the first so many rows only.
         dry_run: read and check everything, write nothing.
+        after_save: called whenever a checkpoint is whole on the disk.
+        submission: which request for this run it is: a second attempt of the same one does not start over again.
 
     Raises:
         UserError: bad input, a run of this name with other settings, a step zero that is not ln 2 (exit 1), or
@@ -113,7 +116,7 @@ def run(
         raise UserError(f"'{name}' is no name for a run", hint="--name takes a folder name without '/'")
     errors.require("train", "training")
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # read when huggingface_hub is first imported
-    folder = RunFolder(Path(config.runs) / name)
+    folder = RunFolder(Path(config.runs) / name, after_save)
     inputs = read_inputs(config, stage, data, limit)
     base = base_folder(config.model.base)
     adapter = _sft_adapter(config) if stage == "dpo" else None
@@ -126,12 +129,20 @@ def run(
     if dry_run:
         result.step = max(folder.complete_checkpoints(), default=0)
         return result
-    if fresh:
+    if fresh and not (submission and folder.submission() == submission):
         with store.Journal(folder.events):
             folder.clear()
     with store.Journal(folder.events) as events:
         identity = _identity(config, stage, base, adapter, inputs, limit)
-        folder.begin({"identity": identity, "config": as_dict(config), "versions": _versions(), **_models(identity)})
+        folder.begin(
+            {
+                "submission": submission,
+                "identity": identity,
+                "config": as_dict(config),
+                "versions": _versions(),
+                **_models(identity),
+            }
+        )
         report = folder.finished()
         if report is not None:
             return _finished_before(report, folder, output, config.model.base)

@@ -119,6 +119,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.progress.update(state.global_step, memory_gb=peak_memory(), **self.trainer.counters())
         return control
 
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.run.after_save is not None:
+            self.run.after_save()
+
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer.keep_place(owes_evaluation=False)
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,11 @@ TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja
 
 
 class RunFolder:
-    """Paths of a run, and what can be read from them."""
+    """Paths of a run, and what can be read from them; `after_save` is called when a checkpoint is whole."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, after_save: Callable[[], None] | None = None) -> None:
         self.path = path
+        self.after_save = after_save
         self.config = path / "config.json"
         self.metrics = path / "metrics.jsonl"
         self.events = path / "events.jsonl"
@@ -60,6 +62,11 @@ class RunFolder:
                 )
         else:
             store.write_json(self.config, spec)
+
+    def submission(self) -> str | None:
+        """Which request started the run; None if it is not known."""
+        asked: str | None = read_json(self.config).get("submission") if self.config.exists() else None
+        return asked
 
     def clear(self) -> None:
         """Remove what a run has written, and nothing else."""

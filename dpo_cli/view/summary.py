@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import msgspec
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from dpo_cli.schema import Usage
-from dpo_cli.view.text import dollars, number, percent, safe
+from dpo_cli.view.text import dollars, number, percent, safe, safe_line
 
 if TYPE_CHECKING:
     from dpo_cli.demo import Demonstrated
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from dpo_cli.formats.export import Exported
     from dpo_cli.generate import Generated
     from dpo_cli.judge import Judged
+    from dpo_cli.launch import Launched
     from dpo_cli.pair import Paired
     from dpo_cli.train import Trained
 
@@ -192,6 +194,38 @@ def demonstrated(console: Console, result: "Demonstrated") -> None:
     console.print(Text("\nNext", "bold"))
     for line in result.next:
         console.print(safe(f"  {line}", "green"))
+
+
+def launched(console: Console, result: "Launched") -> None:
+    """What became of a job: what its command says for itself, and what is known of the job."""
+    from dpo_cli.train import Trained
+
+    if result.result is not None and result.job.spec.command == "train":
+        trained(console, msgspec.convert(result.result, Trained))
+    table = _facts()
+    table.add_row("job", safe(result.job.id))
+    colour = {"succeeded": "green", "failed": "red", "cancelled": "yellow"}.get(result.status.state, "cyan")
+    table.add_row("state", Text(result.status.state, colour))
+    if result.status.reason:
+        table.add_row("because", safe(result.status.reason, "yellow"))
+    if result.fetched:
+        table.add_row("fetched", safe(", ".join(result.fetched)))
+    console.print(table)
+
+
+def jobs(console: Console, result: "list[Launched]") -> None:
+    """All jobs, one a line."""
+    if not result:
+        console.print("no jobs: nothing-dpo train --backend modal starts one")
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
+    for header in ("job", "state", "submitted", ""):
+        table.add_column(header, overflow="fold")
+    for one in result:
+        code = "" if one.status.exit_code is None else f" ({one.status.exit_code})"
+        reason = safe_line(one.status.reason or "", "dim")
+        table.add_row(safe_line(one.job.id), f"{one.status.state}{code}", one.job.submitted, reason)
+    console.print(table)
 
 
 def _facts() -> Table:

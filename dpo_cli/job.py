@@ -1,0 +1,360 @@
+"""Work that is sent elsewhere: what is to be done, with which files, and what is known of it here.
+
+A `Spec` says what to run, with every path as it is there (under `/vol`). Inputs that are on this machine are uploaded
+to paths made from their content, so that the same input is sent once; what is not here is looked for there, at the
+path that it has in the settings. A `Job` is a spec that was submitted; it is kept in `runs/.jobs/<id>.json`, so that
+another shell finds it. Needs no backend and no torch.
+"""
+
+import fcntl
+import hashlib
+import os
+import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Struct
+
+from dpo_cli import store
+from dpo_cli.config import as_dict
+from dpo_cli.errors import Exit, UserError
+from dpo_cli.settings import Config
+
+Command = Literal["train", "generate", "judge"]
+State = Literal["pending", "running", "succeeded", "failed", "cancelled"]
+ENDED = ("succeeded", "failed", "cancelled")
+VOLUME = "/vol"
+FOLDER = ".jobs"
+# What each command reads from the data folder, and what it leaves there.
+READ = {
+    "train": ("train.jsonl", "val.jsonl"),
+    "generate": (),
+    "judge": ("completions.jsonl",),
+}
+MADE = {
+    "train": (),
+    "generate": ("completions.jsonl",),
+    "judge": ("judgments.jsonl", "train.jsonl", "val.jsonl"),
+}
+NOT_HOME = ("checkpoints",)  # of a run's folder: gigabytes, of use where they are
+
+
+class Upload(Struct, frozen=True):
+    """One file that must be there before the work starts; its place is made from its content."""
+
+    here: str
+    there: str
+    sha256: str
+
+
+class Spec(Struct, kw_only=True):
+    """What is to be run elsewhere.
+
+    `config` is the resolved configuration and `data` the data given, both with paths as they are there; `results`
+    says where what comes of it belongs here (path there -> path here), `base` the base model's name here. `seeds` are
+    uploaded rows that the work goes on with (path there -> the file that they are added to). `fresh` is unique to the
+    submission that asked to start over, so that a second attempt of it does not start over again.
+    """
+
+    command: Command
+    stage: Literal["dpo", "sft"] = "dpo"
+    name: str
+    config: dict[str, Any]
+    data: str | None = None
+    limit: int | None = None
+    fresh: str | None = None
+    gpu: str | None = None
+    gpus: int = 1
+    nodes: int = 1
+    uploads: list[Upload] = []
+    seeds: dict[str, str] = {}
+    results: dict[str, str] = {}
+    base: str | None = None
+
+    def identity(self) -> dict[str, Any]:
+        """What makes it another piece of work: neither where files are here, nor whether it starts over."""
+        plain: dict[str, Any] = msgspec.to_builtins(self)
+        for key in ("fresh", "results", "base"):
+            plain.pop(key)
+        plain["uploads"] = {upload.there: upload.sha256 for upload in self.uploads}
+        return plain
+
+    @property
+    def hash(self) -> str:
+        """Of its identity."""
+        return _digest(msgspec.json.encode(self.identity(), order="deterministic"))
+
+
+class Job(Struct, kw_only=True):
+    """A spec that was submitted; `handle` is what the backend needs to find it, `submitted` a time in UTC."""
+
+    id: str
+    backend: str
+    spec: Spec
+    handle: dict[str, str] = {}
+    submitted: str = ""
+
+
+class Status(Struct):
+    """Where a job stands. `exit_code` has the meaning that it has on this machine; `reason` is for a person."""
+
+    state: State
+    exit_code: int | None = None
+    reason: str | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will come."""
+        return self.state in ENDED
+
+
+def ended(code: int, reason: str | None = None) -> Status:
+    """The status of a job whose process ended with an exit code; a gate that says no is no failure of the job."""
+    done = code in (Exit.OK, Exit.GATE, Exit.BUDGET)
+    return Status("succeeded" if done else "failed", code, reason)
+
+
+def make(
+    config: Config, command: Command, *, name: str | None = None, stage: Literal["dpo", "sft"] = "dpo",
+    data: Path | None = None, limit: int | None = None, fresh: bool = False, gpu: str | None = None, gpus: int = 1,
+    nodes: int = 1, volume: str | None = VOLUME,
+) -> Spec:  # fmt: skip
+    """The spec of a command.
+
+    Args:
+        config: every setting, with paths as they are here.
+        command: what to run.
+        name: of the run; unset: the stage, or the command.
+        stage: of `train`.
+        data: folder or file given instead of the configured data.
+        limit: at most so many rows.
+        fresh: start over.
+        gpu: type of the card, as the backend names it.
+        gpus: cards a node.
+        nodes: machines.
+        volume: where the volume is mounted there; None: the work runs on this machine, with its paths.
+    """
+    name = name or (stage if command == "train" else command)
+    if PurePosixPath(name).name != name:
+        raise UserError(f"'{name}' is no name for a run", hint="--name takes a folder name without '/'")
+    settings = msgspec.convert(as_dict(config), Config)  # a copy
+    spec = Spec(
+        command=command, stage=stage, name=name, config={}, limit=limit, gpu=gpu, gpus=gpus, nodes=nodes,
+        data=str(data.absolute()) if data else None, fresh=os.urandom(8).hex() if fresh else None,
+        base=config.model.base,
+    )  # fmt: skip
+    if volume is not None:
+        _move(spec, settings, data, _Places(PurePosixPath(volume), spec))
+    spec.config = as_dict(settings)
+    return spec
+
+
+def identity(backend: str, spec: Spec) -> str:
+    """The id of a job: the same for the same backend, command and run name. A valid name of a Kubernetes object."""
+    plain = f"{backend}-{spec.command}-{spec.name}"
+    safe = re.sub(r"[^a-z0-9]+", "-", plain.lower()).strip("-")
+    return safe if safe == plain and len(safe) <= 50 else f"{safe[:41].rstrip('-')}-{_digest(plain.encode())[:8]}"
+
+
+def folder(config: Config) -> Path:
+    """Where jobs are kept."""
+    return Path(config.runs) / FOLDER
+
+
+def save(job: Job, config: Config) -> Job:
+    """Keep a job, replacing the one of this id; the time of submission is set if it is not."""
+    job.submitted = job.submitted or datetime.now(UTC).isoformat(timespec="seconds")
+    store.write_json(folder(config) / f"{job.id}.json", job)
+    return job
+
+
+def find(identity: str, config: Config) -> Job | None:
+    """The job of an id; None if there is none.
+
+    Raises:
+        UserError: its file can't be read.
+    """
+    file = folder(config) / f"{identity}.json"
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=Job)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.MsgspecError) as error:
+        raise UserError(str(error), where=str(file), hint=f"remove it, or {hint_list()}") from None
+
+
+def get(identity: str, config: Config) -> Job:
+    """The job of an id, or of the beginning of one.
+
+    Raises:
+        UserError: none or several.
+    """
+    known = [file.stem for file in sorted(folder(config).glob("*.json"))]
+    matching = [name for name in known if name == identity] or [name for name in known if name.startswith(identity)]
+    if len(matching) != 1:
+        what = f"'{identity}' is the beginning of several jobs" if matching else f"no job '{identity}'"
+        raise UserError(f"{what}: {', '.join(matching or known) or 'there are none'}", hint=hint_list())
+    job = find(matching[0], config)
+    assert job is not None
+    return job
+
+
+def all_jobs(config: Config) -> list[Job]:
+    """Every job, the newest first."""
+    jobs = [find(file.stem, config) for file in folder(config).glob("*.json")]
+    return sorted((job for job in jobs if job), key=lambda job: job.submitted, reverse=True)
+
+
+def hint_list() -> str:
+    """The command that lists jobs."""
+    return "nothing-dpo jobs lists them"
+
+
+@contextmanager
+def claimed(identity: str, config: Config) -> Iterator[None]:
+    """Hold a job's id while it is submitted, so that two shells do not start it twice.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    file = folder(config) / f".{identity}.lock"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                "another nothing-dpo command is submitting it", where=identity, hint="wait for it"
+            ) from None
+        yield
+
+
+def refuse_another(running: Spec, asked: Spec, identity: str) -> None:
+    """See that a job which is running is the one that was asked for.
+
+    Raises:
+        UserError: it is not; names what differs.
+    """
+    before, now = _flat(running.identity()), _flat(asked.identity())
+    different = [
+        f"{key} is {now.get(key)}, was {before.get(key)}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+    hint = f"nothing-dpo jobs cancel {identity}, or --name OTHER"
+    if different:
+        raise UserError(
+            f"it is running with other settings or inputs: {'; '.join(different)}", where=identity, hint=hint
+        )
+    if asked.fresh:
+        raise UserError("it is running and can't be started over", where=identity, hint=hint)
+
+
+def comes_home(path: str) -> bool:
+    """Whether a file of a result's folder, by its path in there, is fetched."""
+    parts = PurePosixPath(path).parts
+    return parts[0] not in NOT_HOME and not any(part.startswith(".") for part in parts)
+
+
+class _Places:
+    """Where files are there."""
+
+    def __init__(self, volume: PurePosixPath, spec: Spec) -> None:
+        self.volume = volume
+        self.spec = spec
+
+    def same(self, path: str) -> str:
+        """The place of a path that is configured here: relative ones stand under the volume."""
+        if PurePosixPath(path).is_relative_to(self.volume):
+            return path
+        here = Path(path).resolve()
+        inside = here.is_relative_to(Path.cwd())
+        return str(self.volume / (here.relative_to(Path.cwd()) if inside else here.name))
+
+    def take(self, path: str, names: Collection[str] | None = None) -> str:
+        """An input's place: made from its content if it is here, else the same path, where it must be already.
+
+        Args:
+            path: a file, or a folder whose name stays.
+            names: files of the folder that are the input; None: all of them.
+        """
+        here = Path(path).resolve()
+        files = [here] if here.is_file() else [file for file in _files(here) if names is None or file.name in names]
+        if not files:
+            return self.same(path)
+        hashes = {str(file.relative_to(here.parent)): _hash_file(file) for file in files}
+        content = _digest(msgspec.json.encode(hashes, order="deterministic"))
+        there = self.volume / "uploads" / content[:16]
+        self.spec.uploads += [
+            Upload(str(here.parent / name), str(there / name), digest) for name, digest in hashes.items()
+        ]
+        return str(there / here.name)
+
+    def seed(self, file: Path, there: str) -> None:
+        """Rows to go on with, if there are any here."""
+        if file.is_file():
+            self.spec.seeds[self.take(str(file))] = f"{there}/{file.name}"
+
+
+def _move(spec: Spec, config: Config, data: Path | None, places: _Places) -> None:
+    """Turn every path that the command reads or writes into the one there; note uploads and results."""
+    runs, config.runs = config.runs, places.same(config.runs)
+    if Path(config.model.base).is_dir():
+        config.model.base = places.take(config.model.base)
+    if spec.command == "train":
+        spec.results[f"{config.runs}/{spec.name}"] = str(Path(runs) / spec.name)
+        _move_training(spec, config, data, places)
+        return
+    home, read = Path(config.data), READ[spec.command]
+    if spec.command == "generate":
+        config.generate.prompts = places.take(config.generate.prompts, ("val.jsonl",))
+        if config.generate.url is None and config.model.adapter:  # sampled there
+            config.model.adapter = places.take(config.model.adapter)
+    config.data = places.take(config.data, read) if read else places.same(config.data)
+    if config.judge.rubric:
+        config.judge.rubric = places.take(config.judge.rubric)
+    places.seed(home / MADE[spec.command][0], config.data)
+    spec.results |= {f"{config.data}/{name}": str(home / name) for name in MADE[spec.command]}
+
+
+def _move_training(spec: Spec, config: Config, data: Path | None, places: _Places) -> None:
+    model = config.model
+    if data is not None:
+        spec.data = places.take(str(data), READ["train"])
+    elif spec.stage == "dpo":
+        config.data = places.take(config.data, READ["train"])
+    else:
+        config.generate.prompts = places.take(config.generate.prompts, READ["train"])
+    if spec.stage == "dpo":
+        made, model.dpo_adapter = model.dpo_adapter, places.same(model.dpo_adapter)
+        spec.results[model.dpo_adapter] = made
+        model.adapter = places.take(model.adapter) if model.adapter else None
+    elif model.adapter:
+        made, model.adapter = model.adapter, places.same(model.adapter)
+        spec.results[model.adapter] = made
+
+
+def _files(folder: Path) -> list[Path]:
+    """All files below a folder that are not hidden."""
+    files = (file for file in folder.rglob("*") if file.is_file())
+    return sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts))
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {f"{prefix}{key}": inner}
+    return flat
