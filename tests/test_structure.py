@@ -13,9 +13,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Rooms, lowest first: each imports only rooms before it.
 ROOMS = [
     "errors", "terminal", "schema", "store", "presets", "settings", "config", "progress", "storage", "job", "relay",
-    "adapter", "remedies", "guards", "plan", "endpoint", "engines", "judges", "generate", "judge", "formats", "rollouts",
-    "length", "strategies", "pair", "training", "dpo", "stats", "train", "evaluate", "entry", "backends", "launch", "sweep",
-    "pages", "audit", "svg", "report", "lint", "serve_config", "demo", "view", "cli",
+    "adapter", "remedies", "guards", "plan", "endpoint", "engines", "judges", "generate", "judge", "formats",
+    "rollouts", "length", "strategies", "pair", "training", "dpo", "stats", "train", "evaluate", "entry", "backends",
+    "launch", "sweep", "pages", "audit", "svg", "report", "lint", "serve_config", "demo", "view", "cli",
 ]  # fmt: skip
 STAGES = {"generate", "judge", "pair", "train", "evaluate", "serve_config"}
 HEAVY = frozenset({
