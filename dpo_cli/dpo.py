@@ -35,13 +35,16 @@ from dpo_cli.errors import Exit, UserError
 from dpo_cli.guards import LN2, MARGIN, State
 from dpo_cli.progress import Progress
 from dpo_cli.settings import Config, TrainSection
+from dpo_cli.training import packed
 from dpo_cli.training.encode import Sequences
 from dpo_cli.training.loop import fit
+from dpo_cli.training.reference import keep_reference
 from dpo_cli.training.run_folder import ADAPTER_FILES, RunFolder, event
 from dpo_cli.training.trainer import ResumableTrainer, arguments, fresh_lora, load_base
 
 STEP_ZERO_TOLERANCE = 1e-3  # for the loss and for the margin of every pair, in nats
 BEST = (MARGIN, 1)
+REFERENCES = ".reference"  # beside the runs, which share it
 
 
 class EasyFirst(Sampler[int]):
@@ -66,7 +69,7 @@ class EasyFirst(Sampler[int]):
         return iter(torch.randperm(self.rows, generator=order).tolist())
 
 
-class Trainer(ResumableTrainer, DPOTrainer):  # type: ignore[misc]
+class Trainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ignore[misc]
     """TRL's trainer, which also measures KL and checks step zero.
 
     Args:
@@ -108,20 +111,22 @@ class Trainer(ResumableTrainer, DPOTrainer):  # type: ignore[misc]
         if log_probs is not None:
             self._log_probs.append(log_probs.detach())
 
-    def _compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool) -> Any:
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         self._log_probs.clear()
+        is_first = self.model.training and self.state.global_step == 0 and not self.step_zero_checked
+        if is_first and "packing" in inputs:  # what is kept of the reference proves nothing about the one that is here
+            inputs["packing"].pop("reference", None)
         result = super()._compute_loss(model, inputs, return_outputs)
         policy, reference = self._log_probs  # in the order in which TRL runs them
         differences = (policy - reference).float()  # (2 * pairs, tokens - 1); 0 outside the completions
         tokens = inputs["completion_mask"][:, 1:].sum()
         chosen, rejected = (self.beta * differences.sum(dim=1)).chunk(2)  # rewards: Section 4 of the paper
-        training = self.model.training
-        self._metrics["train" if training else "eval"]["kl"].append(
+        self._metrics["train" if self.model.training else "eval"]["kl"].append(
             ((differences.expm1() - differences).sum() / tokens).item()
         )
-        if not training:
+        if not self.model.training:
             self._margins.append(chosen - rejected)
-        elif self.state.global_step == 0 and not self.step_zero_checked:
+        elif is_first:
             self.step_zero_checked = True
             self._check_step_zero(result[0] if return_outputs else result, chosen - rejected)
         return result
@@ -246,6 +251,12 @@ def train(
 
     def make(state: State) -> Trainer:
         policy, reference = _models(section, base, adapter)
+        asked = arguments(section, run, bool(held_out), *BEST, len(rows), state)
+        tokens = state.tokens_per_batch or section.tokens_per_batch
+        if tokens is not None:  # then they divide the rows of a step into forwards
+            whole = section.per_device_train_batch_size * section.gradient_accumulation_steps
+            asked |= dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), whole)
+            asked["gradient_accumulation_steps"] = 1
         try:
             trainer = Trainer(
                 events=events,
@@ -256,8 +267,7 @@ def train(
                 model=policy,
                 ref_model=reference,
                 args=DPOConfig(
-                    **arguments(section, run, bool(held_out), *BEST, len(rows), state),
-                    beta=section.beta, loss_type=section.loss_type, label_smoothing=section.label_smoothing,
+                    **asked, beta=section.beta, loss_type=section.loss_type, label_smoothing=section.label_smoothing
                 ),
                 train_dataset=_dataset(rows),
                 eval_dataset=_dataset(held_out) if held_out else None,
@@ -270,6 +280,10 @@ def train(
             _restore_precision(trainer.model, adapter)
         if adapter is not None and not section.full:
             check_reference(trainer.model, adapter)
+        reason = packed.enable(trainer, tokens)
+        if reason is not None:
+            progress.log(f"forward: TRL's own, padded, since {reason}")
+        keep_reference(trainer, run.path.parent / REFERENCES, progress, section.keep_reference)
         return trainer
 
     fit(make, run, events, progress, config.gate)

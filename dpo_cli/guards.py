@@ -31,8 +31,8 @@ FALLS = 1.0  # nats that a chosen completion must have lost for it to be news
 class State(Struct):
     """What the guards have changed so far.
 
-    `beta` None and `batch` None: as configured. `batch` is (rows a forward, forwards a step). `ended` is the fault
-    that ended the run early.
+    `beta` None, `batch` None and `tokens_per_batch` None: as configured. `batch` is (rows a forward, forwards a step).
+    `ended` is the fault that ended the run early.
     """
 
     lr_scale: float = 1.0
@@ -41,6 +41,7 @@ class State(Struct):
     nans: int = 0
     batch: tuple[int, int] | None = None
     eval_batch: int | None = None
+    tokens_per_batch: int | None = None
     warned: list[str] = msgspec.field(default_factory=list)
     ended: str | None = None
 
@@ -91,14 +92,23 @@ def after_nan(state: State) -> Finding:
     return Finding("nan", "rollback", {"lr_scale": state.lr_scale})
 
 
-def after_out_of_memory(state: State, batch: tuple[int, int], eval_batch: int) -> Finding | None:
+def after_out_of_memory(
+    state: State, batch: tuple[int, int], eval_batch: int, budget: tuple[int, int] | None = None
+) -> Finding | None:
     """Fewer rows a forward, more forwards a step, as many rows a step; None if it is one row already.
 
     Args:
         state: changed in place.
         batch: (rows a forward, forwards a step) that did not fit.
         eval_batch: rows a forward in evaluation.
+        budget: (most tokens a forward, tokens of the largest pair) where tokens divide a step into forwards.
     """
+    if budget is not None:
+        tokens, largest = budget
+        if tokens <= largest:
+            return None
+        state.tokens_per_batch = max(largest, tokens // 2)
+        return Finding("out_of_memory", "smaller_batch", {"tokens_a_forward": state.tokens_per_batch})
     smaller = smaller_batch(*batch)
     if smaller is None and eval_batch == 1:
         return None

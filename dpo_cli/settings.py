@@ -174,6 +174,12 @@ class TrainSection(TrainingSection, kw_only=True):
     kl_prompts: Annotated[int, Meta(ge=0), _doc("Held-out prompts on which each evaluation measures KL.")] = 8
     kl_tokens: Annotated[Count, _doc("Longest completion sampled for that, in tokens.")] = 64
     full: Annotated[bool, _doc("Train every weight, the adapter folded in, against a frozen copy.")] = False
+    tokens_per_batch: Annotated[
+        Count | None, _doc("Most tokens a forward; a step's rows are divided by it, like lengths together.")
+    ] = None
+    keep_reference: Annotated[
+        bool | None, _doc("Keep the reference's log-probabilities on disk; unset: where rows come up twice.")
+    ] = None
     curriculum: Annotated[bool, _doc("First epoch from the largest score gap to the smallest.")] = False
     merge: Annotated[bool, _doc("Also save the base with the adapter folded in, and check it.")] = False
 

@@ -104,12 +104,17 @@ class Journal:
 
     Use as a context manager. Records must be msgspec structs or dicts with an `id`.
 
+    Args:
+        path: the file; its folder is made.
+        wait: for another process that writes to it, instead of giving up.
+
     Raises:
         UserError: another process writes to it, or the disk is full.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, wait: bool = False) -> None:
         self.path = path
+        self._wait = wait
         self._file = -1
         self._lock = -1
         self._synced = 0.0
@@ -177,7 +182,7 @@ class Journal:
         # Beside the journal, not on it: compacting replaces the journal's inode.
         self._lock = os.open(self.path.with_name(f".{self.path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | (0 if self._wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise UserError(
                 "another nothing-dpo command is writing to it", where=str(self.path), hint="wait for it, or stop it"

@@ -75,6 +75,8 @@ def run(
     for value, written in values:
         one = msgspec.convert(msgspec.to_builtins(config), Config)
         setattr(one.train, setting, value)
+        if len(values) > 1 and one.train.keep_reference is None:
+            one.train.keep_reference = True  # one pass of the reference serves all runs
         one.model.dpo_adapter = f"{config.model.dpo_adapter}-{setting}-{written}"
         progress.log(f"sweep: {setting} = {written}")
         result = launch.train(

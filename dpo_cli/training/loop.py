@@ -196,7 +196,10 @@ def fit(
     state = run.guard_state()
     with Stop() as stop:
         while state.ended is None:
-            outcome, step, batch, eval_batch = _attempt(make, run, events, progress, stop, state, gate)
+            outcome, step, trainer = _attempt(make, run, events, progress, stop, state, gate)
+            batch = trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps
+            eval_batch, budget = trainer.args.per_device_eval_batch_size, trainer.token_budget
+            del trainer
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -205,7 +208,7 @@ def fit(
             if outcome == "stopped":
                 _raise_stopped(stop, step, run, events)
             if outcome == "out_of_memory":
-                finding = guards.after_out_of_memory(state, batch, eval_batch)
+                finding = guards.after_out_of_memory(state, batch, eval_batch, budget)
                 if finding is None:
                     raise UserError(
                         "the memory does not suffice for one row", where=str(run.path),
@@ -232,8 +235,8 @@ def fit(
 def _attempt(
     make: Callable[[State], Any], run: RunFolder, events: store.Journal, progress: Progress, stop: Stop, state: State,
     gate: GateSection | None,
-) -> tuple[Outcome, int, tuple[int, int], int]:  # fmt: skip
-    """Train until something happens: the outcome, the step, and the batch sizes in force.
+) -> tuple[Outcome, int, Any]:  # fmt: skip
+    """Train until something happens: the outcome, the step, and the trainer.
 
     metrics.jsonl is written anew from the checkpoint's own log first, so that no step is there twice or missing.
     """
@@ -241,8 +244,6 @@ def _attempt(
     store.write_rows(run.metrics, metric_rows(run.trainer_state().get("log_history", [])))
     trainer = make(state)
     trainer.guard_state = state
-    args = trainer.args
-    batch = args.per_device_train_batch_size, args.gradient_accumulation_steps
     outcome: Outcome = "done"
     with store.Journal(run.metrics) as metrics:
         watch = Watch(trainer, run, metrics, events, progress, stop, state, gate)
@@ -262,7 +263,7 @@ def _attempt(
         outcome = "rollback"
     elif outcome == "done" and stop.signal is not None and step < trainer.state.max_steps:
         outcome = "stopped"
-    return outcome, step, batch, args.per_device_eval_batch_size
+    return outcome, step, trainer
 
 
 def _roll_back(

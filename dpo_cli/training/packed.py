@@ -241,28 +241,41 @@ def enable(trainer: Any, tokens_per_batch: int | None = None) -> str | None:
     )  # fmt: skip
     models = [model for model in (trainer.model, trainer.ref_model) if model is not None]
     bare = [model.get_base_model() if hasattr(model, "peft_config") else model for model in models]
-    longest = max(map(_longest, filter(None, (trainer.train_dataset, trainer.eval_dataset))))
+    lengths = _lengths(trainer)
+    longest = max(prompt + max(chosen, rejected) for prompt, chosen, rejected in lengths)
     reason = next(filter(None, (unsupported(model, longest) for model in bare)), None)
     if reason is None and trainer.use_weighting:
         reason = "WPO weights need more than log-probabilities"
-    if reason is not None:
-        return reason
-    forwards = [model.forward for model in bare]
-    for model in bare:
+    if reason is None:
+        reason = _try(trainer, bare)
+    if tokens_per_batch is not None:
+        largest = max(map(sum, lengths)) if reason is None else 2 * longest
+        trainer.token_budget = (tokens_per_batch, largest)
+    return reason
+
+
+def _lengths(trainer: Any) -> list[tuple[int, int, int]]:
+    """Tokens of prompt, chosen and rejected of each pair that there is."""
+    lengths: list[tuple[int, int, int]] = []
+    for dataset in filter(None, (trainer.train_dataset, trainer.eval_dataset)):
+        columns = [map(len, dataset[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+        lengths += zip(*columns, strict=True)
+    return lengths
+
+
+def _try(trainer: Any, models: list[Any]) -> str | None:
+    """Pack the forwards of these models, unless that changes the log-probabilities: then it says by how much."""
+    forwards = [model.forward for model in models]
+    for model in models:
         _patch(model, _reads_reference(model, trainer.ref_model), trainer.accelerator.autocast)
     trainer.data_collator.pack = True
     reason = _difference(trainer)
     if reason is not None:
         trainer.data_collator.pack = False
-        for model, forward in zip(bare, forwards, strict=True):
+        for model, forward in zip(models, forwards, strict=True):
             model.forward = forward
             model.set_attn_implementation("sdpa")
     return reason
-
-
-def _longest(dataset: Any) -> int:
-    columns = (dataset[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
-    return max(len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in zip(*columns, strict=True))
 
 
 def unsupported(model: Any, longest: int) -> str | None:

@@ -13,7 +13,7 @@ reference live.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def keep_reference(trainer: Any, folder: Path, progress: Progress, wanted: bool 
         wanted: keep them for all rows or for none; None: where it saves work.
 
     Raises:
-        UserError: what is kept is not what the reference computes, or another run is writing it.
+        UserError: what is kept is not what the reference computes.
     """
     collator: Collator = trainer.data_collator
     if wanted is False or not collator.pack:
@@ -63,27 +63,25 @@ def keep_reference(trainer: Any, folder: Path, progress: Progress, wanted: bool 
         return
     path = folder / f"{fingerprint(trainer)[:16]}.jsonl"
     examples = [row for name in used for row in rows[name]]
-    keys = _keys(collator, examples)
-    with store.Journal(path) as journal:
+    pairs = dict(zip(_keys(collator, examples), examples, strict=True))
+    with store.Journal(path, wait=True) as journal:  # another run may be computing just these
         known = {id: _tensor(row.log_probs) for id, row in store.read_latest(path, Known).items()}
-        missing = {pair: row for pair, row in zip(keys, examples, strict=True) if not known.keys() >= set(pair)}
-        found = next((row for pair, row in zip(keys, examples, strict=True) if pair not in missing), None)
-        if found is not None:
-            _check(trainer, found, known, path)
+        missing = {id for pair in pairs for id in pair if id not in known}
+        whole = [row for pair, row in pairs.items() if missing.isdisjoint(pair)]
         progress.log(
             f"reference: kept for {' and '.join(f'{name} ({passes[name]:.3g} passes)' for name in used)}; "
-            f"{len(set(keys)) - len(missing)} of {len(set(keys))} pairs are known"
+            f"{len(whole)} of {len(pairs)} pairs are known"
         )
-        if missing:
-            progress.begin("reference", len(missing))
-            done = 0
-            for group in _groups(missing.values()):
-                for key, log_probs in _compute(trainer, group):
-                    known[key] = log_probs
-                    journal.append(Known(key, log_probs.numpy().tobytes()))
-                done += len(group)
-                progress.update(done)
-            progress.end()
+        if whole:
+            _check(trainer, whole[0], known, path)
+        # Always the same groups, whatever is known of them: a run that was killed here comes to the same values.
+        for group in _groups(pairs):
+            if missing.isdisjoint(id for pair in group for id in pair):
+                continue
+            for id, log_probs in _compute(trainer, [pairs[pair] for pair in group]):
+                if id in missing:
+                    known[id] = log_probs
+                    journal.append(Known(id, log_probs.numpy().tobytes()))
     collator.reference = known
 
 
@@ -132,18 +130,18 @@ def _keys(collator: Collator, examples: list[dict[str, Any]]) -> list[tuple[str,
     return [(chosen, rejected) for chosen, rejected in pairs]
 
 
-def _groups(examples: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Pairs of like length together, at most TOKENS in a group, one pair at least."""
-    group: list[dict[str, Any]] = []
+def _groups(pairs: dict[tuple[str, str], dict[str, Any]]) -> Iterator[list[tuple[str, str]]]:
+    """Keys of pairs of like length together, at most TOKENS in a group, one pair at least."""
+    group: list[tuple[str, str]] = []
     tokens = 0
-    for example in sorted(examples, key=_tokens):
-        if group and tokens + _tokens(example) > TOKENS:
+    for pair in sorted(pairs, key=lambda pair: (_tokens(pairs[pair]), pair)):
+        more = _tokens(pairs[pair])
+        if group and tokens + more > TOKENS:
             yield group
             group, tokens = [], 0
-        group.append(example)
-        tokens += _tokens(example)
-    if group:
-        yield group
+        group.append(pair)
+        tokens += more
+    yield group
 
 
 def _tokens(example: dict[str, Any]) -> int:

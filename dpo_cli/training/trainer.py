@@ -50,12 +50,14 @@ class ResumableTrainer:
     """Mixed into a TRL trainer, before it: rows come encoded, checkpoints are small, whole and exact.
 
     `best` is the metric of the best checkpoint and its sign, `kl_limit` the bound within which it must lie;
-    `guard_state` is saved with each checkpoint.
+    `guard_state` is saved with each checkpoint; `token_budget` is (most tokens a forward, tokens of the largest pair)
+    where tokens divide a step into forwards.
     """
 
     best: tuple[str, int]
     kl_limit: float = float("inf")
     guard_state: State = State()
+    token_budget: tuple[int, int] | None = None
     owes_evaluation: bool = False
     _kept_meters: dict[str, Any] | None = None
 
