@@ -430,6 +430,26 @@ def evaluate(session: Session) -> None:
     session.show(stage.run(session.config, session.progress()), view.evaluated)
 
 
+@command("push", "model.base", "model.dpo_adapter")
+def push(
+    session: Session,
+    what: Annotated[Literal["data", "adapter", "run"], typer.Argument(help="What to send.")],
+    dest: Annotated[str, typer.Argument(help="modal://volume/path, gs://bucket/path, hf://owner/name, or a folder.")],
+    name: Annotated[str | None, typer.Option(help="Run. [default: the one that made the adapter; of run: dpo]")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Send the base with the adapter folded in, checked.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Send an adapter that did not pass its gates.")] = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Data, the adapter or a run to a Modal volume, Cloud Storage, the Hub or a folder: what is not there yet."""
+    from dpo_cli import push as stage
+    from dpo_cli import view
+
+    result = stage.run(
+        session.config, session.progress(), what, dest, name=name, merge=merge, force=force, dry_run=dry_run
+    )
+    session.show(result, view.pushed)
+
+
 @command(
     "serve-config", "model.base", "model.adapter", "model.dpo_adapter", "model.name", "model.dpo_name", "serve.host",
     "serve.port", "serve.dtype", "serve.max_model_len", "serve.gpu_memory_utilization",

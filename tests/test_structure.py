@@ -15,7 +15,7 @@ ROOMS = [
     "errors", "terminal", "schema", "store", "presets", "settings", "config", "progress", "storage", "job", "relay",
     "adapter", "remedies", "guards", "plan", "endpoint", "engines", "judges", "generate", "judge", "formats",
     "rollouts", "length", "strategies", "pair", "training", "dpo", "stats", "train", "evaluate", "entry", "backends",
-    "launch", "sweep", "pages", "audit", "svg", "report", "lint", "serve_config", "demo", "view", "cli",
+    "launch", "sweep", "pages", "audit", "svg", "report", "lint", "push", "serve_config", "demo", "view", "cli",
 ]  # fmt: skip
 STAGES = {"generate", "judge", "pair", "train", "evaluate", "serve_config"}
 HEAVY = frozenset({

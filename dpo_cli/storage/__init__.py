@@ -266,15 +266,16 @@ def _receive(storage: Storage, name: str, stored: Stored, path: Path, done: Done
 
 @contextmanager
 def _counted(progress: Progress, stage: str, total: int, before: int) -> Iterator[Done]:
-    """A callback for bytes that go, told to `progress` in whole megabytes."""
+    """A callback for bytes that go, told to `progress` in whole megabytes, or kilobytes where there are few."""
     count = before
+    unit, name = (MEGABYTE, "MB") if total >= 10 * MEGABYTE else (MEGABYTE // 1000, "kB")
 
     def done(size: int) -> None:
         nonlocal count
         count = min(total, count + size)  # what is sent again after a fault is not counted again
-        progress.update(round(count / MEGABYTE), megabytes=(count - before) / MEGABYTE)
+        progress.update(round(count / unit), megabytes=(count - before) / MEGABYTE)
 
-    progress.begin(f"{stage} MB", round(total / MEGABYTE), round(before / MEGABYTE))
+    progress.begin(f"{stage} {name}", round(total / unit), round(before / unit))
     try:
         yield done
     finally:

@@ -23,6 +23,7 @@ from dpo_cli.view.summary import (
     judged_and_paired,
     launched,
     paired,
+    pushed,
     trained,
 )
 from dpo_cli.view.tables import (
@@ -65,6 +66,7 @@ __all__ = [
     "paired",
     "plan",
     "presets",
+    "pushed",
     "run",
     "safe",
     "safe_line",

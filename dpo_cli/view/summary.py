@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from dpo_cli.judge import Judged
     from dpo_cli.launch import Launched
     from dpo_cli.pair import Paired
+    from dpo_cli.push import Pushed
     from dpo_cli.train import Trained
+
+BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (0, "B"))
 
 
 def generated(console: Console, result: "Generated") -> None:
@@ -107,6 +110,31 @@ def judged_and_paired(console: Console, results: Mapping[str, object]) -> None:
     """What `judge` did, and the pairs that came of it."""
     judged(console, results["judged"])  # type: ignore[arg-type]
     paired(console, results["paired"])  # type: ignore[arg-type]
+
+
+def pushed(console: Console, result: "Pushed") -> None:
+    """What `push` sent, or would send."""
+    sent = result.result
+    for name, size in sent.sent.items():
+        console.print(safe(f"{'would send' if sent.dry_run else 'sent':>10}  {_bytes(size):>9}  {name}"))
+    for name, size in sent.skipped.items():
+        console.print(safe(f"{'is there':>10}  {_bytes(size):>9}  {name}", "dim"))
+    table = _facts()
+    table.add_row("to", safe(sent.dest))
+    table.add_row("in all", f"{len(sent.sent):,} files, {_bytes(sent.bytes)}; {len(sent.skipped):,} were there")
+    if result.verdict is not None:
+        table.add_row("gates", safe(result.verdict, "green" if result.verdict == "pass" else "red"))
+    if result.merged is not None:
+        difference = f"{result.merged['mean_difference']:.2g} nats a token from the adapter's"
+        table.add_row("merged", f"log-probabilities {difference} ({result.merged['dtype']})")
+    for note in result.notes:
+        table.add_row("note", safe(note, "yellow"))
+    console.print(table)
+
+
+def _bytes(size: int) -> str:
+    value, unit = next((size / (scale or 1), unit) for scale, unit in BYTES if size >= scale)
+    return f"{value:,.0f} {unit}" if unit == "B" else f"{value:,.1f} {unit}"
 
 
 def trained(console: Console, result: "Trained") -> None:
