@@ -5,9 +5,10 @@ stdout, progress and errors to stderr. Flags take their names, help and defaults
 """
 
 import inspect as introspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args
 
 import msgspec
@@ -37,6 +38,7 @@ CHOICES = {
     "generate.engine": engines.names(),
     "judge.judge": judges.names(),
     "pair.strategy": list(get_args(settings.Strategy)),
+    "evaluate.match": list(get_args(settings.Match)),
 }
 
 # Flags whose name is not the setting's own.
@@ -116,14 +118,17 @@ class Session:
 
 
 def command(
-    name: str, *settings: str, parent: typer.Typer = app
+    name: str, *settings: str, parent: typer.Typer = app, names: Mapping[str, str] = MappingProxyType({})
 ) -> Callable[[Callable[..., Exit | None]], Callable[..., Exit | None]]:
-    """Register a command: its own parameters, a flag for each named setting, and the common options."""
+    """Register a command: its own parameters, a flag for each named setting, and the common options.
+
+    `names` are those of flags that would otherwise have the same.
+    """
 
     def register(function: Callable[..., Exit | None]) -> Callable[..., Exit | None]:
         own = list(introspect.signature(function).parameters.values())[1:]  # the first is the session
         keys = {key.replace(".", "_"): key for key in settings}
-        extra = {variable: _flag(key) for variable, key in keys.items()} | COMMON
+        extra = {variable: _flag(key, names.get(key)) for variable, key in keys.items()} | COMMON
 
         def run(**given: Any) -> None:
             flags = {_of_stage(key, given): given.pop(variable) for variable, key in keys.items()}
@@ -164,10 +169,10 @@ def command(
     return register
 
 
-def _flag(key: str) -> Any:
+def _flag(key: str, name: str | None = None) -> Any:
     """A typer option for one setting: name, type, help and default as `config.py` has them."""
     kind = config.plain_type(key)
-    name = FLAGS.get(key, "--" + key.rpartition(".")[2].replace("_", "-"))
+    name = name or FLAGS.get(key, "--" + key.rpartition(".")[2].replace("_", "-"))
     names = (f"{name}/--no-{name[2:]}",) if kind is bool else (name,)
     choices = "|".join(CHOICES[key]) if key in CHOICES else "<str>" if kind == list[str] else None
     return Annotated[kind | None, typer.Option(*names, help=_help(key), show_default=False, metavar=choices)]
@@ -419,15 +424,45 @@ def jobs(
 
 
 @command(
-    "evaluate", "judge.judge", "judge.function", "evaluate.prompts", "generate.engine", "generate.url", "model.base",
-    "model.adapter", "model.dpo_adapter", "model.name", "model.dpo_name", "evaluate.seed",
+    "evaluate", "evaluate.prompts", "evaluate.samples", "evaluate.gate", "evaluate.rate", "evaluate.max_usd",
+    "evaluate.match", "evaluate.seed", "judge.judge", "judge.model", "judge.url", "judge.function",
+    "judge.reward_model", "judge.rubric", "judge.price", "judge.flex", "judge.batch", "judge.wait", "generate.engine",
+    "generate.url", "model.base", "model.adapter", "model.dpo_adapter", "model.name", "model.dpo_name",
+    "generate.temperature", "generate.max_tokens",
+    names={"judge.model": "--judge-model", "judge.url": "--judge-url"},
 )  # fmt: skip
-def evaluate(session: Session) -> None:
-    """Is the DPO adapter better than the SFT adapter? Both answer held-out prompts, a function scores."""
+def evaluate(
+    session: Session,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Sample both anew: a served adapter was changed under its name.")
+    ] = False,
+    quiz: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Instead, ask the questions of this file, and count.")
+    ] = None,
+    of: Annotated[Literal["reference", "policy", "both"], typer.Option(help="Who takes the quiz.")] = "both",
+    limit: Limit = None,
+    dry_run: DryRun = False,
+) -> Exit | None:
+    """Is the DPO adapter better than the SFT adapter? Both answer held-out prompts, a judge compares them blind."""
     from dpo_cli import evaluate as stage
     from dpo_cli import view
 
-    session.show(stage.run(session.config, session.progress()), view.evaluated)
+    if quiz is not None:
+        names = ("reference", "policy") if of == "both" else (of,)
+        quizzed = stage.quiz(session.config, session.progress(), quiz, names, limit)
+        session.show(quizzed, view.quizzed)
+        return Exit.FAILED if quizzed.errors else None
+    if dry_run:
+        session.show(stage.plan(session.config, session.progress(), limit), view.planned)
+        return None
+    result = stage.run(session.config, session.progress(), limit=limit, fresh=fresh)
+    session.show(result, view.evaluated)
+    if result.waiting:
+        session.suggest("nothing-dpo evaluate --batch, which takes the results in; a batch ends within a day")
+    elif result.errors:
+        session.suggest("nothing-dpo evaluate, which asks again where somebody failed")
+        return Exit.FAILED
+    return None if all(gate.ok for gate in result.gates.values()) else Exit.GATE
 
 
 @command("push", "model.base", "model.dpo_adapter")

@@ -20,7 +20,7 @@ from msgspec.structs import replace
 
 from dpo_cli import engines
 from dpo_cli.config import get
-from dpo_cli.endpoint import Estimate, Receipt, estimate, price_of
+from dpo_cli.endpoint import Estimate, Receipt
 from dpo_cli.engines import Request, Sample, Sampled, contrasted, split
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Progress, Silent
@@ -75,7 +75,7 @@ def run(config: Config, progress: Progress, limit: int | None = None, dry_run: b
     if settings.temperature == 0 and settings.n > 1 and not settings.contrast:
         raise UserError(f"temperature 0 gives {settings.n} times the same", hint="--n 1, or --temperature 0.9")
     keep = _line_filter(settings.keep_lines)
-    engine = _choose_engine(config, progress)
+    engine = engines.choose(config, progress)
     path = Path(config.data) / "completions.jsonl"
     result = Generated(path=str(path), dry_run=dry_run)
     if dry_run:
@@ -129,19 +129,6 @@ def _contrast(config: Config) -> Config:
     return replace(config, generate=generate, model=replace(config.model, name=name))
 
 
-def _choose_engine(config: Config, progress: Progress) -> str:
-    """The engine of the settings; without an endpoint, the one that needs none."""
-    if config.generate.engine != "endpoint" or config.generate.url is not None:
-        return config.generate.engine
-    if config.model.adapter is None or not Path(config.model.adapter).is_dir():
-        raise UserError(
-            f"nothing to sample from: no endpoint, and no adapter at {config.model.adapter}",
-            hint="export SERVE_URL=http://HOST:PORT/v1, or --engine transformers --base MODEL --adapter FOLDER",
-        )
-    progress.log(f"no SERVE_URL: sampling in this process from {config.model.base} with {config.model.adapter}")
-    return "transformers"
-
-
 def _made_with(config: Config, engine: str) -> dict[str, Any]:
     """The settings, by name, that make completions comparable: one file holds rows of one kind."""
     keys = [f"generate.{name}" for name in ("temperature", "top_p", "max_tokens", "frequency_penalty", "seed")]
@@ -158,12 +145,7 @@ def _estimate(requests: list[Request], config: Config) -> Estimate:
     settings = config.generate
     if settings.contrast:
         requests = [part for one in requests for part in split(one, settings.good_system, settings.bad_system)]
-    size = sum(len(msgspec.json.encode(request.prompt)) for request in requests)
-    worst = sum(request.need for request in requests) * settings.max_tokens
-    price = price_of(settings.url or "", config.model.name, settings.price)
-    return estimate(
-        len(requests), size, worst // 2, worst, price, given=settings.price is not None, typical="half of max_tokens"
-    )
+    return engines.estimate(requests, config)
 
 
 class _Made(Struct, gc=False):

@@ -20,6 +20,7 @@ NonNegative = Annotated[float, Meta(ge=0)]
 Orders: TypeAlias = Annotated[int, Meta(ge=1, le=8)] | Literal["full", "auto"]
 Tracker = Literal["none", "wandb", "trackio", "tensorboard"]
 Strategy = Literal["best-worst", "all", "adjacent", "mu-2sigma", "same-prompt", "stratified"]
+Match = Literal["exact", "judge"]
 KlAction = Literal["halve_lr", "raise_beta", "rollback", "stop"]
 MaxUsd = Annotated[
     NonNegative | None, Meta(description="Most dollars that this run may spend on new calls; the next counts anew.")
@@ -54,7 +55,7 @@ class GenerateSection(Struct, kw_only=True):
 
     prompts: Annotated[str, _doc("Prompts: a JSONL file, or a folder that holds val.jsonl.")] = "data"
     engine: Annotated[str, _doc("Where completions come from.")] = "endpoint"
-    url: Annotated[str | None, _doc("OpenAI-compatible endpoint that serves the SFT adapter.")] = None
+    url: Annotated[str | None, _doc("OpenAI-compatible endpoint that serves the adapters.")] = None
     n: Annotated[Count, _doc("Completions a prompt.")] = 3
     temperature: Annotated[NonNegative, _doc("Sampling temperature.")] = 0.9
     top_p: Annotated[Share, _doc("Nucleus mass; always sent, since servers have other defaults.")] = 1.0
@@ -219,8 +220,21 @@ class EvaluateSection(Struct, kw_only=True):
 
     prompts: Annotated[str | None, _doc("Held-out prompts; unset: the prompts of val.jsonl.")] = None
     samples: Annotated[Count, _doc("Completions a prompt and adapter.")] = 1
+    rate: Annotated[bool, _doc("Also have each completion rated by itself, from 1 to 10.")] = True
+    gate: Annotated[
+        str | list[str] | None, _doc("win-rate>X, or length-controlled-win-rate>X: what the interval must clear.")
+    ] = None
+    max_usd: MaxUsd = None
+    match: Annotated[Match, _doc("How --quiz tells what is right: exact, or judge where it is not exactly that.")] = (
+        "exact"
+    )
     bootstrap: Annotated[Count, _doc("Bootstrap resamples, by prompt.")] = 2000
     seed: Annotated[int, _doc("Seed of sampling and bootstrap.")] = SEED
+
+    @property
+    def gates(self) -> list[str]:
+        """Every gate."""
+        return [self.gate] if isinstance(self.gate, str) else self.gate or []
 
 
 class ServeSection(Struct, kw_only=True):

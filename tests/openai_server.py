@@ -1,9 +1,9 @@
 """A real OpenAI-compatible server on loopback, with faults that tests and examples switch on.
 
 It answers `/v1/chat/completions` and `/v1/models`. A model whose name starts with `judge` or `gpt-` judges (one JSON
-object of scores and ranking, or of one score); every other model writes a scene whose text follows from the seed and
-the messages alone. Every call is counted by its content, so that what was paid twice can be measured. Streaming is
-not covered.
+object of scores and ranking, of one score, or of right and wrong); every other model writes a scene whose text follows
+from the seed and the messages alone. Every call is counted by its content, so that what was paid twice can be measured.
+Streaming is not covered.
 
 In a test:      with Server(latency=0.05, fault=shares({"429:1": 0.1})) as server: ... server.url, server.paid
 From a shell:   python tests/openai_server.py --port 8100 --fault 429=0.1 --fault drop=0.05
@@ -268,7 +268,10 @@ def verdict(body: dict[str, Any], quality: Quality) -> str:
     """The judge's JSON reply for the candidates, or the one answer, that the last user message shows."""
     texts = candidates(body["messages"][-1]["content"])
     scores = {label: round(max(1, min(10, quality(text)))) for label, text in texts.items()}
-    if '"ranking"' not in json.dumps(body).replace("\\", ""):
+    asked = json.dumps(body).replace("\\", "")
+    if '"correct"' in asked:
+        return json.dumps({"rationale": "As the rule says.", "correct": max(scores.values(), default=1) > 5})
+    if '"ranking"' not in asked:
         return json.dumps({"rationale": "As the rule says.", "score": max(scores.values(), default=1)})
     ranking = sorted(scores, key=lambda label: -quality(texts[label]))
     return json.dumps({"rationale": "As the rule says.", "scores": scores, "ranking": ranking})

@@ -11,7 +11,8 @@ from dpo_cli.demo.tiny import make_base
 from dpo_cli.engines import Request, Sampled
 from dpo_cli.engines.transformers import load, run
 from dpo_cli.errors import UserError
-from dpo_cli.evaluate import Compared, bootstrap, win_rate
+from dpo_cli.evaluate import Compared
+from dpo_cli.evaluate.numbers import Rate, bootstrap, win_rate
 from dpo_cli.progress import Silent
 from dpo_cli.settings import Config
 from dpo_cli.store import read_rows, write_rows
@@ -30,11 +31,11 @@ def test_bootstrap_covers_as_often_as_it_says() -> None:
     generator = torch.Generator().manual_seed(0)
     tosses = torch.randint(2, (100, 60), generator=generator).double().tolist()
     intervals = [bootstrap(values, 300, seed) for seed, values in enumerate(tosses)]
-    covered = sum(low <= 0.5 <= high for low, high in intervals) / len(intervals)
+    covered = sum(one.low <= 0.5 <= one.high for one in intervals) / len(intervals)
     assert 0.90 <= covered <= 0.99
     # The normal interval of a fair coin's mean is 2 * 1.96 * 0.5 / sqrt(60) = 0.253 wide.
-    assert sum(high - low for low, high in intervals) / len(intervals) == pytest.approx(0.253, abs=0.02)
-    assert bootstrap([1.0, 1.0], 100, 0) == (1.0, 1.0)
+    assert sum(one.high - one.low for one in intervals) / len(intervals) == pytest.approx(0.253, abs=0.02)
+    assert bootstrap([1.0, 1.0], 100, 0) == Rate(1.0, 1.0, 1.0)
 
 
 def score(prompt: list[dict[str, str]], completion: str) -> float:

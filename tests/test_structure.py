@@ -14,14 +14,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ROOMS = [
     "errors", "terminal", "schema", "store", "presets", "settings", "config", "progress", "storage", "job", "relay",
     "adapter", "remedies", "guards", "plan", "endpoint", "engines", "judges", "generate", "judge", "formats",
-    "rollouts", "length", "strategies", "pair", "training", "dpo", "stats", "train", "evaluate", "entry", "backends",
-    "launch", "sweep", "pages", "audit", "svg", "report", "lint", "push", "serve_config", "demo", "view", "cli",
+    "rollouts", "length", "strategies", "pair", "training", "dpo", "stats", "train", "audit", "evaluate", "entry",
+    "backends", "launch", "sweep", "pages", "svg", "report", "lint", "push", "serve_config", "demo", "view", "cli",
 ]  # fmt: skip
 STAGES = {"generate", "judge", "pair", "train", "evaluate", "serve_config"}
 HEAVY = frozenset({
     "training/attention", "training/head", "training/packed", "training/reference", "training/trainer",
     "training/loop", "training/merge", "training/sft", "dpo", "engines/transformers", "judges/reward_model",
-    "evaluate", "demo/tiny", "formats/export", "lint/tokens",
+    "demo/tiny", "formats/export", "lint/tokens",
 })  # fmt: skip
 ALLOWED = {
     "typer": {"cli"},

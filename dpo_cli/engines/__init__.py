@@ -7,17 +7,19 @@ soon as that request is finished, in any order, and returns the receipt of its p
 import pkgutil
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, cast
 
+import msgspec
 from msgspec import Struct
 
-from dpo_cli.errors import require
+from dpo_cli.errors import UserError, require
 from dpo_cli.progress import Progress
 from dpo_cli.schema import Message, Usage
 from dpo_cli.settings import Config
 
 if TYPE_CHECKING:  # the names of engines and judges are wanted for --help, asyncio is not
-    from dpo_cli.endpoint import Receipt
+    from dpo_cli.endpoint import Estimate, Receipt
 
 
 class Request(Struct, kw_only=True):
@@ -59,6 +61,36 @@ def load(name: str) -> Sample:
     if name == "transformers":
         require("train", "--engine transformers")
     return cast(Sample, import_module(f"{__name__}.{name}").sample)
+
+
+def choose(config: Config, progress: Progress) -> str:
+    """The engine of the settings; without an endpoint, the one that needs none.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if config.generate.engine != "endpoint" or config.generate.url is not None:
+        return config.generate.engine
+    if config.model.adapter is None or not Path(config.model.adapter).is_dir():
+        raise UserError(
+            f"nothing to sample from: no endpoint, and no adapter at {config.model.adapter}",
+            hint="export SERVE_URL=http://HOST:PORT/v1, or --engine transformers --base MODEL --adapter FOLDER",
+        )
+    progress.log(f"no SERVE_URL: sampling in this process from {config.model.base} with {config.model.adapter}")
+    return "transformers"
+
+
+def estimate(requests: list[Request], config: Config) -> "Estimate":
+    """What an endpoint would cost that answers these, in one request each."""
+    from dpo_cli.endpoint import estimate, price_of
+
+    settings = config.generate
+    size = sum(len(msgspec.json.encode(request.prompt)) for request in requests)
+    worst = sum(request.need for request in requests) * settings.max_tokens
+    price = price_of(settings.url or "", config.model.name, settings.price)
+    return estimate(
+        len(requests), size, worst // 2, worst, price, given=settings.price is not None, typical="half of max_tokens"
+    )
 
 
 def contrasted(sample: Sample, good: str, bad: str) -> Sample:

@@ -2,8 +2,10 @@
 
 A judge module has the three functions of `Judge`; one that is paid has a fourth, `estimate(tasks, config)`, for what
 the tasks would cost, and one whose judgments depend on each other `settle(tasks, judgments, config)`, for those that
-must change. It is handed tasks, one a prompt, and builds each `Judgment` with
-`conclude`, which gives what was never shown its score: a twin that of its like, what is unusable the lowest.
+must change. A judge that scores each completion by itself says so with `ABSOLUTE = True`; one that can be asked about
+one completion in other forms names them in `FORMS`, and takes one as `form`. It is handed tasks, one a prompt, and
+builds each `Judgment` with `conclude`, which gives what was never shown its score: a twin that of its like, what is
+unusable the lowest.
 """
 
 import math

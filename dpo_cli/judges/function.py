@@ -28,6 +28,7 @@ from dpo_cli.settings import Config
 
 Score = Callable[[list[Message], str], float]
 
+ABSOLUTE = True
 KEY = "judge.function"
 HINT = "--function module:callable, or --function path/to/file.py:callable"
 

@@ -27,7 +27,7 @@ from dpo_cli.judges import Task, _panel, label_of
 from dpo_cli.judges._batch import answer
 from dpo_cli.judges._endings import ending_warning
 from dpo_cli.judges._orders import Heard, cyclic_orders, is_enough, preference
-from dpo_cli.judges._wire import read_verdict, verdict_schema, write_message
+from dpo_cli.judges._wire import GRADE, RANKING, RATING, Form, read_verdict, verdict_schema, write_message
 from dpo_cli.progress import Progress
 from dpo_cli.schema import Judgment, Order, Usage, content_id
 from dpo_cli.settings import Config, JudgeSection
@@ -41,6 +41,9 @@ FLEX_SECONDS = 900.0  # OpenAI's advice: flex answers when there is room
 
 # The form in which a reply is asked for; an endpoint that refuses one is asked for the next.
 FORMATS = ("json_schema, strict", "json_schema", "json_object", "plain text")
+
+# What can be asked of a completion by itself: a score from 1 to 10, or 1 for right and 0 for wrong.
+FORMS = {"rate": RATING, "grade": GRADE}
 
 # How an endpoint's complaint names each field of the request that it may do without.
 _FIELDS = {
@@ -73,7 +76,7 @@ def calls(tasks: Sequence[Task], config: Config) -> int:
     return sum(len(settings.models) * len(cyclic_orders(task, settings.orders, settings.seed)) for task in tasks)
 
 
-def estimate(tasks: Sequence[Task], config: Config) -> Estimate:
+def estimate(tasks: Sequence[Task], config: Config, form: Form = RANKING) -> Estimate:
     """What the tasks would cost if each order is asked once; replies that are in the ledger are counted as well."""
     settings = config.judge
     rubric = read_rubric(settings.rubric)
@@ -83,8 +86,9 @@ def estimate(tasks: Sequence[Task], config: Config) -> Estimate:
         owed = size = typical = 0
         for task in tasks:
             for order in cyclic_orders(task, settings.orders, settings.seed):
-                message, candidates = compose(task, order, rubric, settings.seed)
-                size += len(msgspec.json.encode(request(model, message, list(candidates), cap, settings, Dialect())))
+                message, candidates = compose(task, order, rubric, settings.seed, form)
+                body = request(model, message, list(candidates), cap, settings, Dialect(), form)
+                size += len(msgspec.json.encode(body))
                 typical += min(cap, REPLY_TOKENS + SENTENCE_TOKENS * len(candidates))
                 owed += 1
         assumed = f"a reply is {REPLY_TOKENS} tokens and {SENTENCE_TOKENS} a candidate"
@@ -103,7 +107,10 @@ def settle(tasks: Iterable[Task], judgments: Mapping[str, Judgment], config: Con
     return _panel.settle(list(tasks), judgments) if len(config.judge.models) > 1 else []
 
 
-def judge(tasks: Sequence[Task], config: Config, deliver: Callable[[Judgment], None], progress: Progress) -> Receipt:
+def judge(
+    tasks: Sequence[Task], config: Config, deliver: Callable[[Judgment], None], progress: Progress,
+    form: Form = RANKING,
+) -> Receipt:  # fmt: skip
     """Judge every task over the network.
 
     Raises:
@@ -118,11 +125,11 @@ def judge(tasks: Sequence[Task], config: Config, deliver: Callable[[Judgment], N
     for model in settings.models:
         if warning := ending_warning(model, datetime.now(UTC).date()):
             progress.log(warning)
-    return asyncio.run(_judge(tasks, config, deliver, progress))
+    return asyncio.run(_judge(tasks, config, deliver, progress, form))
 
 
 async def _judge(
-    tasks: Sequence[Task], config: Config, deliver: Callable[[Judgment], None], progress: Progress
+    tasks: Sequence[Task], config: Config, deliver: Callable[[Judgment], None], progress: Progress, form: Form
 ) -> Receipt:
     settings = config.judge
     async with Endpoint(
@@ -130,7 +137,7 @@ async def _judge(
         concurrency=settings.concurrency, timeout=max(settings.timeout, FLEX_SECONDS if settings.flex else 0),
         price=_price(config, _live_tier(config)), max_usd=settings.max_usd, log=progress.log,
     ) as endpoint:  # fmt: skip
-        court = Court(endpoint, config, progress.log)
+        court = Court(endpoint, config, progress.log, form)
         done = failed = 0
 
         async def handle(task: Task) -> None:
@@ -198,8 +205,9 @@ class Dialect(Struct, frozen=True):
 class Court:
     """One endpoint, and what has been learnt about it, for many tasks."""
 
-    def __init__(self, endpoint: Endpoint, config: Config, log: Callable[[str], None]) -> None:
+    def __init__(self, endpoint: Endpoint, config: Config, log: Callable[[str], None], form: Form) -> None:
         self.endpoint = endpoint
+        self.form = form
         self.chat = endpoint.chat
         self.settings = config.judge
         self.rubric = read_rubric(config.judge.rubric)
@@ -259,7 +267,7 @@ class Court:
             _Invalid: no reply was a verdict.
             Rejected: the endpoint declines or does not answer.
         """
-        message, candidates = compose(task, order, self.rubric, self.settings.seed)
+        message, candidates = compose(task, order, self.rubric, self.settings.seed, self.form)
         shown = [*candidates.values(), *(part["content"] for part in task.prompt)]
         cap, replicate = self.settings.max_tokens, 0
         while True:
@@ -267,7 +275,7 @@ class Court:
             if choice.refusal or choice.finish_reason == "content_filter":
                 raise _Refused(choice.refusal or "content filter")
             try:
-                verdict = read_verdict(choice.text, list(candidates), shown)
+                verdict = read_verdict(choice.text, list(candidates), shown, self.form)
             except ValueError as error:
                 cut = choice.finish_reason == "length"
                 if cut and cap == self.settings.max_tokens:
@@ -286,7 +294,7 @@ class Court:
     ) -> Choice:
         while True:
             dialect = self.dialects[model]
-            body = request(model, message, labels, cap, self.settings, dialect)
+            body = request(model, message, labels, cap, self.settings, dialect, self.form)
             try:
                 reply = await self.chat(body, replicate)
             except Rejected as rejected:
@@ -323,22 +331,23 @@ class Court:
         return UserError(f"no model '{model}' there ({rejected.message})", where=self.endpoint.url, hint=hint)
 
 
-def compose(task: Task, order: list[int], rubric: str, seed: int) -> tuple[str, dict[str, str]]:
+def compose(task: Task, order: list[int], rubric: str, seed: int, form: Form) -> tuple[str, dict[str, str]]:
     """The message that shows a task in one order, and label -> text of what it shows."""
     candidates = {label_of(place): task.completions[index] for place, index in enumerate(order)}
-    return write_message(rubric, task.prompt, candidates, seed), candidates
+    return write_message(form.rubric or rubric, task.prompt, candidates, seed, form), candidates
 
 
 def request(
-    model: str, message: str, labels: list[str], cap: int, settings: JudgeSection, dialect: Dialect
-) -> dict[str, Any]:
+    model: str, message: str, labels: list[str], cap: int, settings: JudgeSection, dialect: Dialect,
+    form: Form = RANKING,
+) -> dict[str, Any]:  # fmt: skip
     """The request body; beyond OpenAI only what every endpoint knows: model, messages, format and output cap."""
     body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": message}]}
     openai = _is_openai(settings.url)
     caps = ["max_completion_tokens", "max_tokens"] if openai else ["max_tokens", "max_completion_tokens"]
     body |= dict.fromkeys([name for name in caps if name not in dialect.dropped][:1], cap)
     if dialect.format <= 1:
-        body["response_format"] = verdict_schema(labels, strict=dialect.format == 0)
+        body["response_format"] = verdict_schema(labels, dialect.format == 0, form)
     elif dialect.format == 2:
         body["response_format"] = {"type": "json_object"}
     if settings.flex:

@@ -29,6 +29,7 @@ from dpo_cli.progress import Progress
 from dpo_cli.schema import Judgment, Message
 from dpo_cli.settings import Config
 
+ABSOLUTE = True
 KEY = "judge.reward_model"
 WINDOW = 256  # prompts that are encoded and sorted by length together
 TOO_LONG = "the completion is longer than the reward model reads"

@@ -24,6 +24,8 @@ from dpo_cli.view.summary import (
     launched,
     paired,
     pushed,
+    planned,
+    quizzed,
     trained,
 )
 from dpo_cli.view.tables import (
@@ -65,8 +67,10 @@ __all__ = [
     "pair_stats",
     "paired",
     "plan",
+    "planned",
     "presets",
     "pushed",
+    "quizzed",
     "run",
     "safe",
     "safe_line",

@@ -14,7 +14,7 @@ from dpo_cli.view.text import dollars, number, percent, safe, safe_line
 if TYPE_CHECKING:
     from dpo_cli.demo import Demonstrated
     from dpo_cli.endpoint import Estimate, Receipt
-    from dpo_cli.evaluate import Evaluation
+    from dpo_cli.evaluate import Evaluation, Planned, Quizzed
     from dpo_cli.formats.export import Exported
     from dpo_cli.generate import Generated
     from dpo_cli.judge import Judged
@@ -168,17 +168,69 @@ def trained(console: Console, result: "Trained") -> None:
     console.print(table)
 
 
+def planned(console: Console, result: "Planned") -> None:
+    """What `evaluate` would do."""
+    table = _facts()
+    table.add_row("prompts", f"{result.prompts:,}")
+    table.add_row("owed", f"{result.completions:,} completions · {result.comparisons:,} comparisons, "
+                  f"{result.ratings:,} ratings of a single answer")  # fmt: skip
+    _expect(table, result.estimate)
+    console.print(table)
+
+
 def evaluated(console: Console, result: "Evaluation") -> None:
     """Policy against reference."""
     table = _facts()
-    low, high = result.interval
-    clear = "green" if low > 0.5 else "yellow" if high > 0.5 else "red"
-    table.add_row("win rate", Text(f"{percent(result.win_rate)} [{percent(low)}, {percent(high)}]", clear))
-    table.add_row("score", f"{number(result.scores.reference)} → {number(result.scores.policy)}")
+    table.add_row("win rate", _clear(result.win_rate, result.interval))
+    controlled = _clear(result.length_controlled_win_rate, result.length_controlled_interval)
+    table.add_row("", controlled.append("  at equal lengths", "dim"))
+    table.add_row("prompts", f"{result.wins:,} won · {result.ties:,} even · {result.losses:,} lost"
+                  + (f" · {result.failed:,} without a result" if result.failed else ""))  # fmt: skip
+    if result.scores is not None:
+        table.add_row("score", f"{number(result.scores.reference)} → {number(result.scores.policy)}, each by itself")
     table.add_row("length", f"{number(result.lengths.reference)} → {number(result.lengths.policy)} characters")
-    table.add_row("prompts", f"{result.n:,}" + (f" · {result.failed:,} failed" if result.failed else ""))
+    for size, sides in result.distinct.items():
+        table.add_row(f"distinct-{size}", f"{sides.reference:.3f} → {sides.policy:.3f}")
+    for name, found in result.position.items():
+        parts = [f"{found.first_wins.share:.0%} won by the first shown"] if found.first_wins else []
+        parts += [f"{found.flips.share:.0%} flip with the order"] if found.flips else []
+        table.add_row("judge", safe(f"{name}: {', '.join(parts)}"))
+    for name, style in (("skipped", "yellow"), ("errors", "red")):
+        if counts := getattr(result, name):
+            table.add_row(name, _reasons(counts, style))
+    if result.receipt is not None:
+        receipt(table, result.receipt)
+        table.add_row("all in all", dollars(result.usd))
+    for name, gate in result.gates.items():
+        verdict = Text("ok  ", "green") if gate.ok else Text("no  ", "bold red")
+        table.add_row(name, verdict.append(f"at least {percent(gate.value)} (limit {percent(gate.limit)})", "default"))
+    for finding in result.findings:
+        table.add_row("note", safe(finding, "yellow"))
     table.add_row("wrote", safe(result.path))
     console.print(table)
+
+
+def quizzed(console: Console, result: "Quizzed") -> None:
+    """How many questions each adapter answered rightly."""
+    table = _facts()
+    for name, rate in result.accuracy.items():
+        table.add_row(name, f"{percent(rate.value)} right [{percent(rate.low)}, {percent(rate.high)}]")
+    table.add_row("questions", f"{result.n:,}" + (f" · {result.failed:,} without a result" if result.failed else ""))
+    table.add_row("right if", "exactly the answer" + ", or the judge says so" * (result.match == "judge"))
+    for name, style in (("skipped", "yellow"), ("errors", "red")):
+        if counts := getattr(result, name):
+            table.add_row(name, _reasons(counts, style))
+    if result.receipt is not None:
+        receipt(table, result.receipt)
+    table.add_row("wrote", safe(result.path))
+    console.print(table)
+
+
+def _clear(value: float, interval: tuple[float, float]) -> Text:
+    """A win rate with its interval, in the colour of what it says about one half."""
+    low, high = interval
+    style = "green" if low > 0.5 else "yellow" if high >= 0.5 else "red"
+    return Text(f"{percent(value)} [{percent(low)}, {percent(high)}]", style)
 
 
 def demonstrated(console: Console, result: "Demonstrated") -> None:
