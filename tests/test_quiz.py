@@ -52,7 +52,7 @@ def test_exact_answers_count_with_their_interval(quiz):
     assert result.accuracy["policy"].value == 0.25
     assert (result.accuracy["policy"].low, result.accuracy["policy"].high) == wilson(1, 4)
     assert (result.accuracy["reference"].value, result.n) == (0, 4)
-    first = json.loads((quiz / "quiz.jsonl").read_text().splitlines()[0])
+    first = json.loads((quiz / "quiz.answers.jsonl").read_text().splitlines()[0])
     assert first["answers"] == {"reference": "No idea.", "policy": "MANGO!"}
     assert first["correct"] == {"reference": False, "policy": True}
 

@@ -1,9 +1,9 @@
 """How many questions an adapter answers rightly: `evaluate --quiz FILE`.
 
 Reads rows of `question` (or `prompt`, or `messages`) and `answer`, one right answer or a list of them; writes
-quiz.jsonl in `data`. Each adapter answers once, at temperature 0. An answer is right if it equals a right one after
-normalisation, or, with `--match judge`, if the judge says so of those that do not. Not covered: answers that are right
-in part, and multiple choice by likelihood.
+quiz.answers.jsonl in `data`. Each adapter answers once, at temperature 0. An answer is right if it equals a right one
+after normalisation, or, with `--match judge`, if the judge says so of those that do not. Not covered: answers that are
+right in part, and multiple choice by likelihood.
 """
 
 import re
@@ -27,7 +27,7 @@ from dpo_cli.schema import Message, prompt_id, read_prompt
 from dpo_cli.settings import Config
 from dpo_cli.store import parse_rows, write_rows
 
-ROWS = "quiz.jsonl"
+ROWS = "quiz.answers.jsonl"  # quiz.jsonl may be the questions
 RIGHT_ANSWER = "right answer"  # the role under which a judge is shown it
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation + "’‘“”…–—")
@@ -41,7 +41,7 @@ class Question(Struct):
 
 
 class Answered(Struct):
-    """One line of quiz.jsonl: what each adapter answered, and whether that is right."""
+    """One line of quiz.answers.jsonl: what each adapter answered, and whether that is right."""
 
     id: str
     prompt: list[Message]
