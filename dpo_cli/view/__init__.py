@@ -23,8 +23,8 @@ from dpo_cli.view.summary import (
     judged_and_paired,
     launched,
     paired,
-    pushed,
     planned,
+    pushed,
     quizzed,
     trained,
 )
