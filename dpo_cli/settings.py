@@ -17,6 +17,7 @@ Seconds = Annotated[float, Meta(gt=0)]
 Positive = Annotated[float, Meta(gt=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
 NonNegative = Annotated[float, Meta(ge=0)]
+Quantity = Annotated[str, Meta(pattern=r"^[0-9]+(\.[0-9]+)?(m|[kMGT]|[KMGT]i)?$")]  # Kubernetes'
 Orders: TypeAlias = Annotated[int, Meta(ge=1, le=8)] | Literal["full", "auto"]
 Tracker = Literal["none", "wandb", "trackio", "tensorboard"]
 Strategy = Literal["best-worst", "all", "adjacent", "mu-2sigma", "same-prompt", "stratified"]
@@ -248,6 +249,37 @@ class ServeSection(Struct, kw_only=True):
     chat_template: Annotated[str | None, _doc("Chat template file; unset: the base's own.")] = None
 
 
+class GkeSection(Struct, kw_only=True):
+    """`--backend gke`: the cluster, and what a Job asks it for."""
+
+    project: Annotated[str | None, _doc("Google Cloud project, for the commands that are suggested.")] = None
+    region: Annotated[str, _doc("Region of cluster and bucket, likewise.")] = "us-central1"
+    context: Annotated[str | None, _doc("Context of the kubeconfig; unset: the current one.")] = None
+    namespace: Annotated[str, _doc("Namespace of the Jobs.")] = "default"
+    bucket: Annotated[str | None, _doc("Cloud Storage bucket that is mounted at /vol.")] = None
+    image: Annotated[str | None, _doc("Image by digest, of examples/gke/Dockerfile: HOST/PATH@sha256:...")] = None
+    allow_tag: Annotated[bool, _doc("Take an image without a digest; it may change between two pods of a Job.")] = False
+    service_account: Annotated[str, _doc("Kubernetes service account that may use the bucket.")] = "nothing-dpo"
+    gpu: Annotated[str, _doc("Card.")] = "L4"
+    spot: Annotated[bool, _doc("Spot nodes: a third of the price, taken away at any time; training goes on after.")] = (
+        True
+    )
+    cpu: Annotated[Quantity, _doc("Processors for training.")] = "4"
+    memory: Annotated[Quantity, _doc("Memory for training, 2Gi of it shared between processes.")] = "24Gi"
+    disk: Annotated[Quantity, _doc("Disk for training: the base model and caches.")] = "30Gi"
+    deadline_hours: Annotated[Positive, _doc("Hours after which a Job is ended, the wait for a node included.")] = 72.0
+    queue_name: Annotated[str | None, _doc("Kueue queue that admits the Job.")] = None
+    compute_class: Annotated[str | None, _doc("GKE compute class that decides on nodes, instead of gpu and spot.")] = (
+        None
+    )
+    hf_secret: Annotated[str | None, _doc("Secret with the key HF_TOKEN; none: without.")] = "hf-secret"
+    wandb_secret: Annotated[str | None, _doc("Secret with the key WANDB_API_KEY; none: without.")] = "wandb-secret"
+    openai_secret: Annotated[str | None, _doc("Secret with the key OPENAI_API_KEY; none: without.")] = "openai-secret"
+    serve_url: Annotated[str, _doc("Endpoint in the cluster to generate with, where generate.url is not set.")] = (
+        "http://nothing-gpt-serve:8000/v1"
+    )
+
+
 class Config(Struct, kw_only=True):
     """Every setting of every stage."""
 
@@ -263,3 +295,4 @@ class Config(Struct, kw_only=True):
     plan: PlanSection = msgspec.field(default_factory=PlanSection)
     evaluate: EvaluateSection = msgspec.field(default_factory=EvaluateSection)
     serve: ServeSection = msgspec.field(default_factory=ServeSection)
+    gke: GkeSection = msgspec.field(default_factory=GkeSection)

@@ -21,7 +21,7 @@ import pkgutil
 from importlib import import_module
 from types import ModuleType
 
-from dpo_cli.errors import UserError
+from dpo_cli.errors import EXTRAS, UserError, require
 
 
 def names() -> list[str]:
@@ -33,8 +33,10 @@ def load(name: str) -> ModuleType:
     """The module of a backend.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: there is none of that name, or it needs an extra that is not installed.
     """
     if name not in names():
         raise UserError(f"unknown backend '{name}'", hint=f"one of: {', '.join(names())}")
+    if name in EXTRAS:
+        require(name, f"--backend {name}")
     return import_module(f"{__name__}.{name}")

@@ -129,13 +129,14 @@ def put(files: Mapping[str, Source], dest: str, progress: Progress, *, dry_run: 
     return Sent(dest=dest, sent=sent, skipped=skipped, bytes=sum(sent.values()), dry_run=dry_run)
 
 
-def get(dest: str, folder: Path, progress: Progress) -> Fetched:
+def get(dest: str, folder: Path, progress: Progress, wanted: Callable[[str], bool] = lambda name: True) -> Fetched:
     """Fetch files, except those that are there already; each appears whole, and with the checksum that it should have.
 
     Args:
         dest: where they are, `scheme://place` or a folder. Of a place with a marker, what it lists is fetched.
         folder: where they go.
         progress: told of megabytes.
+        wanted: which files are fetched, by their names.
 
     Raises:
         UserError: nothing is there, or a file is not what was sent; or the disk is full.
@@ -146,6 +147,7 @@ def get(dest: str, folder: Path, progress: Progress) -> Fetched:
         there = _listed(storage, there, dest, folder)
     if not there:
         raise UserError("nothing is there", where=dest)
+    there = {name: stored for name, stored in there.items() if wanted(name)}
     _check_names(there, dest)
     missing = {name: stored for name, stored in there.items() if not _is_same(folder / name, stored)}
     skipped = {name: stored.size for name, stored in there.items() if name not in missing}
