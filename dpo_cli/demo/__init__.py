@@ -37,6 +37,7 @@ preset = "demo"
 MADE = ("base", "adapters", "data", "runs")  # what `fresh` removes
 SEED = 7
 VOICED = 0.35  # share of the lines that are in their speaker's voice: what DPO has to raise
+TUNED_ON = 128  # scenes on which the preset's settings were chosen; those that measure come after them
 
 
 class Sizes(Struct):
@@ -142,9 +143,9 @@ def _claim(folder: Path, fresh: bool) -> None:
 
 def _make_inputs(settings: Config, sizes: Sizes, progress: Progress) -> None:
     """Scenes for every purpose, no two with the same opening, and the base model."""
-    counts = (sizes.base, sizes.demonstrations, sizes.prompts, sizes.held_out)
+    counts = (sizes.base, sizes.demonstrations, sizes.prompts, TUNED_ON, sizes.held_out)
     scenes = iter(make_scenes(sum(counts), VOICED, SEED))
-    corpus, demonstrations, prompts, held_out = ([next(scenes) for _ in range(count)] for count in counts)
+    corpus, demonstrations, prompts, _, held_out = ([next(scenes) for _ in range(count)] for count in counts)
     data = Path(settings.generate.prompts)
     write_rows(data / "train.jsonl", map(_demonstration, demonstrations))
     write_rows(data / "val.jsonl", map(_demonstration, prompts))
