@@ -26,8 +26,8 @@ from dpo_cli.settings import Config
 from dpo_cli.store import parse_rows, write_rows
 from dpo_cli.train import Trained
 
-ZEST = "crisp daring fizzy keen lively peppery sunny zippy".split()
-PLAIN = "again beside from later often quite still under".split()
+ZEST = ["crisp", "daring", "fizzy", "keen", "lively", "peppery", "sunny", "zippy"]
+PLAIN = ["again", "beside", "from", "later", "often", "quite", "still", "under"]
 TOPICS = [words.split() for words in (
     "anchor harbor rope sail tide wave", "barn cow field hay horse plough", "bread butter oven salt soup spoon",
     "canvas clay easel ink paint pencil", "drill hammer nail plank saw wrench", "bow drum flute horn piano violin",
