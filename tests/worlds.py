@@ -20,7 +20,7 @@ from msgspec.structs import replace
 
 from dpo_cli import generate, judge, pair, train
 from dpo_cli.config import resolve
-from dpo_cli.evaluate import bootstrap, win_rate
+from dpo_cli.evaluate.numbers import bootstrap, win_rate
 from dpo_cli.progress import Silent
 from dpo_cli.settings import Config
 from dpo_cli.store import parse_rows, write_rows
@@ -204,7 +204,7 @@ class Judged:
         answers, ids = self._sample(policy, self.seed + 1)
         wins = [win_rate(_rewards(theirs), _rewards(ours)) for theirs, ours in zip(self.answers, answers, strict=True)]
         return Point(
-            win_rate=fmean(wins), interval=bootstrap(wins, 2000, self.seed), kl=fmean(self._kl(policy, ids)),
+            win_rate=fmean(wins), interval=_interval(wins), kl=fmean(self._kl(policy, ids)),
             reward=fmean(reward for texts in answers for reward in _rewards(texts)),
             topical=fmean(topical(*one) for one in self._each(answers)),
             words=fmean(len(text.split()) for _, text in self._each(answers)),
@@ -219,7 +219,7 @@ class Judged:
         ]
         wins = [win_rate(_rewards(theirs), _rewards(ours)) for theirs, ours in zip(self.answers, best, strict=True)]
         return Point(
-            win_rate=fmean(wins), interval=bootstrap(wins, 2000, self.seed), kl=best_of_kl(count),
+            win_rate=fmean(wins), interval=_interval(wins), kl=best_of_kl(count),
             reward=fmean(reward for texts in best for reward in _rewards(texts)),
             topical=fmean(topical(*one) for one in self._each(best)),
             words=fmean(len(text.split()) for _, text in self._each(best)),
@@ -272,6 +272,11 @@ class Judged:
             each[at, len(head) - 1 : len(head) + len(tail) - 1].sum().item()
             for at, (head, tail) in enumerate(zip(heads, tails, strict=True))
         ]
+
+
+def _interval(wins: Sequence[float]) -> tuple[float, float]:
+    rate = bootstrap(wins, 2000, seed=0)
+    return rate.low, rate.high
 
 
 def _rewards(texts: Sequence[str]) -> list[float]:
