@@ -42,7 +42,6 @@ from dpo_cli.training.reference import keep_reference
 from dpo_cli.training.run_folder import ADAPTER_FILES, RunFolder, event
 from dpo_cli.training.trainer import ResumableTrainer, arguments, fresh_lora, load_base
 
-STEP_ZERO_TOLERANCE = 1e-3  # for the loss and for the margin of every pair, in nats
 BEST = (MARGIN, 1)
 REFERENCES = ".reference"  # beside the runs, which share it
 
@@ -77,6 +76,7 @@ class Trainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ignore
         kl_prompts: token ids of the held-out prompts on which evaluation measures KL.
         kl_tokens: longest completion sampled for that.
         kl_limit: within which the best checkpoint must lie, in nats a token.
+        tolerance: most that the loss and each margin may be off at step zero, in nats.
         easy_first: whether the first epoch keeps the order of the rows.
         **trl: what DPOTrainer takes.
     """
@@ -85,11 +85,12 @@ class Trainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ignore
 
     def __init__(
         self, *, events: store.Journal, kl_prompts: list[list[int]], kl_tokens: int, kl_limit: float = math.inf,
-        easy_first: bool = False, **trl: Any,
+        tolerance: float = 1e-3, easy_first: bool = False, **trl: Any,
     ) -> None:  # fmt: skip
         self.easy_first = easy_first
         super().__init__(**trl)
         self.kl_limit = kl_limit
+        self.tolerance = tolerance
         self.events = events
         self.kl_prompts = kl_prompts
         self.kl_tokens = kl_tokens
@@ -136,7 +137,7 @@ class Trainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ignore
         margin = margins.abs().max().item()
         expected = LN2 if self.loss_types == ["sigmoid"] else None  # also with label smoothing
         off = margin if expected is None else max(margin, abs(loss.item() - expected))
-        ok = off <= STEP_ZERO_TOLERANCE  # false for NaN
+        ok = off <= self.tolerance  # false for NaN
         self.events.append(event("step_zero", 0, loss=loss.item(), margin=margin, ok=ok))
         if ok:
             return
@@ -156,7 +157,11 @@ class Trainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ignore
             return "the reference is another adapter than the one that is trained"
         if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in self.model.modules()):
             return "dropout is on"
-        return "the two agree in their weights, so the cause is numerical: try bf16 = false"
+        dtype = "bfloat16" if self.args.bf16 else str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        return (
+            f"policy and reference agree in their weights, so it is precision ({dtype}): set train.bf16 = false, or "
+            f"gate.step_zero_tolerance above {self.tolerance:g}"
+        )
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's evaluation, with the standard error of the margin, KL on held-out prompts, and the beta of it all."""
@@ -189,6 +194,7 @@ class Trainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ignore
         """KL(policy || reference) on the policy's own completions: nats a token, nats a sequence."""
         total = torch.zeros((), dtype=torch.float64)
         for prompt, completion in zip(self.kl_prompts, completions, strict=True):
+            self._may_stop()
             ids = torch.tensor([prompt + completion], device=self.model.device)
             policy = self._next_token_log_probs(self.model, ids, len(completion))
             with self._reference() as model:
@@ -212,10 +218,15 @@ class Trainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ignore
             output = model.generate(
                 input_ids=torch.tensor(ids, device=device), attention_mask=torch.tensor(mask, device=device),
                 do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
-                max_new_tokens=self.kl_tokens,
+                max_new_tokens=self.kl_tokens, stopping_criteria=[self._may_stop],
                 eos_token_id=sorted(stop for stop in stops if stop is not None), pad_token_id=pad,
             )  # fmt: skip
         return [_until(row, stops) for row in output[:, width:].tolist()]
+
+    def _may_stop(self, *_: Any) -> bool:
+        """Let a signal end the measurement of KL, which can take longer than a job has left; never ends it itself."""
+        self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        return False
 
     def _next_token_log_probs(self, model: Any, ids: torch.Tensor, count: int) -> torch.Tensor:
         """Log-probabilities of what followed: (count, vocabulary), float32, for the last `count` positions."""
@@ -263,6 +274,7 @@ def train(
                 kl_prompts=_distinct([row.prompt for row in held_out])[: section.kl_prompts],
                 kl_tokens=section.kl_tokens,
                 kl_limit=config.gate.kl_limit,
+                tolerance=config.gate.step_zero_tolerance,
                 easy_first=section.curriculum,
                 model=policy,
                 ref_model=reference,

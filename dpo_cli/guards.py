@@ -22,10 +22,7 @@ MARGIN = "eval_rewards/margins"
 BETA_FACTOR = 2.0
 ADAPT_RATE = 0.1  # of beta, at an evaluation
 BETA_RANGE = 10.0  # adaptive beta stays within this factor of what was set
-DRIFT = 1.5  # mean length of the policy's samples against the reference's
-SPIKE = 1.5  # loss against the median of the logs before
 RECENT = 5  # logs that a spike is compared with
-FALLS = 1.0  # nats that a chosen completion must have lost for it to be news
 
 
 class State(Struct):
@@ -64,28 +61,33 @@ def after_evaluation(state: State, rows: Sequence[dict[str, Any]], gate: GateSec
         beta: as configured, in force unless `state.beta` says otherwise.
     """
     evaluations = [row for row in rows if "eval_loss" in row]
-    found = [_warn(state, name, details) for name, details in _symptoms(evaluations)]
-    found += _on_kl(state, evaluations[-1].get(KL), gate, beta)
+    row = evaluations[-1]
+    symptoms = _symptoms(row, gate, row.get("eval_beta", beta), "eval_")
+    found = [_warn(state, name, details) for name, details in symptoms]
+    found += _on_kl(state, row.get(KL), gate, beta)
     if gate.patience and state.ended is None and _stalled(evaluations, gate):
         state.ended = "margin_stalls"
         found.append(Finding("margin_stalls", "stop", {"evaluations": gate.patience}))
     return [finding for finding in found if finding is not None]
 
 
-def after_log(state: State, rows: Sequence[dict[str, Any]]) -> list[Finding]:
-    """Look for a loss spike in the last training row."""
-    losses = [row["loss"] for row in rows if "loss" in row]
+def after_log(state: State, rows: Sequence[dict[str, Any]], gate: GateSection, beta: float = 1.0) -> list[Finding]:
+    """Look for a loss spike in the last training row; where nothing is held out, for the other symptoms as well."""
+    trained = [row for row in rows if "loss" in row]
+    losses = [row["loss"] for row in trained]
     before = losses[-RECENT - 1 : -1]
-    if len(before) < 2 or not losses[-1] > max(SPIKE * median(before), LN2):
-        return []
-    finding = _warn(state, "loss_spike", {"loss": losses[-1], "before": median(before)})
-    return [finding] if finding else []
+    found: list[Finding | None] = []
+    if len(before) > 1 and losses[-1] > max(gate.loss_spike * median(before), LN2):
+        found.append(_warn(state, "loss_spike", {"loss": losses[-1], "before": median(before)}))
+    if len(trained) == len(rows):
+        found += [_warn(state, name, details) for name, details in _symptoms(trained[-1], gate, beta, "")]
+    return [finding for finding in found if finding is not None]
 
 
-def after_nan(state: State) -> Finding:
-    """A loss that is not a number: back to the last good checkpoint at a tenth of the rate, once; then stop."""
+def after_nan(state: State, gate: GateSection) -> Finding:
+    """A loss that is not a number: back to the last good checkpoint at a tenth of the rate, or stop."""
     state.nans += 1
-    if state.nans > 1:
+    if state.nans > gate.nan_rollbacks:
         state.ended = "nan"
         return Finding("nan", "stop", {})
     state.lr_scale /= 10
@@ -196,18 +198,18 @@ def _stalled(evaluations: Sequence[dict[str, Any]], gate: GateSection) -> bool:
     return len(margins) > gate.patience and max(margins[-gate.patience :]) <= max(margins[: -gate.patience])
 
 
-def _symptoms(evaluations: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, float | str]]]:
-    """Faults that the last evaluation shows, each with the numbers that show it."""
-    row = evaluations[-1]
-    beta = row.get("eval_beta", 1.0)
-    chosen, rejected = (row.get(f"eval_rewards/{side}", 0.0) / beta for side in ("chosen", "rejected"))  # nats
+def _symptoms(
+    row: dict[str, Any], gate: GateSection, beta: float, prefix: str
+) -> list[tuple[str, dict[str, float | str]]]:
+    """Faults that an evaluation shows, or a training row (prefix ""), each with the numbers that show it."""
+    chosen, rejected = (row.get(f"{prefix}rewards/{side}", 0.0) / beta for side in ("chosen", "rejected"))  # nats
     found: list[tuple[str, dict[str, float | str]]] = []
-    if chosen < -FALLS and rejected < chosen:
+    if chosen < -gate.chosen_falls and rejected < chosen:
         found.append(("one_sided", {"chosen_nats": chosen, "rejected_nats": rejected}))
-    elif chosen < -FALLS:
+    elif chosen < -gate.chosen_falls:
         found.append(("chosen_falls", {"chosen_nats": chosen}))
     lengths = row.get("eval_sampled_tokens"), row.get("eval_reference_sampled_tokens")
-    if lengths[0] and lengths[1] and not 1 / DRIFT <= lengths[0] / lengths[1] <= DRIFT:
+    if lengths[0] and lengths[1] and not 1 / gate.length_drift <= lengths[0] / lengths[1] <= gate.length_drift:
         found.append(("length_drift", {"sampled_tokens": lengths[0], "reference": lengths[1]}))
     return found
 

@@ -204,6 +204,27 @@ class GateSection(Struct, kw_only=True):
     patience: Annotated[
         int, Meta(ge=0), _doc("Evaluations without a better held-out margin until the run ends; 0: all.")
     ] = 5
+    step_zero_tolerance: Annotated[
+        NonNegative, _doc("Most that the first loss may be off ln 2, and a first margin off 0, in nats.")
+    ] = 1e-3
+    token_rows: Annotated[
+        int,
+        Meta(ge=0),
+        _doc("Rows that must be the same tokens on the server and by the SFT adapter's template."),
+    ] = 10
+    loss_spike: Annotated[Positive, _doc("Training loss over the median of the logs before that is a spike.")] = 1.5
+    chosen_falls: Annotated[
+        NonNegative, _doc("Nats that a chosen completion may become less likely, before that is a fault.")
+    ] = 1.0
+    length_drift: Annotated[
+        Positive, _doc("Length of the policy's samples over the reference's, or the inverse, that is a drift.")
+    ] = 1.5
+    nan_rollbacks: Annotated[
+        int,
+        Meta(ge=0),
+        _doc("Rollbacks, each to a tenth of the rate, before a loss that is no number ends the run."),
+    ] = 1
+    smaller_batch: Annotated[bool, _doc("Halve the rows a forward where memory lacks; a step keeps its rows.")] = True
 
 
 class PlanSection(Struct, kw_only=True):

@@ -7,7 +7,7 @@ readers who don't see it. There is nothing in it that runs or is loaded; every t
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TypeVar
 
 from msgspec import Struct
@@ -15,7 +15,7 @@ from msgspec import Struct
 from dpo_cli.terminal import plain
 
 WIDTH, HEIGHT = 480, 250
-LEFT, RIGHT, TOP, FLOOR = 46, 14, 14, 210  # margins, and where the x axis is
+LEFT, RIGHT, TOP, FLOOR = 46, 14, 28, 210  # margins, and where the x axis is
 SERIES = 4  # colours there are
 TICKS, NAME = 5, 24  # labels of an axis, characters of a curve's name
 LETTER = 5.6  # width of a letter, about
@@ -124,7 +124,7 @@ def scatter(title: str, points: Sequence[tuple[float, float]], slope: float, x_l
 def lines(
     title: str, curves: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str,
     bands: Mapping[str, Sequence[tuple[float, float, float]]] | None = None, x_names: Sequence[str] = (),
-    limit: float | None = None, marks: Mapping[float, str] | None = None,
+    limit: float | None = None, marks: Mapping[float, str] | None = None, unjoined: Collection[str] = (),
 ) -> str:  # fmt: skip
     """Curves by name, through points in order of x; what is not finite is left out.
 
@@ -137,6 +137,7 @@ def lines(
         x_names: names of x = 0, 1, 2 …, instead of numbers.
         limit: a y with a dashed line across.
         marks: x -> name of what happened there, with a line down.
+        unjoined: names of curves that are points without a line.
     """
     shaded = {name: _finite(band) for name, band in (bands or {}).items()}
     corners = [point for curve in curves.values() for point in _finite(curve)]
@@ -151,10 +152,10 @@ def lines(
         points, band = _finite(curve), shaded.get(name, [])
         outline = [axes.at(x, low) for x, low, _ in band] + [axes.at(x, high) for x, _, high in reversed(band)]
         drawn.append(f'<polygon class="band fill-{place % SERIES}" points="{" ".join(outline)}"/>' if band else "")
-        drawn.append(_curve(axes, place, name, points))
+        drawn.append(_curve(axes, place, name, points, name not in unjoined))
         if len(curves) > 1:
-            drawn.append(f'<rect class="fill-{place % SERIES}" x="{left:.1f}" y="{TOP - 10}" width="12" height="4"/>')
-            drawn.append(_text(left + 17, TOP - 5, name[:NAME], "start"))
+            drawn.append(f'<rect class="fill-{place % SERIES}" x="{left:.1f}" y="4" width="12" height="4"/>')
+            drawn.append(_text(left + 17, 9, name[:NAME], "start"))
             left += 34 + LETTER * len(name[:NAME])
         said += [f"{name}: from {points[0][1]:.3g} to {points[-1][1]:.3g}."] if points else []
     drawn += [_text(axes.across(x), FLOOR + 17, name) for x, name in enumerate(x_names)]
@@ -162,12 +163,12 @@ def lines(
     return _svg(title, " ".join(said), "".join(drawn))
 
 
-def _curve(axes: _Axes, place: int, name: str, points: Sequence[tuple[float, float]]) -> str:
+def _curve(axes: _Axes, place: int, name: str, points: Sequence[tuple[float, float]], joined: bool) -> str:
     """A line, and its points where they are few, each with its value for a pointer that rests on it."""
     through = " ".join(axes.at(x, y) for x, y in points)
     again = " again" if place >= SERIES else ""
-    line = f'<polyline class="curve stroke-{place % SERIES}{again}" points="{through}"/>'
-    if len(points) > DOTS:
+    line = f'<polyline class="curve stroke-{place % SERIES}{again}" points="{through}"/>' if joined else ""
+    if joined and len(points) > DOTS:
         return line
     return line + "".join(
         f'<circle class="fill-{place % SERIES}" cx="{axes.across(x):.1f}" cy="{axes.down(y):.1f}" r="3">'

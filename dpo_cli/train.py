@@ -157,7 +157,9 @@ def run(
             progress.begin("train", result.steps, result.resumed_from or 0)
             try:
                 _train(config, stage, base, adapter, inputs, folder, events, progress)
-            except UserError:
+            except UserError as error:
+                if error.code != Exit.PREEMPTED:
+                    events.append(event("refused", max(checkpoints, default=0), reason=error.message))
                 result.step_zero = folder.last_event("step_zero")
                 if result.step_zero is not None and not result.step_zero["ok"]:
                     result.verdict = "fail"
@@ -188,8 +190,9 @@ def _train(
             from dpo_cli import dpo
 
             _say_plan(config, base, rows, held_out, progress)
-            check_tokens(encoder, [row.prompt for row in inputs.rows], config.generate.url, progress)
             start = adapter.path if adapter else None
+            asked = [(row.prompt, row.completions[0]) for row in inputs.rows[: config.gate.token_rows]]
+            check_tokens(encoder, asked, config.generate.url, start, events, progress)
             dpo.train(config, base, start, encoder.tokenizer, rows.rows, held_out.rows, folder, events, progress)
         else:
             from dpo_cli.training import sft
@@ -242,6 +245,9 @@ def _finish(
     result.gates = _gates(result.stage, [row for row in rows if row["step"] <= best], config, encoded["held_out"])
     result.verdict = "fail" if any(gate.ok is False for gate in result.gates.values()) else "pass"
     result.reasons = [_reason(name, gate) for name, gate in result.gates.items() if not gate.ok]
+    kl = result.gates.get("kl_nats_per_token")
+    if kl is not None and not kl.ok:
+        result.reasons.append("no checkpoint is within the KL limit: this is the one of least KL; keep the SFT adapter")
     result.ended = folder.guard_state().ended
     result.best_checkpoint = checkpoints[best].name
     result.policy_sha256 = sha256(weights_file(checkpoints[best]))

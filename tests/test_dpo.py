@@ -113,9 +113,19 @@ def dropout(trainer):
             module.lora_dropout["default"] = torch.nn.Dropout(0.5)
 
 
+def imprecise_reference(trainer):
+    """What the reference computes is off, and its weights are right."""
+
+    def off(module, inputs, output):
+        return output * 3 if trainer.model.active_adapter == "ref" else output
+
+    trainer.model.base_model.model.model.norm.register_forward_hook(off)
+
+
 @pytest.mark.parametrize(
     ("mistake", "cause"),
     [
+        (imprecise_reference, r"it is precision \(float32\): set train.bf16 = false"),
         (base_as_reference, "the reference is the base model"),
         (other_adapter_as_reference, "the reference is another adapter"),
         (dropout, "dropout is on"),
@@ -133,6 +143,15 @@ def test_a_wrong_step_zero_stops_with_its_cause_before_anything_is_trained(train
     assert all(value.equal(before[name]) for name, value in adapter_weights(trainer.model, "default").items())
     [event] = [row for _, row in store.read_rows(trainer.events.path, dict)]
     assert not event["ok"]
+
+
+def test_the_tolerance_of_step_zero_is_a_setting(start, tmp_path, monkeypatch):
+    from dpo_cli import dpo, train
+
+    places = (f"runs={tmp_path / 'runs'}", f"model.dpo_adapter={tmp_path / 'out'}", "train.max_steps=1")
+    config = settings(start, start / "base", *places, "gate.step_zero_tolerance=100")
+    monkeypatch.setattr(dpo, "check_reference", lambda model, adapter: shift(model, "ref", 0.05))
+    assert train.run(config, Silent()).step_zero["ok"]
 
 
 def test_a_failed_step_zero_is_reported_and_no_result(start, tmp_path, monkeypatch):

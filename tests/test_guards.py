@@ -80,16 +80,41 @@ def test_symptoms_are_named_once():
 
 def test_a_loss_spike_is_one_against_recent_losses_and_above_ln_2():
     def logs(*losses):
-        return actions(guards.after_log(State(), [{"loss": loss} for loss in losses]))
+        return actions(guards.after_log(State(), [{"loss": loss} for loss in losses], GateSection()))
 
     assert logs(0.6, 0.5, 0.9) == [("loss_spike", "warn")]
     assert logs(0.2, 0.1, 0.3) == [] and logs(0.6, 0.5, 0.8) == [] and logs(0.5, 0.9) == []
 
 
+def test_where_nothing_is_held_out_the_training_rows_show_the_symptoms():
+    row = {"loss": 0.6, "rewards/chosen": -0.5, "rewards/rejected": -0.9}
+    assert actions(guards.after_log(State(), [row], GateSection(), 0.1)) == [("one_sided", "warn")]
+    assert guards.after_log(State(), [row], GateSection(), 1.0) == [], "half a nat is no news"
+    assert guards.after_log(State(), [evaluation(1), row], GateSection(), 0.1) == [], "the held-out rows decide"
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "fault"),
+    [("loss_spike", 2.0, "loss_spike"), ("chosen_falls", 6.0, "chosen_falls"), ("length_drift", 2.0, "length_drift")],
+)
+def test_each_limit_is_a_setting(setting, value, fault):
+    def found(gate):
+        rows = [{"loss": loss} for loss in (0.6, 0.5, 0.9)]
+        more = {"eval_rewards/chosen": -0.5, "eval_sampled_tokens": 31.0, "eval_reference_sampled_tokens": 20.0}
+        seen = guards.after_log(State(), rows, gate) + guards.after_evaluation(
+            State(), [evaluation(25, **more)], gate, 0.1
+        )
+        return {finding.fault for finding in seen}
+
+    assert found(GateSection()) - found(GateSection(**{setting: value})) == {fault}
+
+
 def test_a_loss_that_is_no_number_rolls_back_once_and_then_ends_the_run():
     state = State()
-    assert guards.after_nan(state).action == "rollback" and math.isclose(state.lr_scale, 0.1) and state.ended is None
-    assert guards.after_nan(state).action == "stop" and state.ended == "nan"
+    finding = guards.after_nan(state, GateSection())
+    assert finding.action == "rollback" and math.isclose(state.lr_scale, 0.1) and state.ended is None
+    assert guards.after_nan(state, GateSection()).action == "stop" and state.ended == "nan"
+    assert guards.after_nan(State(), GateSection(nan_rollbacks=0)).action == "stop"
 
 
 @pytest.mark.parametrize(("before", "after"), [((4, 4), (2, 8)), ((6, 1), (3, 2)), ((3, 4), (1, 12)), ((1, 16), None)])

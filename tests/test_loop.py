@@ -138,21 +138,48 @@ def test_the_curriculum_begins_with_the_largest_gap_and_resumes_exactly(start, t
         train.run(config_of(start, tmp_path / "other", *sets), Silent())
 
 
-def test_a_signal_in_an_evaluation_saves_the_step_and_the_evaluation_is_made_up_for(start, tmp_path, monkeypatch):
+@pytest.mark.parametrize("place", ["held-out rows", "sampling for KL"])
+def test_a_signal_in_an_evaluation_saves_the_step_and_the_evaluation_is_made_up_for(
+    start, tmp_path, monkeypatch, place
+):
+    from dpo_cli import dpo
     from dpo_cli.training import loop
 
-    sets = ("train.eval_steps=4", "train.save_steps=8")
+    sets = ("train.eval_steps=4", "train.save_steps=8", "train.lora_dropout=0.1")
     train.run(config_of(start, tmp_path / "whole", *sets), Silent())
-    predict = loop.Watch.on_prediction_step
+    predict, sample = loop.Watch.on_prediction_step, dpo.Trainer._sample
 
     def terminated(self, args, state, control, **rest):
         os.kill(os.getpid(), signal.SIGTERM)
         return predict(self, args, state, control, **rest)
 
+    def terminated_before(self, model):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return sample(self, model)
+
     config = config_of(start, tmp_path, *sets)
     with monkeypatch.context() as patch, pytest.raises(UserError, match="step 4 is saved"):
-        patch.setattr(loop.Watch, "on_prediction_step", terminated)
+        if place == "held-out rows":
+            patch.setattr(loop.Watch, "on_prediction_step", terminated)
+        else:
+            patch.setattr(dpo.Trainer, "_sample", terminated_before)
+            patch.setattr(dpo.Trainer, "_kl", lambda *_: pytest.fail("it goes on measuring"))
         train.run(config, Silent())
     assert train.run(config, Silent()).resumed_from == 4
     assert metrics(tmp_path / "runs/dpo") == metrics(tmp_path / "whole/runs/dpo")
     shutil.rmtree(tmp_path / "whole")
+
+
+def test_what_the_kl_guard_halves_and_doubles_is_in_force_at_the_next_step(start, tmp_path):
+    sets = ("gate.kl_limit=1e-9", 'gate.kl_actions=["halve_lr", "raise_beta", "halve_lr"]',
+            "train.lr_scheduler_type=constant",
+            "train.warmup_steps=0", "train.eval_steps=2", "train.save_steps=2", "train.logging_steps=1")  # fmt: skip
+    result = train.run(config_of(start, tmp_path, *sets), Silent())
+    rows = metrics(tmp_path / "runs/dpo")
+    rates = {row["step"]: row["learning_rate"] for row in rows if "learning_rate" in row}
+    assert {step: rates[step] for step in (2, 3, 5, 7)} == {2: 1e-2, 3: 5e-3, 5: 5e-3, 7: 2.5e-3}
+    assert [row["eval_beta"] for row in rows if "eval_beta" in row] == [0.1, 0.1, 0.2, 0.2]
+    assert [action for name, action in events(tmp_path) if name == "kl_limit"] == [
+        "halve_lr", "raise_beta", "halve_lr", "stop",
+    ]  # fmt: skip
+    assert result.ended == "kl_limit" and "no checkpoint is within the KL limit" in result.reasons[-1]

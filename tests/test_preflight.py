@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -10,7 +11,7 @@ from adapters import base_model, save_adapter
 from training import Lines, settings, write_data
 
 from dpo_cli import plan, remedies, sweep, train
-from dpo_cli.errors import UserError
+from dpo_cli.errors import Exit, UserError
 from dpo_cli.plan import Lengths
 from dpo_cli.progress import Silent
 from dpo_cli.settings import PlanSection, TrainSection
@@ -87,39 +88,47 @@ def test_the_plan_of_files_counts_with_the_bases_tokenizer(start):
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "said"),
+    ("ours", "theirs", "answer_next", "said"),
     [
-        ([0, 5, 6], [0, 0, 5, 6], "the server doubles BOS"),
-        ([0, 0, 5, 6], [0, 5, 6], "training doubles BOS"),
-        ([0, 5, 6], [5, 6], "the server lacks BOS"),
-        ([0, 5, 6, 7], [0, 5], "the server lacks the generation prompt"),
-        ([0, 5], [0, 5, 6, 7], "training lacks the generation prompt"),
-        ([0, 5, 6], [0, 5, 7], "from token 2 on"),
+        ([0, 5, 6], [0, 0, 5, 6], True, "the server doubles BOS"),
+        ([0, 0, 5, 6], [0, 5, 6], True, "training doubles BOS"),
+        ([0, 5, 6], [5, 6], True, "the server lacks BOS"),
+        ([5, 6], [0, 5, 6], True, "training lacks BOS"),
+        ([0, 5, 6, 7], [0, 5], True, "the server lacks the generation prompt"),
+        ([0, 5], [0, 5, 6, 7], True, "training lacks the generation prompt"),
+        ([0, 5, 1], [0, 5], False, "the server lacks the EOS"),
+        ([0, 5], [0, 5, 1], False, "training lacks the EOS"),
+        ([0, 5, 6], [0, 5, 7], True, "from token 2 on"),
     ],
 )
-def test_a_difference_of_tokens_is_named(start, ours, theirs, said):
+def test_a_difference_of_tokens_is_named(start, ours, theirs, answer_next, said):
     from transformers import AutoTokenizer
 
     from dpo_cli.training.served_tokens import difference
 
-    assert said in difference(ours, theirs, AutoTokenizer.from_pretrained(start / "base"))
+    tokenizer = AutoTokenizer.from_pretrained(start / "base")
+    assert said in difference(ours, theirs, tokenizer, "the server", answer_next)
 
 
 @pytest.fixture
 def tokenizer_server(start):
-    """A server that answers /tokenize with the base's own tokenizer; `drop` tokens are left out at the end."""
+    """A server that answers /tokenize with the base's own tokenizer; `change` may alter ids, given the request."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(start / "base")
 
+    keys = []
+
     class Handler(BaseHTTPRequestHandler):
-        drop = 0
+        change = staticmethod(lambda ids, answer_next: ids)
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            text = tokenizer.apply_chat_template(body["messages"], tokenize=False, add_generation_prompt=True)
+            keys.append(self.headers["Authorization"])
+            answer_next = body["add_generation_prompt"]
+            text = tokenizer.apply_chat_template(body["messages"], tokenize=False, add_generation_prompt=answer_next)
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            answer = json.dumps({"tokens": ids[: len(ids) - Handler.drop]}).encode()
+            answer = json.dumps({"tokens": Handler.change(ids, answer_next)}).encode()
             self.send_response(200 if self.path == "/tokenize" else 404)
             self.end_headers()
             self.wfile.write(answer)
@@ -130,26 +139,58 @@ def tokenizer_server(start):
     server = HTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/v1", Handler
+    yield f"http://127.0.0.1:{server.server_port}/v1", Handler, keys
     server.shutdown()
     thread.join()
     server.server_close()
 
 
-def test_training_stops_where_the_server_sees_other_tokens(start, tmp_path, tokenizer_server):
-    url, handler = tokenizer_server
+def events(run):
+    return [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+
+
+def test_training_stops_where_the_server_sees_other_tokens(start, tmp_path, tokenizer_server, monkeypatch):
+    url, handler, keys = tokenizer_server
     config = settings(
         start, start / "base", f"runs={tmp_path}", f"model.dpo_adapter={tmp_path / 'out'}", "train.max_steps=1",
         f"generate.url={url}",
     )  # fmt: skip
-    handler.drop = 3
-    with pytest.raises(UserError, match="the server lacks the generation prompt"):
-        train.run(config, Silent())
-    handler.drop = 0
+    for change, cause in (
+        (lambda ids, answer_next: ids[:-3] if answer_next else ids, "the server lacks the generation prompt"),
+        (lambda ids, answer_next: ids if answer_next else ids[:-1], "the server lacks the EOS"),
+        (lambda ids, answer_next: [ids[0], *ids], "the server doubles BOS"),
+    ):
+        handler.change = staticmethod(change)
+        with pytest.raises(UserError, match=f"template mismatch: {cause}") as stopped:
+            train.run(config, Silent())
+        assert stopped.value.code == Exit.FAILED and cause in str(events(tmp_path / "dpo")[-2])
+        assert events(tmp_path / "dpo")[-1]["event"] == "refused"
+    handler.change = staticmethod(lambda ids, answer_next: ids)
+    monkeypatch.setenv("SERVE_API_KEY", "secret")
     progress = Lines()
     train.run(config, progress)
-    assert "tokens: 10 prompts are the same tokens on the server" in progress.lines
+    assert keys[-1] == "Bearer secret" and keys[0] is None
+    assert "tokens: 10 rows are the same tokens on the server" in progress.lines
+    assert any(row["event"] == "tokens" and row["ok"] and row["rows"] == 10 for row in events(tmp_path / "dpo"))
     assert any(line.startswith("plan: 1 steps on 22 pairs (5 held out)") for line in progress.lines)
+
+
+def test_an_sft_adapter_that_learnt_another_chat_template_is_named(start, tmp_path):
+    """Step zero can't see it: policy and reference read the same wrong tokens."""
+    from dpo_cli.demo.tiny import CHAT_TEMPLATE
+
+    adapter = shutil.copytree(start / "sft", tmp_path / "sft")
+    places = (f"runs={tmp_path / 'runs'}", f"model.dpo_adapter={tmp_path / 'out'}", "train.max_steps=1")
+    config = settings(start, start / "base", f"model.adapter={adapter}", *places)
+    (adapter / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("assistant\n", "assistant: "))
+    with pytest.raises(UserError, match=r"template mismatch: from token .* by the SFT adapter's chat template"):
+        train.run(config, Silent())
+    config.gate.token_rows = 0
+    assert train.run(config, Silent(), fresh=True).step == 1
+    config.gate.token_rows = 10
+    (adapter / "chat_template.jinja").unlink()
+    (adapter / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
+    assert train.run(config, Silent(), fresh=True).step == 1
 
 
 def test_a_sweep_is_a_run_for_each_value_and_names_the_best_that_passes(start, tmp_path):

@@ -17,6 +17,7 @@ from dpo_cli.svg import escaped, interval, lines
 from dpo_cli.training.run_folder import flat
 
 BETA = "eval_beta"
+OVER = "over the limit"
 SHARE = "held_out_accuracy"
 SEQUENCE_KL = "eval_kl_nats_per_sequence"
 WARNED = "warn"  # an action that changes nothing
@@ -151,7 +152,7 @@ def _plots(found: Run, acts: list[dict[str, Any]], gate: dict[str, Any]) -> str:
             continue
         limit = gate.get(plot.limit) if isinstance(plot.limit, str) else plot.limit
         bands = {"held out": _band(found)} if MARGIN in plot.curves.values() else None
-        drawn = lines(plot.title, curves, "step", "", bands, limit=limit, marks=marks)
+        drawn = lines(plot.title, curves, "step", "", bands, limit=limit, marks=marks, unjoined=(OVER,))
         cards.append(figure(f"{plot.title}, {plot.unit}" if plot.unit else plot.title, plot.caption, drawn))
     return "<h2>Curves</h2>" + grid("plots", cards) if cards else '<p class="dim">No metrics yet.</p>'
 
@@ -164,7 +165,7 @@ def _at_acts(acts: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]
     """The KL that each guard acted on: a rollback takes its evaluation out of the metrics."""
     points = [(act["step"], act["kl_nats_per_token"]) for act in acts if act.get("event") == "kl_limit"]
     points = [(step, kl) for step, kl in points if isinstance(kl, int | float)]
-    return {"over the limit": points} if points else {}
+    return {OVER: points} if points else {}
 
 
 def _band(found: Run) -> list[tuple[float, float, float]]:

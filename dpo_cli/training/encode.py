@@ -86,9 +86,9 @@ class Encoder:
                 usable.append(sequences)
         return Encoded(usable, shortened, dict(refused))
 
-    def prompt_ids(self, prompt: list[Message]) -> list[int]:
-        """Token ids of a prompt, ready to be answered."""
-        [ids] = self._tokenize([self._render(prompt, answer_next=True)])
+    def ids(self, messages: list[Message], answer_next: bool, template: str | None = None) -> list[int]:
+        """Token ids of messages, ready to be answered or not, by the tokenizer's own chat template or another."""
+        [ids] = self._tokenize([self._render(messages, answer_next, template)])
         return ids
 
     def _encode(self, rows: Sequence[tuple[list[Message], list[list[Message]]]]) -> list[Sequences | None]:
@@ -112,9 +112,13 @@ class Encoder:
             encoded.append(sequences)
         return encoded
 
-    def _render(self, messages: list[Message], answer_next: bool) -> str:
+    def _render(self, messages: list[Message], answer_next: bool, template: str | None = None) -> str:
         text: str = self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=answer_next, **self.chat_template_kwargs
+            messages,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=answer_next,
+            **self.chat_template_kwargs,
         )
         return text
 

@@ -90,7 +90,10 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             if "eval_loss" in row:
                 self.progress.log(f"step {row['step']}: {_evaluation(row)}")
             else:
-                self._tell(state.global_step, guards.after_log(self.guards, metric_rows(state.log_history)))
+                rows = metric_rows(state.log_history)
+                beta = getattr(self.trainer, "beta", 1.0)
+                found = guards.after_log(self.guards, rows, self.gate or GateSection(), beta)
+                self._tell(state.global_step, found)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -132,7 +135,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        if self.stop.signal is not None:
+        if not self.trainer.owes_evaluation:  # before KL is measured, under a random state of its own
             self.trainer.keep_place(owes_evaluation=True)
         self._leave_mid_step(state.global_step)
 
@@ -208,17 +211,18 @@ def fit(
             if outcome == "stopped":
                 _raise_stopped(stop, step, run, events)
             if outcome == "out_of_memory":
-                finding = guards.after_out_of_memory(state, batch, eval_batch, budget)
+                halve = gate is None or gate.smaller_batch
+                finding = guards.after_out_of_memory(state, batch, eval_batch, budget) if halve else None
                 if finding is None:
                     raise UserError(
-                        "the memory does not suffice for one row", where=str(run.path),
+                        f"the memory does not suffice for {'one row' if halve else 'a forward'}", where=str(run.path),
                         hint=advice("out_of_memory"), code=Exit.FAILED,
                     )  # fmt: skip
                 tell(finding, step, events, progress)
                 run.save_guard_state(max(run.complete_checkpoints(), default=0), state)
                 continue
             if outcome == "nan":
-                tell(guards.after_nan(state), step, events, progress)
+                tell(guards.after_nan(state, gate or GateSection()), step, events, progress)
             if state.ended is None:
                 _roll_back(run, state, step, gate, events, progress)
     if state.ended is not None:

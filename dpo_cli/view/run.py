@@ -17,7 +17,7 @@ PLOTS = {
     "rewards/margins": "margins",
     "rewards/accuracies": "accuracies",
     "kl_nats_per_token": "KL, nats a token",
-    "kl": "drift on the pairs, nats a token",
+    "kl": "drift on the pairs",
     "mean_token_accuracy": "token accuracy",
 }
 EVALUATED = "eval_"
@@ -76,7 +76,8 @@ def plot(run: Run, name: str, width: int) -> RenderableType:
 
 def _acts(run: Run, window: Frame) -> Text:
     """Where guards found something, below the axis."""
-    columns = {window.dot(act["step"], window.low)[0] // 2 for act in run.acts()}
+    steps = [act["step"] for act in run.acts() if window.left <= act["step"] <= window.right]
+    columns = {window.dot(step, window.low)[0] // 2 for step in steps}
     marks = "".join(ACT_MARK if column in columns else " " for column in range(window.width))
     return Text(f"{'':{AXIS_WIDTH + 1}}{marks}".rstrip(), ACT_STYLE)
 
