@@ -172,8 +172,8 @@ def test_a_signal_in_an_evaluation_saves_the_step_and_the_evaluation_is_made_up_
 
 def test_what_the_kl_guard_halves_and_doubles_is_in_force_at_the_next_step(start, tmp_path):
     sets = ("gate.kl_limit=1e-9", 'gate.kl_actions=["halve_lr", "raise_beta", "halve_lr"]',
-            "train.lr_scheduler_type=constant",
-            "train.warmup_steps=0", "train.eval_steps=2", "train.save_steps=2", "train.logging_steps=1")  # fmt: skip
+            "train.lr_scheduler_type=constant", "train.warmup_steps=0", "train.eval_steps=2", "train.save_steps=2",
+            "train.logging_steps=1")  # fmt: skip
     result = train.run(config_of(start, tmp_path, *sets), Silent())
     rows = metrics(tmp_path / "runs/dpo")
     rates = {row["step"]: row["learning_rate"] for row in rows if "learning_rate" in row}

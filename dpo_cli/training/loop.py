@@ -157,6 +157,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             for group in optimizer.param_groups:
                 group["lr"] *= ratio
                 group["initial_lr"] = wanted
+            scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]  # what the next log says
         if self.guards.beta is not None:
             self.trainer.beta = self.guards.beta
 
