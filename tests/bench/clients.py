@@ -1,0 +1,100 @@
+"""Rows a second of whole tools against a server that takes 200 ms, 256 requests in flight, on one core.
+
+    python tests/bench/clients.py [--environments DIR] [--rounds 3] [--rows 3840]
+
+curator and distilabel get an environment each under DIR, made if it is not there (1.5 GB). The tools take turns, each
+in a process of its own on the first core; the server has the second. `ideal` is 256 / 0.2 s; imports are not counted,
+ramping up and writing are. The row `bare` bounds what any client could reach with this server and this machine.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+LATENCY = 0.2
+IN_FLIGHT = 256
+IDEAL = IN_FLIGHT / LATENCY
+PEERS = {
+    "curator": ["bespokelabs-curator==0.1.31"],
+    "distilabel": ["distilabel[openai]==1.5.3", "requests"],  # which it imports and does not name
+}
+
+
+def environment(folder: Path, packages: list[str]) -> str:
+    """The Python of an environment that holds the packages; made where it is missing."""
+    python = folder / "bin/python"
+    if not python.exists():
+        print(f"making {folder}", file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+    return str(python)
+
+
+def write_prompts(path: Path, count: int) -> None:
+    scene = "[OTIS] You borrowed a ladder from a man who sells umbrellas? " * 10
+    with path.open("w") as file:
+        for number in range(count):
+            file.write(json.dumps({"prompt": f"Scene {number}. {scene}"}) + "\n")
+
+
+def measure(tool: str, python: str, url: str, prompts: Path) -> dict[str, float]:
+    """Run a tool on the first core; what it printed last."""
+    command = [python, str(HERE / "peers.py"), tool, url, str(prompts), str(IN_FLIGHT)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE.parents[1])},
+        preexec_fn=lambda: os.sched_setaffinity(0, {0}),
+    )  # fmt: skip
+    output, errors = process.communicate()
+    if process.returncode:
+        raise SystemExit(f"{tool} failed:\n{errors[-3000:]}")
+    found: dict[str, float] = json.loads(output.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Throughput of whole tools, side by side.")
+    parser.add_argument("--environments", type=Path, default=Path("~/.cache/nothing-dpo-bench").expanduser())
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=3840)
+    options = parser.parse_args()
+    pythons = {"bare": sys.executable, "nothing-dpo": sys.executable}
+    pythons |= {name: environment(options.environments / name, packages) for name, packages in PEERS.items()}
+    server = subprocess.Popen(
+        [sys.executable, str(HERE / "fixed_server.py"), str(LATENCY)], stdout=subprocess.PIPE, text=True,
+        preexec_fn=lambda: os.sched_setaffinity(0, {1}),
+    )  # fmt: skip
+    assert server.stdout is not None
+    url = server.stdout.readline().strip()
+    runs: dict[str, list[dict[str, float]]] = {tool: [] for tool in pythons}
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            prompts = Path(folder) / "prompts.jsonl"
+            write_prompts(prompts, options.rows)
+            for _ in range(options.rounds):
+                for tool, python in pythons.items():
+                    found = measure(tool, python, url, prompts)
+                    assert found["rows"] == options.rows, f"{tool} made {found['rows']} rows"
+                    runs[tool].append(found)
+    finally:
+        server.terminate()
+        server.wait()
+    print(f"{options.rows} rows, {IN_FLIGHT} in flight, {LATENCY} s an answer: at most {IDEAL:.0f} rows/s")
+    print(f"{'':<12} {'rows/s':>7} {'of ideal':>9} {'least':>6} {'most':>6} {'CPU ms a row':>13}")
+    for tool, found in runs.items():
+        rates = [options.rows / run["wall"] for run in found]
+        rate, cpu = statistics.median(rates), statistics.median(run["cpu"] for run in found)
+        print(
+            f"{tool:<12} {rate:>7.0f} {rate / IDEAL:>9.2f} {min(rates) / IDEAL:>6.2f} {max(rates) / IDEAL:>6.2f} "
+            f"{1000 * cpu / options.rows:>13.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
