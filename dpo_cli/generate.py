@@ -129,7 +129,7 @@ def _contrast(config: Config) -> Config:
     return replace(config, generate=generate, model=replace(config.model, name=name))
 
 
-def _made_with(config: Config, engine: str) -> dict[str, Any]:
+def made_with(config: Config, engine: str) -> dict[str, Any]:
     """The settings, by name, that make completions comparable: one file holds rows of one kind."""
     keys = [f"generate.{name}" for name in ("temperature", "top_p", "max_tokens", "frequency_penalty", "seed")]
     keys += ["generate.keep_lines", "model.chat_template_kwargs"]
@@ -170,6 +170,7 @@ def _find_owed(config: Config, engine: str, limit: int | None, result: Generated
             kinds.setdefault((bytes(row.model), bytes(row.sampling)), number)
     _refuse_mixture(config, engine, path, kinds)
 
+    n = config.generate.n
     seen: set[str] = set()
     owed: list[Request] = []
     for prompt in read_prompts(Path(config.generate.prompts)):
@@ -180,7 +181,7 @@ def _find_owed(config: Config, engine: str, limit: int | None, result: Generated
         if len(seen) == limit:
             break
         seen.add(key)
-        need = config.generate.n - counts.get(key, 0)
+        need = n - counts.get(key, 0)
         if need > 0:
             owed.append(Request(id=key, prompt=prompt, have=[], need=need))
             result.owed_completions += need
@@ -192,7 +193,7 @@ def _find_owed(config: Config, engine: str, limit: int | None, result: Generated
 
 def _refuse_mixture(config: Config, engine: str, path: Path, kinds: dict[tuple[bytes, bytes], int]) -> None:
     """Refuse rows that were made with other settings, naming what differs and the ways to go on."""
-    now = {"model": config.model.name, **_made_with(config, engine)}
+    now = {"model": config.model.name, **made_with(config, engine)}
     for (model, sampling), number in kinds.items():
         try:
             before = {"model": msgspec.json.decode(model), **msgspec.json.decode(sampling, type=dict[str, Any])}
@@ -221,7 +222,7 @@ class _Open(Struct):
 
 def _open_rows(config: Config, engine: str, requests: list[Request], path: Path) -> dict[str, _Open]:
     """A row for every request, with the completions that former runs made; tells the requests of those."""
-    sampling = _made_with(config, engine)
+    sampling = made_with(config, engine)
     rows = {
         request.id: _Open(
             Completions(

@@ -163,9 +163,10 @@ def read_prompt(row: dict[str, Any]) -> list[Message]:
             prompt = prompt[:-1]
     else:
         raise ValueError('no "prompt" and no "messages"')
-    if not any(message["content"].strip() for message in prompt):
-        raise ValueError("the prompt has no text")
-    return prompt
+    for message in prompt:
+        if message["content"].strip():
+            return prompt
+    raise ValueError("the prompt has no text")
 
 
 def read_demonstration(row: dict[str, Any]) -> tuple[list[Message], list[Message]]:

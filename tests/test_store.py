@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from dpo_cli.errors import Exit, UserError
-from dpo_cli.store import Journal, parse_rows, read_latest, read_rows, write_rows
+from dpo_cli.store import BLOCK_BYTES, Journal, parse_rows, read_latest, read_rows, write_rows
 
 
 class Row(msgspec.Struct):
@@ -77,6 +77,19 @@ def test_a_bad_row_is_named_by_its_line(path):
     assert raised.value.where == f"{path}:3"
     assert '"text"' in raised.value.message
     assert raised.value.code == Exit.USAGE
+
+
+def test_lines_are_counted_on_through_blank_ones_and_through_a_long_file(path):
+    count = 3 * BLOCK_BYTES // 100
+    fill(path, *map(str, range(count)), text="x" * 100)
+    with path.open("ab") as file:
+        file.write(b'\n{"id":"last","text":"after a blank line"}\n{"id":"wrong","text":3}\n')
+    rows = read_rows(path, Row)
+    found = [next(rows) for _ in range(count + 1)]
+    assert [number for number, _ in found] == [*range(1, count + 1), count + 2]
+    assert [row.id for _, row in found] == [*map(str, range(count)), "last"]
+    with pytest.raises(UserError, match=f"rows.jsonl:{count + 3}"):
+        next(rows)
 
 
 @pytest.mark.parametrize("line", ["{]", "[]", "3", '{"id": 1'])
@@ -200,7 +213,7 @@ def test_a_row_that_does_not_fit_is_taken_back_whole(path):
 FULL = """
 import pathlib, sys
 from dpo_cli.errors import UserError
-from dpo_cli.store import Journal, write_rows
+from dpo_cli.store import BLOCK_BYTES, Journal, write_rows
 folder = pathlib.Path(sys.argv[1])
 with Journal(folder / "rows.jsonl") as journal:
     journal.append({"id": "a", "text": "x"})

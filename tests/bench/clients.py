@@ -4,7 +4,8 @@
 
 curator and distilabel get an environment each under DIR, made if it is not there (1.5 GB). The tools take turns, each
 in a process of its own on the first core; the server has the second. `ideal` is 256 / 0.2 s; imports are not counted,
-ramping up and writing are. The row `bare` bounds what any client could reach with this server and this machine.
+ramping up and writing are. `bare` bounds what any client could reach on this machine, and the last line says what the
+server answers when a bare client has four times as many in flight: it is not what holds the others back.
 """
 
 import argparse
@@ -43,9 +44,9 @@ def write_prompts(path: Path, count: int) -> None:
             file.write(json.dumps({"prompt": f"Scene {number}. {scene}"}) + "\n")
 
 
-def measure(tool: str, python: str, url: str, prompts: Path) -> dict[str, float]:
+def measure(tool: str, python: str, url: str, prompts: Path, in_flight: int = IN_FLIGHT) -> dict[str, float]:
     """Run a tool on the first core; what it printed last."""
-    command = [python, str(HERE / "peers.py"), tool, url, str(prompts), str(IN_FLIGHT)]
+    command = [python, str(HERE / "peers.py"), tool, url, str(prompts), str(in_flight)]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE.parents[1])},
@@ -82,6 +83,7 @@ def main() -> None:
                     found = measure(tool, python, url, prompts)
                     assert found["rows"] == options.rows, f"{tool} made {found['rows']} rows"
                     runs[tool].append(found)
+            server_rate = options.rows / measure("bare", sys.executable, url, prompts, 4 * IN_FLIGHT)["wall"]
     finally:
         server.terminate()
         server.wait()
@@ -94,6 +96,7 @@ def main() -> None:
             f"{tool:<12} {rate:>7.0f} {rate / IDEAL:>9.2f} {min(rates) / IDEAL:>6.2f} {max(rates) / IDEAL:>6.2f} "
             f"{1000 * cpu / options.rows:>13.2f}"
         )
+    print(f"the server gives a bare client with {4 * IN_FLIGHT} in flight {server_rate:.0f} answers/s")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One tool, one file of prompts, one endpoint: `python peers.py TOOL URL PROMPTS IN_FLIGHT`, in that tool's environment.
+"""One tool, one file of prompts, one endpoint: `python peers.py TOOL URL PROMPTS IN_FLIGHT`, in the tool's environment.
 
 Prints rows, wall seconds and CPU seconds (children's too) of the tool's own call, imports not included. Each tool is
 set as its documentation says for this many requests at once, with its caches and telemetry off. `bare` is no tool: it
