@@ -40,6 +40,7 @@ from dpo_cli.training.encode import Sequences
 from dpo_cli.training.loop import fit
 from dpo_cli.training.reference import keep_reference
 from dpo_cli.training.run_folder import ADAPTER_FILES, RunFolder, event
+from dpo_cli.training.sampled_kl import kl, mean_length, sample
 from dpo_cli.training.trainer import ResumableTrainer, arguments, fresh_lora, load_base
 
 BEST = (MARGIN, 1)
@@ -122,9 +123,8 @@ class Trainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ignore
         differences = (policy - reference).float()  # (2 * pairs, tokens - 1); 0 outside the completions
         tokens = inputs["completion_mask"][:, 1:].sum()
         chosen, rejected = (self.beta * differences.sum(dim=1)).chunk(2)  # rewards: Section 4 of the paper
-        self._metrics["train" if self.model.training else "eval"]["kl"].append(
-            ((differences.expm1() - differences).sum() / tokens).item()
-        )
+        k3 = (differences.expm1() - differences).sum() / tokens
+        self._metrics["train" if self.model.training else "eval"]["kl"].append(k3)
         if not self.model.training:
             self._margins.append(chosen - rejected)
         elif is_first:
@@ -178,8 +178,8 @@ class Trainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ignore
             output.metrics.update(eval_kl_nats_per_token=per_token, eval_kl_nats_per_sequence=per_sequence)
             if self._reference_lengths is None:
                 with self._reference() as reference:
-                    self._reference_lengths = _mean_length(self._sample(reference))
-            output.metrics["eval_sampled_tokens"] = _mean_length(completions)
+                    self._reference_lengths = mean_length(self._sample(reference))
+            output.metrics["eval_sampled_tokens"] = mean_length(completions)
             output.metrics["eval_reference_sampled_tokens"] = self._reference_lengths
         return output
 
@@ -189,51 +189,23 @@ class Trainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ignore
             return nullcontext(self.ref_model)
         return reference_of(self.model)
 
-    @torch.no_grad()
     def _kl(self, completions: list[list[int]]) -> tuple[float, float]:
         """KL(policy || reference) on the policy's own completions: nats a token, nats a sequence."""
-        total = torch.zeros((), dtype=torch.float64)
-        for prompt, completion in zip(self.kl_prompts, completions, strict=True):
-            self._may_stop()
-            ids = torch.tensor([prompt + completion], device=self.model.device)
-            policy = self._next_token_log_probs(self.model, ids, len(completion))
-            with self._reference() as model:
-                reference = self._next_token_log_probs(model, ids, len(completion))
-            total += (policy.exp() * (policy - reference)).sum().double().cpu()
-        return total.item() / sum(map(len, completions)), total.item() / len(completions)
+        return kl(self.model, self._reference, self.kl_prompts, completions, self.accelerator.autocast, self._may_stop)
 
-    @torch.no_grad()
     def _sample(self, model: Any) -> list[list[int]]:
-        """One completion a held-out prompt, at temperature 1, to the stop token or `kl_tokens`."""
-        pad, stops = self._tokenizer.pad_token_id, self.model.generation_config.eos_token_id
+        """One completion a held-out prompt, the same draws at every evaluation."""
+        stops = self.model.generation_config.eos_token_id
         stops = set(stops if isinstance(stops, list) else [stops]) | {self._tokenizer.eos_token_id}
-        width = max(map(len, self.kl_prompts))
-        padding = [width - len(prompt) for prompt in self.kl_prompts]
-        ids = [[pad] * left + prompt for left, prompt in zip(padding, self.kl_prompts, strict=True)]
-        mask = [[0] * left + [1] * (width - left) for left in padding]
-        device = self.model.device
-        # The same draws at every evaluation, and none from the generator that training uses.
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), self.accelerator.autocast():
-            torch.manual_seed(self.args.seed)
-            output = model.generate(
-                input_ids=torch.tensor(ids, device=device), attention_mask=torch.tensor(mask, device=device),
-                do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
-                max_new_tokens=self.kl_tokens, stopping_criteria=[self._may_stop],
-                eos_token_id=sorted(stop for stop in stops if stop is not None), pad_token_id=pad,
-            )  # fmt: skip
-        return [_until(row, stops) for row in output[:, width:].tolist()]
+        return sample(
+            model, self.kl_prompts, self.kl_tokens, self._tokenizer.pad_token_id, stops - {None}, self.args.seed,
+            self.accelerator.autocast, self._may_stop,
+        )  # fmt: skip
 
     def _may_stop(self, *_: Any) -> bool:
         """Let a signal end the measurement of KL, which can take longer than a job has left; never ends it itself."""
         self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         return False
-
-    def _next_token_log_probs(self, model: Any, ids: torch.Tensor, count: int) -> torch.Tensor:
-        """Log-probabilities of what followed: (count, vocabulary), float32, for the last `count` positions."""
-        with self.accelerator.autocast():
-            logits = model(input_ids=ids, logits_to_keep=count + 1, use_cache=False).logits
-        log_probs: torch.Tensor = logits[0, :-1].float().log_softmax(-1)
-        return log_probs
 
 
 def train(
@@ -371,13 +343,3 @@ def _dataset(rows: list[Sequences]) -> Dataset:
 
 def _distinct(prompts: list[list[int]]) -> list[list[int]]:
     return [list(prompt) for prompt in dict.fromkeys(map(tuple, prompts))]
-
-
-def _mean_length(sequences: list[list[int]]) -> float:
-    return sum(map(len, sequences)) / len(sequences)
-
-
-def _until(ids: list[int], stops: set[int]) -> list[int]:
-    """Up to and with the first stop token."""
-    end = next((index for index, token in enumerate(ids) if token in stops), len(ids) - 1)
-    return ids[: end + 1]

@@ -5,9 +5,10 @@ import itertools
 import pytest
 import torch
 from packing import PAIRS, Packed, Plain, assert_equal, configuration, make, outcome, rows
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_cli.errors import UserError
-from dpo_cli.training import attention, head, packed
+from dpo_cli.training import attention, batches, head, packed
 
 torch.set_num_threads(1)
 
@@ -70,7 +71,7 @@ def test_a_divided_batch_comes_to_what_trls_undivided_one_does(tmp_path, budget)
     trainer, ours, theirs = both(tmp_path, configuration("Llama"), budget)
     assert_equal(ours, theirs)
     batch = trainer.data_collator(PAIRS)
-    divided = [part for _, part in packed.parts(batch)]
+    divided = [part for _, part in batches.parts(batch)]
     assert all(len(part["packing"]["tokens"]) <= budget or len(part["input_ids"]) == 2 for part in divided)
     assert len(divided) in {1: [len(PAIRS)], 40: range(3, 7), 10_000: [1]}[budget]
 
@@ -80,7 +81,7 @@ def test_parts_of_a_model_left_to_trl_count_their_padding(tmp_path):
     trainer = make(Packed, tmp_path, configuration("Granite", logits_scaling=8.0))
     assert "differ" in packed.enable(trainer, 60)
     assert_equal(outcome(trainer), theirs)
-    parts = [part["input_ids"] for _, part in packed.parts(trainer.data_collator(PAIRS))]
+    parts = [part["input_ids"] for _, part in batches.parts(trainer.data_collator(PAIRS))]
     assert len(parts) > 2 and all(ids.numel() <= 60 or len(ids) == 2 for ids in parts)
 
 
@@ -118,6 +119,40 @@ def test_a_reference_of_its_own_computes_in_the_policys_precision(tmp_path):
     assert logged["rewards/margins"] == logged["eval_rewards/margins"] == 0.0
 
 
+class Waits(TorchDispatchMode):
+    """Keeps the calls for which a host would have to wait for a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, call, types, args=(), kwargs=None):
+        name = str(call)
+        by_mask = "index" in name and any(
+            index is not None and index.dtype == torch.bool for index in torch.utils._pytree.tree_leaves(args[1:2])
+            if isinstance(index, torch.Tensor)
+        )  # fmt: skip
+        if by_mask or any(wait in name for wait in ("_local_scalar_dense", "nonzero", "masked_select", "unique")):
+            self.calls.append(name)
+        return call(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_waits_for_nothing(tmp_path, checkpointing):
+    arguments = {"loss_type": "ipo", "gradient_checkpointing": checkpointing}
+    trls, ours = (make(kind, tmp_path, configuration("Llama"), **arguments) for kind in (Plain, Packed))
+    assert packed.enable(ours, 60) is None
+    counts = []
+    for trainer in (trls, ours):
+        trainer.current_gradient_accumulation_steps = 1
+        trainer.create_optimizer()
+        batch = trainer.data_collator(PAIRS)
+        with Waits() as waits:
+            trainer.training_step(trainer.model, batch)
+        counts.append(waits.calls)
+    assert len(counts[0]) > 12 and counts[1] == []
+
+
 def test_padded_generation_is_as_before(tmp_path):
     trainer = make(Packed, tmp_path, configuration("Llama"))
     ids = torch.tensor([[0, 0, 0, 7, 9, 11], [5, 6, 7, 8, 9, 10]])
@@ -143,7 +178,7 @@ def dense_mask(segments):
 
 def test_a_plan_shows_each_token_what_stands_before_it_in_its_row(tmp_path):
     batch = make(Plain, tmp_path, configuration("Llama")).data_collator(PAIRS)
-    plan = packed.plan(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
+    plan = batches.plan(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
     ids, mask = batch["input_ids"].flatten()[plan["tokens"]], dense_mask(plan["segments"])
     width = batch["input_ids"].shape[1]
     scored = {}

@@ -7,7 +7,7 @@ from training import Lines
 
 from dpo_cli import store
 from dpo_cli.errors import UserError
-from dpo_cli.training import packed, reference
+from dpo_cli.training import batches, packed, reference
 
 torch.set_num_threads(1)
 
@@ -101,8 +101,8 @@ def test_the_policy_is_no_part_of_the_reference(tmp_path):
 
 def test_where_a_completion_begins_is_part_of_a_row(tmp_path):
     ids, completion = torch.tensor([5, 6, 7]), torch.tensor([0, 0, 1])
-    assert packed.row_key(ids, completion) != packed.row_key(ids, torch.tensor([0, 1, 1]))
-    assert packed.row_key(ids, completion) != packed.row_key(torch.tensor([5, 6, 8]), completion)
+    assert batches.row_key(ids, completion) != batches.row_key(ids, torch.tensor([0, 1, 1]))
+    assert batches.row_key(ids, completion) != batches.row_key(torch.tensor([5, 6, 8]), completion)
 
 
 def test_values_that_this_reference_does_not_compute_are_refused(tmp_path):

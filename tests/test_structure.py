@@ -20,8 +20,8 @@ ROOMS = [
 STAGES = {"generate", "judge", "pair", "train", "evaluate", "serve_config"}
 HEAVY = frozenset({
     "training/attention", "training/head", "training/packed", "training/reference", "training/trainer",
-    "training/loop", "training/merge", "training/sft", "dpo", "engines/transformers", "judges/reward_model",
-    "demo/tiny", "formats/export", "lint/tokens",
+    "training/loop", "training/merge", "training/sft", "training/later", "training/sampled_kl", "training/batches",
+    "dpo", "engines/transformers", "judges/reward_model", "demo/tiny", "formats/export", "lint/tokens",
 })  # fmt: skip
 ALLOWED = {
     "typer": {"cli"},

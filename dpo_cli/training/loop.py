@@ -115,6 +115,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
+        self.trainer.settle()
         if state.global_step >= state.max_steps:
             control.should_log = True
         elif self.stop.signal is not None:

@@ -11,194 +11,49 @@ come to the same log-probabilities on the first rows.
 """
 
 import functools
-import hashlib
+import itertools
 import types
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, TypedDict
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
-from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import FusedCausalLMOutput
 
 from dpo_cli.errors import UserError
-from dpo_cli.training import attention
+from dpo_cli.training import attention, later
+from dpo_cli.training.batches import Collator, Packing, merged, parts
 from dpo_cli.training.head import score
 
 # The mean log-probability of a token may differ by so much from TRL's forward: rounding, but no other attention.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 BATCH_LOSSES = {"aot", "aot_unpaired", "sft"}  # those that are no mean over pairs
-TOKEN_MEANS = {  # metrics that TRL averages over the tokens of these rows; all others are means over pairs
-    "entropy": "all", "kl": "all", "logits/chosen": "chosen", "mean_token_accuracy": "chosen",
-    "logits/rejected": "rejected",
-}  # fmt: skip
-
-
-class Packing(TypedDict, total=False):
-    """A padded batch of `2 * pairs` rows and `width` columns, as one row of T tokens of which N are scored.
-
-    tokens: (T,) index of each token in the flattened batch.
-    positions: (1, T) position of each token in its own row.
-    scored: (N,) index among T of the token that predicts.
-    targets: (N,) index of what it predicts, in the flattened (2 * pairs, width - 1).
-    segments: how the row divides, for attention.
-    reference: (N,) log-probabilities of the reference, where they are known.
-    """
-
-    tokens: Tensor
-    positions: Tensor
-    scored: Tensor
-    targets: Tensor
-    segments: attention.Segments
-    reference: Tensor
-
-
-def plan(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> Packing:
-    """Plan the packing of a right-padded batch, chosen rows before rejected rows; each is (2 * pairs, width)."""
-    rows, width = input_ids.shape
-    at = torch.arange(width)
-    lengths = attention_mask.sum(1) - 1  # the last token predicts nothing, so nobody needs it
-    chosen, rejected = lengths.chunk(2)
-    same = torch.eq(*input_ids.chunk(2)).long().cumprod(1).sum(1)
-    shared = torch.minimum(same, torch.minimum(chosen, rejected))
-    own = rejected - shared
-    starts = ((chosen + own).cumsum(0) - (chosen + own))[:, None]
-    kept = torch.stack([at < chosen[:, None], (at >= shared[:, None]) & (at < rejected[:, None])], 1)
-    cells = torch.arange(rows * width).view(2, -1, width).transpose(0, 1)
-    of_rejected = torch.where(at < shared[:, None], starts + at, starts + at + (chosen - shared)[:, None])
-    places = torch.cat([starts + at, of_rejected])
-    predicted = completion_mask[:, 1:].bool()
-    return {
-        "tokens": cells[kept],
-        "positions": at.expand_as(kept)[kept][None],
-        "scored": places[:, :-1][predicted],
-        "targets": predicted.flatten().nonzero()[:, 0],
-        "segments": attention.segments(chosen, rejected, shared),
-    }
-
-
-def row_key(ids: Tensor, completion: Tensor) -> str:
-    """Content hash of one row: its token ids (n,) and where its completion is (n,)."""
-    return hashlib.sha256(ids.int().numpy().tobytes() + completion.bool().numpy().tobytes()).hexdigest()[:32]
-
-
-def row_keys(batch: Mapping[str, Any]) -> list[str]:
-    """Content hashes of the rows of a batch on the CPU."""
-    lengths = batch["attention_mask"].sum(1).tolist()
-    return [
-        row_key(ids[:length], mask[:length])
-        for ids, mask, length in zip(batch["input_ids"], batch["completion_mask"], lengths, strict=True)
-    ]
-
-
-@dataclass
-class Collator(DataCollatorForPreference):  # type: ignore[misc]
-    """TRL's collator, which also plans the packing and divides a batch into parts.
-
-    Args:
-        tokens_per_batch: most tokens in a forward; a batch with more is divided. None: it never is.
-        pack: False where the model is left to TRL's forward; tokens then count with their padding.
-        reference: row key -> log-probabilities of the reference at the row's completion tokens.
-    """
-
-    tokens_per_batch: int | None = None
-    pack: bool = True
-    reference: Mapping[str, Tensor] | None = None
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate pairs; a batch that is divided holds its parts, whole batches each, under `parts`."""
-        batch: dict[str, Any] = super().torch_call(examples)
-        if self.tokens_per_batch is None:
-            return self._planned(batch)
-        lengths = batch["attention_mask"].sum(1)
-        order = torch.maximum(*lengths.chunk(2)).argsort(descending=True, stable=True)
-        groups = self._groups(batch, order)
-        batch["parts"] = [self._planned(_pick(batch, torch.tensor(group))) for group in groups]
-        return batch
-
-    def _groups(self, batch: dict[str, Tensor], order: Tensor) -> Iterator[list[int]]:
-        """Pairs, longest first, in groups of at most `tokens_per_batch` tokens, a single pair at least."""
-        assert self.tokens_per_batch is not None
-        lengths = batch["attention_mask"].sum(1)
-        chosen, rejected = lengths.chunk(2)
-        shared = torch.eq(*batch["input_ids"].chunk(2)).long().cumprod(1).sum(1).minimum(chosen).minimum(rejected)
-        packed, longest = (chosen + rejected - shared).tolist(), torch.maximum(chosen, rejected).tolist()
-        group: list[int] = []
-        for pair in order.tolist():
-            grown = [*group, pair]
-            cost = sum(packed[i] for i in grown) if self.pack else 2 * len(grown) * longest[grown[0]]
-            if group and cost > self.tokens_per_batch:
-                yield group
-                grown = [pair]
-            group = grown
-        yield group
-
-    def _planned(self, batch: dict[str, Any]) -> dict[str, Any]:
-        if self.pack:
-            packing = plan(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
-            if self.reference is not None:
-                known = [self.reference.get(key) for key in row_keys(batch)]
-                if None not in known:
-                    packing["reference"] = torch.cat(known)  # type: ignore[arg-type]
-            batch["packing"] = packing
-        return batch
-
-
-def _pick(batch: dict[str, Tensor], pairs: Tensor) -> dict[str, Tensor]:
-    """Some pairs of a padded batch, as narrow as they allow."""
-    rows = torch.cat([pairs, pairs + len(batch["input_ids"]) // 2])
-    width = int(batch["attention_mask"][rows].sum(1).max())
-    return {name: batch[name][rows, :width] for name in ("input_ids", "attention_mask", "completion_mask")}
-
-
-def parts(batch: dict[str, Any]) -> list[tuple[float, dict[str, Any]]]:
-    """(share of the batch's pairs, part) of a batch; the shares add up to 1."""
-    divided = batch.get("parts")
-    if divided is None:
-        return [(1.0, batch)]
-    return [(len(part["input_ids"]) / len(batch["input_ids"]), part) for part in divided]
-
-
-@contextmanager
-def merged(metrics: dict[str, list[float]], batch: dict[str, Any]) -> Iterator[None]:
-    """Make one value of what the parts of a batch append to each metric: the value of the undivided batch."""
-    before = {name: len(values) for name, values in metrics.items()}
-    yield
-    divided = [part for _, part in parts(batch)]
-    if len(divided) == 1:
-        return
-    tokens = torch.stack([part["completion_mask"][:, 1:].sum(1).view(2, -1).sum(1) for part in divided]).tolist()
-    weights = {
-        "all": [sum(counts) for counts in tokens],
-        "chosen": [counts[0] for counts in tokens],
-        "rejected": [counts[1] for counts in tokens],
-        "pairs": [len(part["input_ids"]) for part in divided],
-    }
-    for name, values in metrics.items():
-        added = values[before.get(name, 0) :]
-        if len(added) == len(divided):  # `num_tokens` is a total so far, and replaced each time
-            by = weights[TOKEN_MEANS.get(name, "pairs")]
-            mean = sum(value * weight for value, weight in zip(added, by, strict=True)) / sum(by)
-            values[before.get(name, 0) :] = [mean]
 
 
 class PackedSteps:
     """Mixed into a DPOTrainer, before it: a batch that is divided takes one forward and backward a part.
 
-    The gradient is that of the undivided batch: a part counts by its share of the pairs.
+    The gradient is that of the undivided batch: a part counts by its share of the pairs. Metrics stay on the device
+    until an optimizer step ends (`settle`) or they are logged.
     """
 
+    args: Any
+    state: Any
+    control: Any
+    callback_handler: Any
+    accelerator: Any
     _metrics: dict[str, dict[str, list[float]]]
+    _total_train_tokens: int
     _share = 1.0
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Loss of the batch; its gradient is added to what is there."""
         losses = []
         with merged(self._metrics["train"], inputs):
-            for self._share, part in parts(inputs):
+            for number, (self._share, part) in enumerate(parts(inputs)):
+                if number:  # a signal can end the step here
+                    self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
                 losses.append(super().training_step(model, part, num_items_in_batch))  # type: ignore[misc]
         return torch.stack(losses).sum()
 
@@ -218,6 +73,28 @@ class PackedSteps:
         """TRL's loss of a part, times its share of the batch."""
         result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         return (result[0] * self._share, result[1]) if return_outputs else result * self._share
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        with later.metrics(self.accelerator):
+            return super()._compute_loss(model, inputs, return_outputs)  # type: ignore[misc]
+
+    def settle(self) -> None:
+        """See how the optimizer step that has just ended went: the one time that the device is waited for."""
+        self._read_metrics()
+        super().settle()  # type: ignore[misc]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's, whose metrics are numbers by then."""
+        self._read_metrics()
+        super().log(logs, start_time)  # type: ignore[misc]
+
+    def _read_metrics(self) -> None:
+        lists = [values for metrics in self._metrics.values() for values in metrics.values()]
+        tokens, *numbers = later.read([self._total_train_tokens, *itertools.chain(*lists)])
+        self._total_train_tokens = int(tokens)
+        left = iter(numbers)
+        for values in lists:
+            values[:] = itertools.islice(left, len(values))
 
 
 def enable(trainer: Any, tokens_per_batch: int | None = None) -> str | None:
@@ -382,6 +259,9 @@ def _patch(model: Any, is_reference: Callable[[], bool], autocast: Callable[[], 
                 softcap,
                 metrics=not reference,
             )
-        return FusedCausalLMOutput(label_mask=mask, **{name: spread(value) for name, value in scores._asdict().items()})
+        spreads = {name: spread(value) for name, value in scores._asdict().items()}
+        if spreads["mean_logits"] is not None:
+            spreads["mean_logits"] = later.later(spreads["mean_logits"])
+        return FusedCausalLMOutput(label_mask=mask, **spreads)
 
     model.forward = types.MethodType(forward, model)

@@ -26,7 +26,8 @@ from trl.trainer.utils import use_adapter
 from dpo_cli import store
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Progress
-from dpo_cli.training.packed import TOLERANCE, Collator, row_keys
+from dpo_cli.training.batches import Collator, row_keys
+from dpo_cli.training.packed import TOLERANCE
 
 TOKENS = 16384  # in a forward that keeps nothing for a backward
 NAMES_ONLY = ("_name_or_path", "base_model_name_or_path", "transformers_version", "use_cache", "dtype")

@@ -6,6 +6,7 @@ a resumed run equals an uninterrupted one bit for bit.
 
 import json
 import logging
+import math
 import os
 import resource
 import warnings
@@ -102,16 +103,14 @@ class ResumableTrainer:
             self.state.best_metric, self.state.best_global_step = metrics[self.best[0]], self.state.global_step
         return is_best
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One forward and backward.
+    def settle(self) -> None:
+        """See how the optimizer step that has just ended went.
 
         Raises:
             Diverged: the loss is not a number.
         """
-        loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
-        if not torch.isfinite(loss):
+        if not math.isfinite(self._tr_loss.item()):
             raise Diverged
-        return loss
 
     def keep_place(self, owes_evaluation: bool) -> None:
         """Remember what a checkpoint of the step that has just ended would hold, weights aside."""

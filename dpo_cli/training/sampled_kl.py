@@ -1,0 +1,90 @@
+"""KL(policy || reference) in the policy's own words: completions sampled at temperature 1, then the exact sum.
+
+At each position of a sampled completion the sum goes over the whole vocabulary, so the estimate is exact but for the
+choice of prompts and samples. Reads and writes nothing. Not covered: completions beyond the length asked for.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+
+@torch.no_grad()
+def sample(
+    model: Any, prompts: list[list[int]], tokens: int, pad: int, stops: set[int], seed: int,
+    autocast: Callable[[], AbstractContextManager[Any]], may_stop: Callable[..., bool],
+) -> list[list[int]]:  # fmt: skip
+    """One completion a prompt, to the stop token or `tokens`.
+
+    Args:
+        model: a causal language model.
+        prompts: token ids.
+        tokens: longest completion.
+        pad: token for the padding, left of the prompts.
+        stops: tokens that end a completion.
+        seed: of the draws, which are the same each time and none from the generator that training uses.
+        autocast: the precision of training.
+        may_stop: called at every token.
+    """
+    width = max(map(len, prompts))
+    padding = [width - len(prompt) for prompt in prompts]
+    ids = [[pad] * left + prompt for left, prompt in zip(padding, prompts, strict=True)]
+    mask = [[0] * left + [1] * (width - left) for left in padding]
+    device = model.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), autocast():
+        torch.manual_seed(seed)
+        output = model.generate(
+            input_ids=torch.tensor(ids, device=device), attention_mask=torch.tensor(mask, device=device),
+            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=tokens,
+            eos_token_id=sorted(stops), pad_token_id=pad, stopping_criteria=[may_stop],
+        )  # fmt: skip
+    return [_until(row, stops) for row in output[:, width:].tolist()]
+
+
+@torch.no_grad()
+def kl(
+    model: Any, reference: Callable[[], AbstractContextManager[Any]], prompts: list[list[int]],
+    completions: list[list[int]], autocast: Callable[[], AbstractContextManager[Any]], may_stop: Callable[..., bool],
+) -> tuple[float, float]:  # fmt: skip
+    """KL of the two on these completions of the prompts: nats a token, nats a sequence.
+
+    Args:
+        model: the policy.
+        reference: context whose value is the reference.
+        prompts: token ids.
+        completions: token ids, as `sample` gives them.
+        autocast: the precision of training.
+        may_stop: called at every prompt.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        may_stop()
+        ids = torch.tensor([prompt + completion], device=model.device)
+        policy = _next_token_log_probs(model, ids, len(completion), autocast)
+        with reference() as other:
+            held_against = _next_token_log_probs(other, ids, len(completion), autocast)
+        total += (policy.exp() * (policy - held_against)).sum().double().cpu()
+    return total.item() / sum(map(len, completions)), total.item() / len(completions)
+
+
+def mean_length(sequences: list[list[int]]) -> float:
+    """Tokens a sequence."""
+    return sum(map(len, sequences)) / len(sequences)
+
+
+def _next_token_log_probs(
+    model: Any, ids: torch.Tensor, count: int, autocast: Callable[[], AbstractContextManager[Any]]
+) -> torch.Tensor:
+    """Log-probabilities of what followed: (count, vocabulary), float32, for the last `count` positions."""
+    with autocast():
+        logits = model(input_ids=ids, logits_to_keep=count + 1, use_cache=False).logits
+    log_probs: torch.Tensor = logits[0, :-1].float().log_softmax(-1)
+    return log_probs
+
+
+def _until(ids: list[int], stops: set[int]) -> list[int]:
+    """Up to and with the first stop token."""
+    end = next((index for index, token in enumerate(ids) if token in stops), len(ids) - 1)
+    return ids[: end + 1]
