@@ -175,12 +175,12 @@ def _train(
     events: store.Journal, progress: Progress,
 ) -> None:  # fmt: skip
     """Encode the rows and run the stage's trainer; everything that needs torch is imported here."""
-    from dpo_cli.training import trainer
+    from dpo_cli.training import trackers, trainer
 
     for torn in folder.drop_incomplete():
         progress.log(f"{torn} was cut short and is dropped")
     section = config.train if stage == "dpo" else config.sft
-    with trainer.hushed(progress):
+    with trainer.hushed(progress), trackers.tracked(section, folder.path, progress):
         encoder = trainer.load_encoder(base, config.model, section.max_length)
         rows, held_out = (encoder.encode([row[:2] for row in side]) for side in (inputs.rows, inputs.held_out))
         _tell(rows, held_out, events, progress)

@@ -7,12 +7,10 @@ a resumed run equals an uninterrupted one bit for bit.
 import json
 import logging
 import math
-import os
 import resource
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,6 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from dpo_cli import errors, guards
-from dpo_cli.errors import UserError
 from dpo_cli.guards import State
 from dpo_cli.plan import capped_steps
 from dpo_cli.progress import Progress
@@ -38,6 +35,7 @@ from dpo_cli.settings import ModelSection, TrainingSection
 from dpo_cli.store import write_json
 from dpo_cli.training.encode import Encoder
 from dpo_cli.training.run_folder import GUARDS, RunFolder, metric_rows, seal
+from dpo_cli.training.trackers import PROJECT, tracker
 
 METERS = "meters.json"
 LIBRARIES = ("transformers", "trl", "peft", "accelerate", "datasets", "torch")
@@ -202,6 +200,7 @@ def arguments(
         "dataloader_pin_memory": gpu,
         "disable_tqdm": True,
         "report_to": tracker(section),
+        "project": PROJECT,  # trackio's; wandb's is given where its run begins
     }
 
 
@@ -210,19 +209,6 @@ def uses_bf16(section: TrainingSection) -> bool:
     if section.bf16 is not None:
         return section.bf16
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-
-
-def tracker(section: TrainingSection) -> str:
-    """Where metrics are reported besides metrics.jsonl.
-
-    Raises:
-        UserError: the tracker that was asked for is not installed.
-    """
-    if section.report_to is None:
-        return "wandb" if os.environ.get("WANDB_API_KEY") and find_spec("wandb") else "none"
-    if section.report_to != "none" and find_spec(section.report_to) is None:
-        raise UserError(f"{section.report_to} is not installed", hint=f"pip install {section.report_to}")
-    return section.report_to
 
 
 def load_base(folder: Path, section: TrainingSection) -> Any:
