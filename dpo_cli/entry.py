@@ -102,6 +102,8 @@ def serve(spec: Spec, after_save: Callable[[], None] | None = None) -> Outcome:
 def main() -> None:
     """Entry point of a container or a detached process."""
     spec = msgspec.json.decode(os.environ[SPEC], type=Spec)
+    # The first process of a container gets no signal that it does not handle.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(Exit.PREEMPTED))
     try:
         sys.exit(serve(spec).exit_code)
     except KeyboardInterrupt:

@@ -10,9 +10,10 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -38,14 +39,14 @@ class Life:
         wait_for_data: exit code of the init container.
         reason: of that end, such as OOMKilled.
         events: (reason, message) of what the cluster says of the pod.
-        command: run the container's real command; gets the pod, returns the process.
+        vol: folder that is `/vol`: the container's real command is run.
     """
 
     def __init__(
         self, *lines: str, end: int | str = 0, pending: str | None = None, waiting: tuple[str, str] | None = None,
         hold: threading.Event | None = None, wait_for_data: int = 0, reason: str = "Error",
         events: Sequence[tuple[str, str]] = (),
-        command: Callable[[Json], "subprocess.Popen[str]"] | None = None,
+        vol: Path | None = None,
     ) -> None:  # fmt: skip
         self.lines = lines
         self.end = end
@@ -55,9 +56,15 @@ class Life:
         self.wait_for_data = wait_for_data
         self.reason = reason
         self.events = events
-        self.command = command
+        self.vol = vol
         self.schedule = threading.Event()  # a pending or waiting pod goes on once this is set
         self.preempt = threading.Event()
+
+    def mount(self) -> None:
+        """Before the container starts."""
+
+    def unmount(self) -> None:
+        """After it has ended."""
 
 
 class Pod:
@@ -243,7 +250,9 @@ def _live_through(pod: Pod, life: Life) -> None:
         return pod.status("Failed", initContainerStatuses=[init])
     running = _container_status(container, {"running": {}})
     pod.status("Running", initContainerStatuses=[init], containerStatuses=[running])
+    life.mount()
     code = _run(pod, life)
+    life.unmount()
     conditions = []
     if life.preempt.is_set() or (life.end == "preempted" and not pod.terminate.is_set()):
         conditions = [{"type": "DisruptionTarget", "status": "True", "reason": "TerminationByKubelet",
@@ -256,8 +265,8 @@ def _live_through(pod: Pod, life: Life) -> None:
 
 def _run(pod: Pod, life: Life) -> int:
     """The container's exit code."""
-    if life.command is not None:
-        return _run_process(pod, life.command(pod.document))
+    if life.vol is not None:
+        return _run_process(pod, life.vol)
     for line in life.lines:
         pod.say(line)
     if life.hold and not _either(life.hold, pod.terminate, life.preempt):
@@ -265,7 +274,16 @@ def _run(pod: Pod, life: Life) -> int:
     return 143 if life.end == "preempted" else int(life.end)
 
 
-def _run_process(pod: Pod, process: "subprocess.Popen[str]") -> int:
+def _run_process(pod: Pod, vol: Path) -> int:
+    """Run the container's command, with `/vol` in a folder and without its secrets."""
+    container = pod.document["spec"]["containers"][0]
+    given = {one["name"]: one["value"] for one in container["env"] if "value" in one and "HOME" not in one["name"]}
+    process = subprocess.Popen(
+        [sys.executable if word == "python" else word for word in container["command"]], text=True,
+        env=os.environ | {name: value.replace('"/vol/', f'"{vol}/') for name, value in given.items()},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
     def signals() -> None:
         if not _either(pod.done, pod.terminate, pod.life.preempt):
             process.send_signal(signal.SIGTERM)
@@ -273,9 +291,9 @@ def _run_process(pod: Pod, process: "subprocess.Popen[str]") -> int:
     threading.Thread(target=signals, daemon=True).start()
     assert process.stdout is not None
     for line in process.stdout:
-        pod.say(line.rstrip("\n"))
+        pod.say(line.rstrip("\n").replace(str(vol), "/vol"))
     code = process.wait()
-    return 128 - code if code < 0 else code
+    return 137 if code < 0 else code  # the first process of a container gets no signal that it does not handle
 
 
 def _container_status(name: str, state: Json) -> Json:
@@ -289,24 +307,6 @@ def _either(wanted: threading.Event, *others: threading.Event) -> bool:
             return False
         time.sleep(TICK / 4)
     return True
-
-
-def process_of(vol: Path, environment: dict[str, str]) -> Callable[[Json], "subprocess.Popen[str]"]:
-    """How a life runs the container's real command: `/vol` and `/cache` are folders, secrets are `environment`'s."""
-
-    def start(pod: Json) -> "subprocess.Popen[str]":
-        container = pod["spec"]["containers"][0]
-        given = {one["name"]: one["value"] for one in container["env"] if "value" in one}
-        text = {key: value.replace('"/vol/', f'"{vol}/') for key, value in given.items()}
-        text |= {
-            key: value.replace("/cache", str(vol.parent / "cache")) for key, value in text.items() if "HOME" in key
-        }
-        return subprocess.Popen(
-            container["command"], env={**os.environ, **text, **environment}, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )  # fmt: skip
-
-    return start
 
 
 # The API server.
