@@ -27,6 +27,7 @@ def bucket(monkeypatch):
 @pytest.fixture
 def cluster(tmp_path, monkeypatch, bucket):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(gke, "POLL_SECONDS", 0.05)
     with kube_server.serve(tmp_path) as (cluster, kubeconfig):
         monkeypatch.setenv("KUBECONFIG", str(kubeconfig))
