@@ -226,11 +226,11 @@ def memory_gb(
 def _warnings(plan: Plan, section: TrainSection, warmup: int, lengths: Sequence[Lengths]) -> Any:
     """Each names the number to change."""
     if plan.warmup_share > WARMUP_SHARE:
-        fitting = max(1, round(plan.steps * 0.1))
-        yield (
-            f"warmup is {plan.warmup_share:.0%} of {plan.steps} steps: "
-            f"set train.warmup_steps = {fitting}, now {warmup}"
-        )  # fmt: skip
+        if section.warmup_ratio is None:
+            change = f"set train.warmup_steps = {max(1, round(plan.steps * 0.1))}, now {warmup}"
+        else:
+            change = f"set train.warmup_ratio = 0.1, now {section.warmup_ratio:g}"
+        yield f"warmup is {plan.warmup_share:.0%} of {plan.steps} steps: {change}"
     high = HIGH_RATE["full" if section.full else "lora"] * section.beta / 0.1
     if section.learning_rate > high:
         yield (
@@ -238,14 +238,20 @@ def _warnings(plan: Plan, section: TrainSection, warmup: int, lengths: Sequence[
             f"set train.learning_rate to {high:.2g} or less, now {section.learning_rate:.2g}"
         )  # fmt: skip
     if plan.pairs < FEW_PAIRS:
-        yield f"{plan.pairs} pairs are few; {FEW_PAIRS} or more make a result that can be told from chance"
+        yield (
+            f"{plan.pairs} pairs are few; {FEW_PAIRS} or more make a result that can be told from chance: "
+            "more prompts, a larger generate.n or a smaller pair.min_gap"
+        )
     longer = sum(row.completions[0] > row.completions[1] for row in lengths) / max(len(lengths), 1)
     if longer > LONGER_SHARE:
-        yield f"chosen is longer than rejected in {longer:.0%} of the pairs: the policy may learn length; balance them"
+        yield (
+            f"chosen is longer than rejected in {longer:.0%} of the pairs, so the policy may learn length: "
+            "set pair.length_control = true and pair again"
+        )
     if plan.too_long:
         yield (
             f"{plan.too_long} rows are longer than train.max_length = {section.max_length}: "
-            "their prompts lose their oldest part"
+            f"their prompts lose their oldest part; the longest is {max(row.longest() for row in lengths)}"
         )
     if not plan.fits:
         yield (

@@ -27,6 +27,18 @@ class Rule(Struct, frozen=True):
 
 
 REMEDIES = {
+    "step_zero": Remedy(
+        "before the first update the loss is not ln 2, or a margin not 0: policy and reference differ",
+        ("the reference is the base model, or another adapter", "dropout is on", "precision"),
+        ("name the SFT adapter as model.adapter, and nothing else", "set train.lora_dropout = 0",
+         "set train.bf16 = false"),
+    ),
+    "tokens": Remedy(
+        "training and serving, or the SFT adapter, see different tokens",
+        ("another chat template", "BOS doubled by the server", "a template that does not end the turn"),
+        ("serve the base with its own chat template: serve-config", "train the SFT adapter by that template",
+         "set model.chat_template_kwargs to what the server uses"),
+    ),
     "kl_limit": Remedy(
         "the policy's own text has left the reference's by more than kl_limit nats a token",
         ("learning rate too high", "beta too low", "too many steps"),
@@ -69,7 +81,20 @@ REMEDIES = {
         "the card's memory does not suffice",
         ("batch too large", "rows too long", "no gradient checkpointing"),
         ("lower train.per_device_train_batch_size and raise train.gradient_accumulation_steps",
-         "set train.gradient_checkpointing = true", "lower train.max_length", "use --preset l4-qlora"),
+         "set train.gradient_checkpointing = true", "lower train.max_length", "set train.bf16 = true",
+         "use --preset l4-qlora"),
+    ),
+    "no_effect": Remedy(
+        "evaluate finds the DPO adapter no better than the SFT adapter, or too timid",
+        ("the SFT adapter has not learnt the task", "learning rate too low", "beta too high",
+         "rejected is too much like chosen"),
+        ("train the SFT adapter first: train --stage sft", "raise train.learning_rate with care", "lower train.beta",
+         "raise pair.min_gap and generate.temperature, for pairs that differ"),
+    ),
+    "forgetting": Remedy(
+        "the model has lost what it could do besides",
+        ("beta too low", "too many steps", "pairs of one kind alone"),
+        ("raise train.beta", "add pairs of the other abilities", "train an adapter instead of --set train.full=true"),
     ),
 }  # fmt: skip
 
@@ -90,8 +115,9 @@ GUIDE = (
 
 
 def shown_by(events: list[dict[str, Any]]) -> list[str]:
-    """Faults that a run's events name, in the order of the table."""
-    seen = {event.get("event") for event in events} | {event.get("reason") for event in events}
+    """Faults that a run's events name, in the order of the table; a check that was passed is none."""
+    told = [event for event in events if not event.get("ok")]
+    seen = {event.get("event") for event in told} | {event.get("reason") for event in told}
     return [name for name in REMEDIES if name in seen]
 
 

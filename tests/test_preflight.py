@@ -60,13 +60,19 @@ def test_steps_tokens_and_warnings_by_hand():
     assert (result.steps, result.evaluations, result.longest, result.too_long) == (20, 1, 800, 0)
     assert result.tokens == 320 * 1500 and result.warmup_share == 1.0
     assert [warning.split()[0] for warning in result.warnings] == ["warmup", "320", "chosen"]
-    assert "train.warmup_steps = 2" in result.warnings[0]
+    for warning, number in zip(
+        result.warnings, ("train.warmup_steps = 2", "generate.n", "pair.length_control"), strict=True
+    ):
+        assert number in warning
+    [ratio] = [text for text in made([Lengths(600, [9, 9])] * 4000, warmup_ratio=0.2).warnings if "warmup" in text]
+    assert "set train.warmup_ratio = 0.1, now 0.2" in ratio
     calm = made([Lengths(600, [100, 100])] * 4000)
     assert calm.fits and calm.warnings == []
     loud = made([Lengths(3000, [100, 100])] * 4000, learning_rate=1e-3, gradient_checkpointing=False)
     assert not loud.fits and loud.longest == 2048 and loud.too_long == 4000
     assert [
-        any(word in text for text in loud.warnings) for word in ("learning_rate", "max_length", "train_batch_size")
+        any(word in text for text in loud.warnings)
+        for word in ("learning_rate", "the longest is 3100", "train_batch_size")
     ] == [True] * 3
 
 
@@ -235,4 +241,7 @@ def test_a_runs_own_checkpoint_is_no_adapter_to_start_from(start, tmp_path):
 
 def test_remedies_are_shown_for_what_the_events_name():
     assert remedies.shown_by([{"event": "loss_spike"}, {"event": "ended", "reason": "nan"}]) == ["loss_spike", "nan"]
-    assert remedies.shown_by([{"event": "step_zero"}]) == []
+    assert remedies.shown_by([{"event": "step_zero", "ok": True}, {"event": "tokens", "ok": True}]) == []
+    assert remedies.shown_by([{"event": "tokens", "ok": False}, {"event": "step_zero", "ok": False}]) == [
+        "step_zero", "tokens",
+    ]  # fmt: skip
