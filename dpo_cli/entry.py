@@ -84,8 +84,15 @@ def serve(spec: Spec, after_save: Callable[[], None] | None = None) -> Outcome:
         return _in_processes(spec, after_save)
     first = int(os.environ.get("RANK", "0")) == 0
     told = Relay() if first else None
+
+    def saved() -> None:
+        if told:
+            told.saved()
+        if after_save:
+            after_save()
+
     try:
-        ended = outcome(spec, told or Silent(), after_save or (told.saved if told else None))
+        ended = outcome(spec, told or Silent(), saved)
     except Exception as error:
         if told:
             told.outcome(Outcome(exit_code=Exit.FAILED, error=f"{type(error).__name__}: {error}"))
@@ -97,6 +104,11 @@ def serve(spec: Spec, after_save: Callable[[], None] | None = None) -> Outcome:
     if told:
         told.outcome(ended)
     return ended
+
+
+def serve_json(spec: str, after_save: Callable[[], None] | None = None) -> str:
+    """As `serve`, from JSON to JSON."""
+    return msgspec.json.encode(serve(msgspec.json.decode(spec, type=Spec), after_save)).decode()
 
 
 def main() -> None:

@@ -55,7 +55,8 @@ class Spec(Struct, kw_only=True):
     """What is to be run elsewhere.
 
     `config` is the resolved configuration and `data` the data given, both with paths as they are there; `results`
-    says where what comes of it belongs here (path there -> path here), `base` the base model's name here. `seeds` are
+    says where what comes of it belongs here (path there -> path here), `base` the base model's name here; `needs` are
+    inputs that are not here, by their paths there, where they must be already. `seeds` are
     uploaded rows that the work goes on with (path there -> the file that they are added to). `fresh` is unique to the
     submission that asked to start over, so that a second attempt of it does not start over again.
     """
@@ -71,6 +72,7 @@ class Spec(Struct, kw_only=True):
     gpus: int = 1
     nodes: int = 1
     uploads: list[Upload] = []
+    needs: list[str] = []
     seeds: dict[str, str] = {}
     results: dict[str, str] = {}
     base: str | None = None
@@ -78,7 +80,7 @@ class Spec(Struct, kw_only=True):
     def identity(self) -> dict[str, Any]:
         """What makes it another piece of work: neither where files are here, nor whether it starts over."""
         plain: dict[str, Any] = msgspec.to_builtins(self)
-        for key in ("fresh", "results", "base"):
+        for key in ("fresh", "results", "base", "needs"):
             plain.pop(key)
         plain["uploads"] = {upload.there: upload.sha256 for upload in self.uploads}
         return plain
@@ -97,6 +99,7 @@ class Job(Struct, kw_only=True):
     spec: Spec
     handle: dict[str, str] = {}
     submitted: str = ""
+    cancelled: bool = False
 
 
 class Status(Struct):
@@ -285,7 +288,8 @@ class _Places:
         here = Path(path).resolve()
         files = [here] if here.is_file() else [file for file in _files(here) if names is None or file.name in names]
         if not files:
-            return self.same(path)
+            self.spec.needs.append(self.same(path))
+            return self.spec.needs[-1]
         hashes = {str(file.relative_to(here.parent)): _hash_file(file) for file in files}
         content = _digest(msgspec.json.encode(hashes, order="deterministic"))
         there = self.volume / "uploads" / content[:16]

@@ -157,6 +157,8 @@ def cancel(job: Job, config: Config) -> Launched:
     backend = backends.load(job.backend)
     status: Status = backend.status(job, config)
     if not status.ended:
+        job.cancelled = True
+        jobs.save(job, config)  # before it is: that it was cancelled is known here alone
         backend.cancel(job, config)
         status = Status("cancelled", None, "it was asked to end")
     return Launched(job=job, status=status)

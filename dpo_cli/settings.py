@@ -299,6 +299,18 @@ class GkeSection(Struct, kw_only=True):
     serve_url: Annotated[str, _doc("Endpoint in the cluster to generate with, where generate.url is not set.")] = (
         "http://nothing-gpt-serve:8000/v1"
     )
+class ModalSection(Struct, kw_only=True):
+    """`--backend modal`; Modal's client checks none of the bounds."""
+
+    app: Annotated[str, _doc("Name of the app.")] = "nothing-gpt-dpo-train"
+    gpu: Annotated[str, _doc("Card to train on; --gpus says how many.")] = "L4"
+    timeout: Annotated[int, Meta(ge=1, le=86400), _doc("Seconds that one attempt may take.")] = 86400
+    retries: Annotated[int, Meta(ge=0, le=10), _doc("Further attempts after a failure or a timeout.")] = 10
+    volume: Annotated[str, _doc("Volume that is mounted at /vol; created if missing.")] = "nothing-gpt-vol"
+    cache_volume: Annotated[str, _doc("Volume of downloaded models; created if missing.")] = "nothing-gpt-hf-cache"
+    hf_secret: Annotated[str | None, _doc("Secret that holds HF_TOKEN; none: public models only.")] = "hf-secret"
+    wandb_secret: Annotated[str | None, _doc("Secret that holds WANDB_API_KEY; none: no tracking.")] = "wandb-secret"
+    judge_secret: Annotated[str | None, _doc("Secret that holds OPENAI_API_KEY, for judge.")] = "openai-secret"
 
 
 class Config(Struct, kw_only=True):
@@ -317,3 +329,4 @@ class Config(Struct, kw_only=True):
     evaluate: EvaluateSection = msgspec.field(default_factory=EvaluateSection)
     serve: ServeSection = msgspec.field(default_factory=ServeSection)
     gke: GkeSection = msgspec.field(default_factory=GkeSection)
+    modal: ModalSection = msgspec.field(default_factory=ModalSection)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
-from dpo_cli import errors, plan, store
+from dpo_cli import __version__, errors, plan, store
 from dpo_cli.adapter import Adapter, check_adapter, fingerprint
 from dpo_cli.config import as_dict
 from dpo_cli.errors import Exit, UserError
@@ -39,7 +39,7 @@ from dpo_cli.training.run_folder import (
 )
 from dpo_cli.training.served_tokens import check_tokens
 
-PACKAGES = ("nothing-dpo", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 WITHOUT_EFFECT = ("report_to", "merge")  # on what is trained: a run may go on with others
 BEST = {"dpo": ("eval_rewards/margins", 1), "sft": ("eval_loss", -1)}
 
@@ -397,4 +397,6 @@ def _models(identity: dict[str, Any]) -> dict[str, str | None]:
 
 
 def _versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+    # This package may be here without being installed: a container gets its files alone.
+    found = {"python": platform.python_version(), "nothing-dpo": __version__}
+    return found | {name: version(name) for name in PACKAGES}

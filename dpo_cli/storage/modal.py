@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.storage import COMPLETE, Done, Source, Stored, hashed, manifest, read_manifest, size_of
 
 INCOMPLETE = "INCOMPLETE"
+T = TypeVar("T")
+
 CONNECT_SECONDS = 15  # the client alone would try for a minute
 
 
@@ -31,7 +33,7 @@ class Volume:
             import modal
 
             self._volume: Any = modal.Volume.from_name(name)
-            _within(CONNECT_SECONDS, self._volume.hydrate)
+            within(CONNECT_SECONDS, self._volume.hydrate)
 
     def listing(self) -> dict[str, Stored]:
         from modal.exception import NotFoundError
@@ -115,24 +117,26 @@ def connect(place: str) -> Volume:
     return Volume(name, path.strip("/"))
 
 
-def _within(seconds: float, act: Callable[[], object]) -> None:
+def within(seconds: float, act: Callable[[], T]) -> T:
     """Do something, or give up waiting for it.
 
     Raises:
         TimeoutError: it has not ended in time.
     """
+    returned: list[T] = []
     raised: list[BaseException] = []
 
     def attempt() -> None:
         try:
-            act()
+            returned.append(act())
         except BaseException as error:
             raised.append(error)
 
     thread = threading.Thread(target=attempt, daemon=True)
     thread.start()
     thread.join(seconds)
-    if thread.is_alive():
-        raise TimeoutError(f"Modal does not answer within {seconds:g} s")
     if raised:
         raise raised[0]
+    if not returned:
+        raise TimeoutError(f"Modal does not answer within {seconds:g} s")
+    return returned[0]
