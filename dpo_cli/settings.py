@@ -299,6 +299,8 @@ class GkeSection(Struct, kw_only=True):
     serve_url: Annotated[str, _doc("Endpoint in the cluster to generate with, where generate.url is not set.")] = (
         "http://nothing-gpt-serve:8000/v1"
     )
+
+
 class ModalSection(Struct, kw_only=True):
     """`--backend modal`; Modal's client checks none of the bounds."""
 

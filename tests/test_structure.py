@@ -12,17 +12,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Rooms, lowest first: each imports only rooms before it.
 ROOMS = [
-<<<<<<< HEAD
-    "errors", "terminal", "schema", "store", "presets", "settings", "config", "progress", "storage", "job", "relay",
-    "adapter", "remedies", "guards", "plan", "endpoint", "engines", "judges", "generate", "judge", "formats",
-    "rollouts", "length", "strategies", "pair", "training", "dpo", "stats", "train", "audit", "evaluate", "entry",
-    "backends", "launch", "sweep", "pages", "svg", "report", "lint", "push", "serve_config", "demo", "view", "cli",
-=======
     "errors", "terminal", "schema", "store", "presets", "settings", "config", "progress", "storage", "job", "transfer",
     "relay", "adapter", "remedies", "guards", "plan", "endpoint", "engines", "judges", "generate", "judge", "formats",
-    "rollouts", "length", "strategies", "pair", "training", "dpo", "stats", "train", "evaluate", "entry", "backends",
-    "launch", "sweep", "pages", "audit", "svg", "report", "lint", "serve_config", "demo", "view", "cli",
->>>>>>> 16644d0 (Backend modal: the app, its caller, and a server of ours for the real client)
+    "rollouts", "length", "strategies", "pair", "training", "dpo", "stats", "train", "audit", "evaluate", "entry",
+    "backends", "launch", "sweep", "pages", "svg", "report", "lint", "push", "serve_config", "demo", "view", "cli",
 ]  # fmt: skip
 STAGES = {"generate", "judge", "pair", "train", "evaluate", "serve_config"}
 HEAVY = frozenset({
