@@ -33,22 +33,17 @@ def upload(spec: Spec, root: str, volume: str, progress: Progress) -> None:
         storage.put(files, f"{root}/{place}", progress)
 
 
-def fetch(spec: Spec, root: str, volume: str, into: Path) -> None:
+def fetch(spec: Spec, root: str, volume: str, into: Path, progress: Progress) -> None:
     """Bring a spec's results into the folder `into`, at the paths that they have below the volume.
 
     Raises:
-        UserError: as `storage.connect`; a result that is not there is no fault.
+        UserError: as `storage.get`.
     """
     for there in spec.results:
-        path = PurePosixPath(there).relative_to(volume)
-        is_file = bool(path.suffix)  # of results, files alone have one
-        folder = path.parent if is_file else path
-        place = storage.connect(f"{root}/{folder}")
-        for name in sorted(place.listing()):
-            if name == path.name if is_file else comes_home(name):
-                target = into / folder / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                place.receive(name, target, lambda size: None)
+        place = PurePosixPath(there).relative_to(volume)
+        folder = place.parent if place.suffix == ".jsonl" else place
+        wanted = comes_home if folder == place else place.name.__eq__
+        storage.get(f"{root}/{folder}", into / folder, progress, wanted)
 
 
 def missing(spec: Spec, root: str, volume: str) -> list[str]:
@@ -60,9 +55,9 @@ def missing(spec: Spec, root: str, volume: str) -> list[str]:
     lacking = []
     for need in spec.needs:
         path = PurePosixPath(need).relative_to(volume)
-        folder = path.parent if path.suffix else path
+        folder = path.parent if path.suffix == ".jsonl" else path
         there = storage.connect(f"{root}/{folder}").listing()
-        if not there or (path.suffix and path.name not in there):
+        if not there or (folder != path and path.name not in there):
             lacking.append(need)
     return lacking
 

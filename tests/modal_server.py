@@ -107,6 +107,15 @@ class ModalServer(api_grpc.ModalClientBase):
             else:
                 os.environ[name] = value
 
+    def forget(self) -> None:
+        """Everything that has happened."""
+        shutil.rmtree(self.folder / "volumes", ignore_errors=True)
+        for kept in (self.calls, self.apps, self.functions):
+            kept.clear()
+        self.uploaded.clear()
+        self.commits, self.silent = 0, False
+        self.preempt = lambda call, line: False
+
     async def _start(self) -> str:
         self.server = Server([self], loop=None)
         await self.server.start("127.0.0.1", 0)

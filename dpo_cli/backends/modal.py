@@ -259,7 +259,7 @@ def cancel(job: Job, config: Config) -> None:
 
 def fetch(job: Job, config: Config, into: Path, progress: Progress) -> None:
     """Bring the results home from the volume."""
-    transfer.fetch(job.spec, f"modal://{config.modal.volume}", VOLUME, into)
+    transfer.fetch(job.spec, f"modal://{config.modal.volume}", VOLUME, into, progress)
 
 
 @contextmanager
