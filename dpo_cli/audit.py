@@ -339,6 +339,6 @@ def _findings(found: Audit) -> list[str]:
     if found.flagged:
         reasons = ", ".join(f"{reason} ({count:,})" for reason, count in found.flagged.items())
         said.append(f"Some completions look as if they were written for the judge: {reasons}.")
-    if found.errors:
-        said.append(f"{sum(found.errors.values()):,} prompts failed: `nothing-dpo judge` asks again.")
+    if failed := sum(found.errors.values()):
+        said.append(f"{failed:,} prompt{'s' * (failed > 1)} failed: `nothing-dpo judge` asks again.")
     return said

@@ -262,8 +262,9 @@ def test_the_command_ends_with_4_at_the_cap_and_shows_a_receipt_at_the_end(tmp_p
     with Server() as server:
         plan = command(*common, "--url", server.url, "--dry-run")
         assert "12, as far as their replies are usable" in plan.stdout
-        done = command(*common, "--url", server.url, "--max-usd", "0.03", "--quiet")
+        done = command(*common, "--url", server.url, "--max-usd", "0.03")
         assert (done.returncode, done.stdout) == (4, "")
+        assert f"until it stopped: {server.paid.total()} calls paid · 0 failed · " in done.stderr
         assert "the budget is reached: $0.0" in done.stderr
         assert "the same command goes on" in done.stderr
         done = command(*common, "--url", server.url)

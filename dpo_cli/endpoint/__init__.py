@@ -117,6 +117,8 @@ class Endpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.connection.__aexit__(kind, error, trace)
+        if error is not None and self.spend.calls:
+            self._log(f"until it stopped: {self.spend.in_words()}")
         self._sent.close()
         self._journal.close()
 

@@ -32,6 +32,18 @@ class Receipt(Struct, kw_only=True):
         both = ((name, getattr(self, name) + getattr(other, name)) for name in self.__struct_fields__)
         return Receipt(**dict(both))
 
+    def in_words(self) -> str:
+        """One line, for a run that ends before it could show a table."""
+        usage = self.usage
+        said = [
+            f"{self.calls:,} calls paid", f"{self.failed:,} failed",
+            f"{usage.input:,} tokens in ({usage.cached:,} cached)",
+            f"{usage.output:,} out ({usage.reasoning:,} reasoning)", f"${self.usd:,.4f}",
+        ]  # fmt: skip
+        if twice := self.resent + self.interrupted:
+            said.append(f"{twice:,} perhaps paid twice")
+        return " · ".join(said)
+
 
 class Estimate(Struct, kw_only=True):
     """What a run would ask and cost.
