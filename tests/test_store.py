@@ -103,6 +103,14 @@ def test_what_is_no_object_is_named_by_its_line(path, line):
         assert raised.value.where == f"{path}:2"
 
 
+def test_a_torn_end_is_passed_over_in_our_own_files_only(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"id":"a","text":"x"}\n{"id":"b","te')
+    assert ids(path) == ["a"]
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: not a JSON object"):
+        list(parse_rows(path, dict))
+
+
 def test_the_last_line_of_an_id_wins_and_compaction_keeps_the_bytes_of_the_rest(path):
     path.parent.mkdir()
     path.write_bytes(b'{"id":"a","text":"1"}\n{ "id": "b",  "text": "1", "more": [1] }\n{"id":"a","text":"2"}\n')
