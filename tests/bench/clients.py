@@ -1,11 +1,11 @@
 """Rows a second of whole tools against a server that takes 200 ms, 256 requests in flight, on one core.
 
-    python tests/bench/clients.py [--environments DIR] [--rounds 3] [--rows 3840]
+    python tests/bench/clients.py [--environments DIR] [--in-flight 256] [--rounds 3] [--rows 3840]
 
 curator and distilabel get an environment each under DIR, made if it is not there (1.5 GB). The tools take turns, each
-in a process of its own on the first core; the server has the second. `ideal` is 256 / 0.2 s; imports are not counted,
-ramping up and writing are. `bare` bounds what any client could reach on this machine, and the last line says what the
-server answers when a bare client has four times as many in flight: it is not what holds the others back.
+in a process of its own on the first core; the server has the second. `ideal` is requests in flight / 0.2 s; imports are
+not counted, ramping up and writing are. `bare` bounds what any client could reach on this machine, and the last line
+says what the server answers when a bare client has four times as many in flight: it does not hold the others back.
 """
 
 import argparse
@@ -19,8 +19,6 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 LATENCY = 0.2
-IN_FLIGHT = 256
-IDEAL = IN_FLIGHT / LATENCY
 PEERS = {
     "curator": ["bespokelabs-curator==0.1.31"],
     "distilabel": ["distilabel[openai]==1.5.3", "requests"],  # which it imports and does not name
@@ -44,7 +42,7 @@ def write_prompts(path: Path, count: int) -> None:
             file.write(json.dumps({"prompt": f"Scene {number}. {scene}"}) + "\n")
 
 
-def measure(tool: str, python: str, url: str, prompts: Path, in_flight: int = IN_FLIGHT) -> dict[str, float]:
+def measure(tool: str, python: str, url: str, prompts: Path, in_flight: int) -> dict[str, float]:
     """Run a tool on the first core; what it printed last."""
     command = [python, str(HERE / "peers.py"), tool, url, str(prompts), str(in_flight)]
     process = subprocess.Popen(
@@ -62,9 +60,11 @@ def measure(tool: str, python: str, url: str, prompts: Path, in_flight: int = IN
 def main() -> None:
     parser = argparse.ArgumentParser(description="Throughput of whole tools, side by side.")
     parser.add_argument("--environments", type=Path, default=Path("~/.cache/nothing-dpo-bench").expanduser())
+    parser.add_argument("--in-flight", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=3840)
     options = parser.parse_args()
+    in_flight, ideal = options.in_flight, options.in_flight / LATENCY
     pythons = {"bare": sys.executable, "nothing-dpo": sys.executable}
     pythons |= {name: environment(options.environments / name, packages) for name, packages in PEERS.items()}
     server = subprocess.Popen(
@@ -80,23 +80,23 @@ def main() -> None:
             write_prompts(prompts, options.rows)
             for _ in range(options.rounds):
                 for tool, python in pythons.items():
-                    found = measure(tool, python, url, prompts)
+                    found = measure(tool, python, url, prompts, in_flight)
                     assert found["rows"] == options.rows, f"{tool} made {found['rows']} rows"
                     runs[tool].append(found)
-            server_rate = options.rows / measure("bare", sys.executable, url, prompts, 4 * IN_FLIGHT)["wall"]
+            server_rate = options.rows / measure("bare", sys.executable, url, prompts, 4 * in_flight)["wall"]
     finally:
         server.terminate()
         server.wait()
-    print(f"{options.rows} rows, {IN_FLIGHT} in flight, {LATENCY} s an answer: at most {IDEAL:.0f} rows/s")
+    print(f"{options.rows} rows, {in_flight} in flight, {LATENCY} s an answer: at most {ideal:.0f} rows/s")
     print(f"{'':<12} {'rows/s':>7} {'of ideal':>9} {'least':>6} {'most':>6} {'CPU ms a row':>13}")
     for tool, found in runs.items():
         rates = [options.rows / run["wall"] for run in found]
         rate, cpu = statistics.median(rates), statistics.median(run["cpu"] for run in found)
         print(
-            f"{tool:<12} {rate:>7.0f} {rate / IDEAL:>9.2f} {min(rates) / IDEAL:>6.2f} {max(rates) / IDEAL:>6.2f} "
+            f"{tool:<12} {rate:>7.0f} {rate / ideal:>9.2f} {min(rates) / ideal:>6.2f} {max(rates) / ideal:>6.2f} "
             f"{1000 * cpu / options.rows:>13.2f}"
         )
-    print(f"the server gives a bare client with {4 * IN_FLIGHT} in flight {server_rate:.0f} answers/s")
+    print(f"the server gives a bare client with {4 * in_flight} in flight {server_rate:.0f} answers/s")
 
 
 if __name__ == "__main__":
