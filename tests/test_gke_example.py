@@ -1,0 +1,65 @@
+"""The example's image, which nothing here can build, and its settings."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import yaml
+from gke_jobs import spec_of
+from kube_rules import faults
+
+from dpo_cli.backends import gke
+from dpo_cli.backends._gke_render import USER
+from dpo_cli.config import resolve
+
+ROOT = Path(__file__).parents[1]
+DOCKERFILE = ROOT / "examples" / "gke" / "Dockerfile"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def instructions():
+    """(instruction, rest) of each line that is one, continued lines joined."""
+    text = DOCKERFILE.read_text().replace("\\\n", " ")
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    return [(line.partition(" ")[0], line.partition(" ")[2]) for line in lines]
+
+
+def all_of(kind):
+    return [rest for name, rest in instructions() if name == kind]
+
+
+def test_what_the_image_is_made_of_is_there_and_pinned():
+    (base,) = all_of("FROM")
+    version = re.fullmatch(r"python:3\.(\d+)-slim-\w+", base)
+    oldest = re.fullmatch(r">=3\.(\d+)", PROJECT["requires-python"])
+    assert version and oldest and int(version[1]) >= int(oldest[1])
+    for copy in all_of("COPY"):
+        for source in copy.split()[:-1]:
+            assert (ROOT / source).exists(), source
+    assert not all_of("ADD")
+    installs = [command for command in all_of("RUN") if "pip install" in command]
+    assert "PIP_CONSTRAINT=/build/constraints.txt" in all_of("ENV")[0]
+    extras = re.findall(r"/build\[([\w,]+)\]", installs[0])[0].split(",")
+    assert "train" in extras and set(extras) <= set(PROJECT["optional-dependencies"])
+    assert {"pyproject.toml", PROJECT["readme"], *PROJECT["license-files"]} <= set(all_of("COPY")[1].split())
+
+
+def test_the_image_runs_as_the_job_expects_and_holds_no_secret():
+    assert all_of("USER") == [f"{USER}:{USER}"]
+    names = [name for name, _ in instructions()]
+    assert names.index("USER") > max(at for at, name in enumerate(names) if name in ("RUN", "COPY"))
+    config = resolve(file=DOCKERFILE.with_name("nothing-dpo.toml"), environment={}).config
+    job = next(yaml.safe_load_all(gke.render(spec_of(config), config)))
+    assert faults(job) == []
+    container = job["spec"]["template"]["spec"]["containers"][0]
+    assert all_of("CMD") == [str(container["command"]).replace("'", '"')]
+    assert not re.search(r"TOKEN|API_KEY|PASSWORD", DOCKERFILE.read_text())
+    assert not any(one["name"] == "WANDB_API_KEY" for one in container["env"])
+
+
+def test_the_examples_settings_name_no_unknown_one():
+    text = DOCKERFILE.with_name("nothing-dpo.toml").read_text()
+    commented = re.findall(r'^# (\w+) = ("[^"]*")', text, re.MULTILINE)
+    assert len(commented) >= 5
+    sets = [f"gke.{key}={value}" for key, value in commented]
+    assert resolve(sets=sets, environment={}).config.gke.queue_name == "team-queue"
