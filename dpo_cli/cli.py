@@ -402,7 +402,9 @@ def _show_launched(session: Session, launched: Any) -> Exit | None:
 @command("jobs")
 def jobs(
     session: Session,
-    action: Annotated[Literal["list", "attach", "logs", "cancel"], typer.Argument(help="What to do with it.")] = "list",
+    action: Annotated[
+        Literal["list", "attach", "logs", "cancel", "pause", "resume"], typer.Argument(help="What to do with it.")
+    ] = "list",
     identity: Annotated[str, typer.Argument(metavar="[ID]", help="Id of the job, or the beginning of it.")] = "",
     no_fetch: NoFetch = False,
 ) -> Exit | None:
@@ -419,7 +421,11 @@ def jobs(
         for line in backends.load(found.backend).logs(found, session.config, follow=False):
             typer.echo(plain(line))
         return None
-    session.show(launch.cancel(found, session.config), view.launched)
+    if action == "cancel":
+        session.show(launch.cancel(found, session.config), view.launched)
+        return None
+    session.show(launch.suspend(found, session.config, action == "pause"), view.launched)
+    session.suggest(f"nothing-dpo jobs {'resume' if action == 'pause' else 'attach'} {found.id}")
     return None
 
 

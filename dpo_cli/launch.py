@@ -164,6 +164,20 @@ def cancel(job: Job, config: Config) -> Launched:
     return Launched(job=job, status=status)
 
 
+def suspend(job: Job, config: Config, suspended: bool) -> Launched:
+    """Let a job rest, or go on.
+
+    Raises:
+        UserError: as the backend, or it can't.
+    """
+    backend = backends.load(job.backend)
+    if not hasattr(backend, "suspend"):
+        hint = f"nothing-dpo jobs cancel {job.id}; the same command goes on from its checkpoint"
+        raise UserError(f"backend {job.backend} has no pause", where=job.id, hint=hint)
+    backend.suspend(job, config, suspended)
+    return Launched(job=job, status=backend.status(job, config), detached=True)
+
+
 def bring_home(job: Job, config: Config, progress: Progress) -> list[str]:
     """Fetch a job's results: each replaces what is here once it is whole; rows made here since are kept.
 

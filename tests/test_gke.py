@@ -374,6 +374,27 @@ def test_a_queue_lets_it_run_later(cluster, bucket):
     assert run(config, progress=Admit()).status.exit_code == Exit.OK
 
 
+def test_a_paused_job_saves_and_goes_on_in_another_pod(cluster, bucket):
+    cluster.lives = [Life(hold=threading.Event()), Life(outcome())]
+    results(bucket)
+    config = settings()
+    job = run(config, detach=True).job
+    _until(lambda: gke.status(job, config).state == "running")
+    (pod,) = cluster.pods_of(NAME)
+    paused = launch.suspend(job, config, True)
+    assert (paused.status.state, paused.status.reason) == ("pending", "it is suspended")
+    _until(lambda: not cluster.pods)
+    assert pod.terminate.is_set()
+    launch.suspend(job, config, False)
+    assert launch.attach(job, config, Lines()).status.exit_code == Exit.OK
+
+
+def test_only_what_can_pause_does():
+    with pytest.raises(UserError, match="no pause"):
+        launch.suspend(jobs.Job(id="local-train-dpo", backend="local", spec=launch.spec("local", settings(), "train")),
+                       settings(), True)  # fmt: skip
+
+
 def test_the_service_of_several_nodes_goes_with_its_job(cluster):
     cluster.lives = [Life(hold=threading.Event())]
     config = settings()

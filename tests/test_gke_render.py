@@ -2,13 +2,17 @@
 
 import copy
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import yaml
 from gke_jobs import IMAGE, pod, rendered, settings, spec_of
 from kube_rules import amount, faults, restricted_pod, unknown_fields
 
+from dpo_cli import store
 from dpo_cli.backends import gke
 from dpo_cli.errors import UserError
 
@@ -161,6 +165,15 @@ def test_caches_are_on_the_nodes_disk_and_shared_memory_is_within_the_memory():
     limits = container["resources"]["limits"]
     assert amount(shared["sizeLimit"]) * 4 < amount(limits["memory"])
     assert amount("30Gi") <= amount(limits["ephemeral-storage"])  # else the pod is evicted for its cache
+
+
+def test_a_mounted_file_is_synced_no_more_often_than_its_object_may_change():
+    given = {one["name"]: one.get("value") for one in pod(settings(), command="judge")["containers"][0]["env"]}
+    code = "from dpo_cli import store; print(store.SYNC_SECONDS)"
+    seen = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {store.SYNC: given[store.SYNC]}, capture_output=True, text=True
+    ).stdout
+    assert 1 < float(seen) <= 10  # a pod that is killed without a word loses so much
 
 
 SECRETS = {"HF_TOKEN": "hf-secret", "WANDB_API_KEY": "wandb-secret", "OPENAI_API_KEY": "openai-secret"}

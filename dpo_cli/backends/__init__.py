@@ -11,6 +11,7 @@ A backend is these names; `launch.py` calls them, and each raises `UserError` fo
 - `logs(job, config, follow) -> Iterator[str]`: its stdout, line by line, each line once; with `follow` until it has
   ended, over lost connections and preemptions, which are said in a line.
 - `cancel(job, config)`: end it, and wait for nothing.
+- `suspend(job, config, suspended)`, where it can: let it save and rest, or go on.
 - `fetch(job, config, into, progress)`: what `spec.results` names, into the folder `into`, at the paths that they have
   there below the volume, as far as `job.comes_home` says so.
 

@@ -16,12 +16,14 @@ from dpo_cli.entry import PORT, SPEC
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.job import VOLUME, Spec
 from dpo_cli.settings import Config, GkeSection
+from dpo_cli.store import SYNC
 
 CACHE = "/cache"
 USER = 1000  # of the image; the bucket's files are shown as its own
 WAIT_SECONDS = 600  # for the data; the GPU is paid for meanwhile
 KEEP_SECONDS = 7 * 24 * 3600  # a finished Job
 SPOT_GRACE, GRACE = 25, 120  # seconds from SIGTERM to SIGKILL; a spot node is gone sooner whatever is asked for
+SYNC_SECONDS = "5"  # an object may be replaced once a second, and a sync of a mounted file replaces its object
 SHARED_MEMORY = "2Gi"  # counts against the memory limit
 SMALL = {"cpu": "500m", "memory": "1Gi", "ephemeral-storage": "1Gi"}  # of the commands that need no GPU
 LONGEST_SPEC = 120_000  # bytes; the kernel takes 128 KiB an environment variable
@@ -285,7 +287,13 @@ def _environment(name: str, spec: Spec, gke: GkeSection) -> dict[str, str]:
         raise UserError("the settings and the list of inputs are too long to send", where=name, hint="fewer files")
     # The first pod, whose lines are shown, holds rank 0.
     first = {"MASTER_ADDR": f"{name}-0.{name}"} if spec.nodes > 1 else {}
-    return {SPEC: text, "HOME": CACHE, "HF_HOME": f"{CACHE}/huggingface", "PYTHONUNBUFFERED": "1", **first}
+    return {
+        SPEC: text,
+        "HOME": CACHE,
+        "HF_HOME": f"{CACHE}/huggingface",
+        "PYTHONUNBUFFERED": "1",
+        SYNC: SYNC_SECONDS,
+    } | first
 
 
 def _from_secret(variable: str, secret: str) -> k8s.V1EnvVar:

@@ -100,6 +100,11 @@ def cancel(job: Job, config: Config) -> None:
     _cluster(job, config).delete_job(job.handle["name"])
 
 
+def suspend(job: Job, config: Config, suspended: bool) -> None:
+    """Let the Job's pods save and go, or start one again."""
+    _cluster(job, config).suspend(job.handle["name"], suspended)
+
+
 def fetch(job: Job, config: Config, into: Path, progress: Progress) -> None:
     """Download the results from the bucket.
 
