@@ -395,10 +395,13 @@ def test_only_what_can_pause_does():
                        settings(), True)  # fmt: skip
 
 
-def test_the_service_of_several_nodes_goes_with_its_job(cluster):
+def test_the_service_of_several_nodes_goes_with_its_job(cluster, elsewhere):
     cluster.lives = [Life(hold=threading.Event())]
     config = settings()
     job = run(config, detach=True, nodes=2).job
+    cluster.services.clear()  # as if the machine had been lost before it was created
+    elsewhere()
+    run(config, detach=True, nodes=2)
     owner = cluster.services[NAME]["metadata"]["ownerReferences"][0]
     assert (owner["kind"], owner["uid"]) == ("Job", cluster.jobs[NAME]["metadata"]["uid"])
     launch.cancel(job, config)

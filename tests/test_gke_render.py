@@ -199,7 +199,8 @@ def test_keys_come_by_reference_and_nothing_secret_is_sent(monkeypatch):
 def test_the_spec_is_sent_without_this_machines_paths(folder):
     (folder / "data" / "dpo").mkdir(parents=True)
     (folder / "data" / "dpo" / "train.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
-    text = gke.render(spec_of(settings()), settings())
+    config = settings(f"runs={folder}/runs", f"model.dpo_adapter={folder}/out")
+    text = gke.render(spec_of(config), config)
     assert str(folder) not in text
     sent = _sent(text)
     assert sent["config"]["data"].startswith("/vol/uploads/")

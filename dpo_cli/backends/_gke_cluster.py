@@ -57,32 +57,34 @@ class Cluster:
         with self._explained():
             return _or_none(self._batch.read_namespaced_job, name, self.namespace)
 
-    def create_job(self, document: dict[str, Any], dry_run: bool = False) -> Any | None:
-        """Create a Job; None if one of that name is there.
+    def create_job(self, document: dict[str, Any], dry_run: bool = False) -> bool:
+        """Create a Job; False if one of that name is there.
 
         Args:
             document: the Job.
             dry_run: let the cluster check it, and create nothing.
         """
+        options = {"dry_run": "All"} if dry_run else {}
+        return self._create(self._batch.create_namespaced_job, document, **options)
+
+    def create_service(self, document: dict[str, Any]) -> None:
+        """Create a Service that goes when the Job of its name goes, unless it is there."""
+        metadata = document["metadata"]
+        owner = self.job(metadata["name"])
+        if owner is not None:
+            reference = {"apiVersion": "batch/v1", "kind": "Job", "name": metadata["name"], "uid": owner.metadata.uid}
+            owned = metadata | {"ownerReferences": [reference | {"blockOwnerDeletion": True}]}
+            self._create(self._core.create_namespaced_service, document | {"metadata": owned})
+
+    def _create(self, create: Any, document: dict[str, Any], **options: str) -> bool:
         with self._explained():
             try:
-                return self._batch.create_namespaced_job(
-                    self.namespace, document, field_validation="Strict", _request_timeout=TIMEOUT,
-                    **({"dry_run": "All"} if dry_run else {}),
-                )  # fmt: skip
+                create(self.namespace, document, field_validation="Strict", _request_timeout=TIMEOUT, **options)
+                return True
             except ApiException as error:
                 if error.status != 409:
                     raise
-                return None
-
-    def create_service(self, document: dict[str, Any], owner: Any) -> None:
-        """Create a Service that goes when its Job goes."""
-        reference = {"apiVersion": "batch/v1", "kind": "Job", "name": owner.metadata.name, "uid": owner.metadata.uid}
-        metadata = document["metadata"] | {"ownerReferences": [reference | {"blockOwnerDeletion": True}]}
-        with self._explained():
-            self._core.create_namespaced_service(
-                self.namespace, document | {"metadata": metadata}, field_validation="Strict", _request_timeout=TIMEOUT
-            )
+                return False
 
     def delete_job(self, name: str) -> None:
         """Delete a Job and its pods; without saying so, they would run on. No such Job is fine."""

@@ -52,16 +52,14 @@ def submit(spec: Spec, config: Config, progress: Progress) -> Job:
     cluster = Cluster(config.gke)
     job.handle = {"name": job_name(job.id), "namespace": cluster.namespace, "bucket": str(config.gke.bucket)}
     cluster.check(rendering.secrets(spec, config.gke))
-    if _is_there(cluster, job, config, progress):
-        return job
-    cluster.create_job(document, dry_run=True)
-    _upload(spec, str(config.gke.bucket), progress)
-    created = cluster.create_job(document)
-    if created is None:
-        raise UserError("somebody else has just created it", where=job.id, hint="the same command attaches to it")
+    if not _is_there(cluster, job, config, progress):
+        cluster.create_job(document, dry_run=True)
+        _upload(spec, str(config.gke.bucket), progress)
+        if not cluster.create_job(document):
+            raise UserError("somebody else has just created it", where=job.id, hint="the same command attaches to it")
+        progress.log(f"Job {job.handle['name']} created in namespace {cluster.namespace}")
     for service in services:
-        cluster.create_service(service, created)
-    progress.log(f"Job {job.handle['name']} created in namespace {cluster.namespace}")
+        cluster.create_service(service)
     return job
 
 
