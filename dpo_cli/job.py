@@ -283,13 +283,15 @@ class _Places:
 
         Args:
             path: a file, or a folder whose name stays.
-            names: files of the folder that are the input; None: all of them.
+            names: files of the folder that are the input, the first of which must be there; None: all of them.
         """
         here = Path(path).resolve()
         files = [here] if here.is_file() else [file for file in _files(here) if names is None or file.name in names]
         if not files:
-            self.spec.needs.append(self.same(path))
-            return self.spec.needs[-1]
+            place = self.same(path)
+            lacks = next(iter(names)) if names and not PurePosixPath(place).suffix else None
+            self.spec.needs.append(f"{place}/{lacks}" if lacks else place)
+            return place
         hashes = {str(file.relative_to(here.parent)): _hash_file(file) for file in files}
         content = _digest(msgspec.json.encode(hashes, order="deterministic"))
         there = self.volume / "uploads" / content[:16]

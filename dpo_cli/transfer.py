@@ -71,7 +71,7 @@ def refuse_missing(spec: Spec, root: str, volume: str) -> None:
     lacking = missing(spec, root, volume)
     if lacking:
         path = PurePosixPath(lacking[0]).relative_to(volume)
-        kind = "adapter" if "adapter" in str(path) else "data"
+        kind, folder = ("data", path.parent) if path.suffix == ".jsonl" else ("adapter", path)
         raise UserError(
-            f"neither here nor at {root}: {', '.join(lacking)}", hint=f"nothing-dpo push {kind} {root}/{path}"
+            f"neither here nor at {root}: {', '.join(lacking)}", hint=f"nothing-dpo push {kind} {root}/{folder}"
         )

@@ -332,9 +332,10 @@ def test_without_a_kubeconfig_the_command_that_makes_it_is_named(cluster, monkey
 def test_data_that_is_neither_here_nor_there_stops_it_before_it_costs(cluster, bucket):
     Path("data/dpo/train.jsonl").unlink()
     Path("data/dpo/val.jsonl").unlink()
-    with pytest.raises(UserError, match="neither here nor in the bucket") as missing:
+    bucket.write("data/dpo/completions.jsonl")
+    with pytest.raises(UserError, match=r"neither here nor at gs://runs: /vol/data/dpo/train\.jsonl") as missing:
         run()
-    assert missing.value.where == "gs://runs/data/dpo/train.jsonl"
+    assert missing.value.hint == "nothing-dpo push data gs://runs/data/dpo"
     assert not cluster.jobs
     bucket.write("data/dpo/train.jsonl", PAIR)
     cluster.lives = [Life(outcome())]

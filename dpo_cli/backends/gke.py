@@ -8,20 +8,20 @@ that makes it.
 
 import time
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import yaml
 
-from dpo_cli import storage
+from dpo_cli import transfer
 from dpo_cli.backends import _gke_render as rendering
 from dpo_cli.backends._gke_cluster import Cluster, Unreachable, end_of, preempted
 from dpo_cli.backends._gke_render import HASH, QUEUE, job_name
 from dpo_cli.entry import SPEC
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.job import VOLUME as VOLUME
-from dpo_cli.job import Job, Spec, Status, comes_home, ended, identity, refuse_another
+from dpo_cli.job import Job, Spec, Status, ended, identity, refuse_another
 from dpo_cli.progress import Progress
 from dpo_cli.settings import Config
 
@@ -54,7 +54,8 @@ def submit(spec: Spec, config: Config, progress: Progress) -> Job:
     cluster.check(rendering.secrets(spec, config.gke))
     if not _is_there(cluster, job, config, progress):
         cluster.create_job(document, dry_run=True)
-        _upload(spec, str(config.gke.bucket), progress)
+        transfer.refuse_missing(spec, _bucket(job), VOLUME)
+        transfer.upload(spec, _bucket(job), VOLUME, progress)
         if not cluster.create_job(document):
             raise UserError("somebody else has just created it", where=job.id, hint="the same command attaches to it")
         progress.log(f"Job {job.handle['name']} created in namespace {cluster.namespace}")
@@ -69,7 +70,10 @@ def status(job: Job, config: Config) -> Status:
     Raises:
         UserError: the cluster does not say.
     """
-    return _status(_cluster(job, config), job.handle["name"])
+    now = _status(_cluster(job, config), job.handle["name"])
+    if now.state == "cancelled" and job.cancelled:
+        now = Status("cancelled", Exit.INTERRUPTED, "its checkpoints are in the bucket")
+    return now
 
 
 def logs(job: Job, config: Config, follow: bool) -> Iterator[str]:
@@ -109,11 +113,7 @@ def fetch(job: Job, config: Config, into: Path, progress: Progress) -> None:
     Raises:
         UserError: the bucket can't be read.
     """
-    for there in job.spec.results:
-        place = PurePosixPath(there).relative_to(VOLUME)
-        folder = place.parent if place.suffix == ".jsonl" else place
-        wanted = comes_home if folder == place else place.name.__eq__
-        storage.get(f"gs://{job.handle['bucket']}/{folder}", into / folder, progress, wanted)
+    transfer.fetch(job.spec, _bucket(job), VOLUME, into, progress)
 
 
 class _Story:
@@ -255,25 +255,8 @@ def _spec_of(there: Any, name: str) -> Spec:
     raise UserError("a Job that is not ours has this name", where=name, hint="--name OTHER")
 
 
-def _upload(spec: Spec, bucket: str, progress: Progress) -> None:
-    """Send the inputs to places made from their content, and see that the others are in the bucket.
-
-    Raises:
-        UserError: one is neither here nor there.
-    """
-    places: dict[PurePosixPath, dict[str, storage.Source]] = {}
-    for upload in spec.uploads:
-        there = PurePosixPath(upload.there).relative_to(VOLUME)
-        folder = PurePosixPath(*there.parts[:2])  # uploads/HASH
-        places.setdefault(folder, {})[str(there.relative_to(folder))] = Path(upload.here)
-    for folder, files in places.items():
-        storage.put(files, f"gs://{bucket}/{folder}", progress)
-    sent = {upload.there for upload in spec.uploads}
-    for needed in rendering.needs(spec):
-        there = PurePosixPath(needed).relative_to(VOLUME)
-        if needed not in sent and there.name not in storage.connect(f"gs://{bucket}/{there.parent}").listing():
-            hint = f"nothing-dpo push data gs://{bucket}/{there.parent}, or have it here"
-            raise UserError("is neither here nor in the bucket", where=f"gs://{bucket}/{there}", hint=hint)
+def _bucket(job: Job) -> str:
+    return f"gs://{job.handle['bucket']}"
 
 
 def _cluster(job: Job, config: Config) -> Cluster:
