@@ -26,11 +26,13 @@ _ROLE = re.compile(
 _ADDRESS = re.compile(
     r"\b(this|current) (candidate|response|completion|submission)\b|\bcandidate [A-Z]\b"
     r"|\b(ignore|disregard|forget|override)\b.{0,40}\b(instructions?|rules|rubric|criteria|prompts?)\b"
+    r"|\b(ignore|disregard)\b.{0,15}\babove\b|\brank\b.{0,20}\b(?-i:[A-H])\W{1,3}(as |the )?(first|best|highest|top)\b"
     r"|\b(rank|rate|score|grade)\b.{0,30}\b(me|this|it|answer|mine)\W{1,3}(\w+\W{1,3}){0,3}(first|best|highest|10|ten|top)\b"
     r"|\b(dear|attention|note to( the)?) (ai |llm )?(judge|grader|evaluator|rater)s?\b"
     r"|\bas (an? |the )?(ai |llm )?(judge|grader|evaluator)\b.{0,20}\byou\b"
     r"|\bsystem prompt\b|\bnew (rubric|criteria|instructions)\b"
     r"|\bignorier\w*.{0,40}\b(anweisung|regel)|\b(diese[mnrs]?|der|dem) kandidat"
+    r"|\bals (richter|gutachter|bewerter)"
     r"|\bignor(ez?|a|e|ar|are)\b.{0,50}\b(instruc|istruzion|instruç|consign)"
     r"|忽略.{0,20}(指示|指令|说明)|(候选|这个)(答案|回答).{0,10}分|(無視|評価者)|(игнорир|проигнорир)\w*|оценк\w+ 10"
     r"|تجاهل|अनदेखा|무시하",
@@ -39,7 +41,8 @@ _ADDRESS = re.compile(
 # Only a text with one of these can match; looking for them first takes a hundredth of the time.
 _STEMS = (
     "candidate", "response", "completion", "submission", "ignor", "disregard", "forget", "override", "rank", "rate",
-    "score", "grade", "judge", "evaluator", "system prompt", "new ", "kandidat", "忽略", "候选", "这个", "無視",
+    "score", "grade", "judge", "evaluator", "system prompt", "new ", "kandidat", "richter", "gutachter",
+    "bewerter", "忽略", "候选", "这个", "無視",
     "評価者", "оценк", "игнорир", "تجاهل", "अनदेखा", "무시하",
 )  # fmt: skip
 _ENCODED = re.compile(r"[A-Za-z0-9+/]{20,}={0,2}")
