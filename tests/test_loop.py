@@ -113,6 +113,21 @@ def test_out_of_memory_halves_the_forward_and_keeps_the_step(start, tmp_path, mo
         assert abs(one[key] - other[key]) < 1e-4
 
 
+def test_where_the_batch_must_stay_a_lack_of_memory_ends_the_run(start, tmp_path, monkeypatch):
+    import torch
+
+    from dpo_cli import dpo
+
+    def lacking(*_, **__):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(dpo.Trainer, "_compute_loss", lacking)
+    with pytest.raises(UserError, match="memory does not suffice for a forward") as stopped:
+        train.run(config_of(start, tmp_path, "gate.smaller_batch=false"), Silent())
+    assert "per_device_train_batch_size" in stopped.value.hint
+    assert events(tmp_path)[-1] == ("refused", None)
+
+
 def test_the_curriculum_begins_with_the_largest_gap_and_resumes_exactly(start, tmp_path):
     from dpo_cli.dpo import EasyFirst
     from dpo_cli.training.inputs import read_inputs

@@ -1,6 +1,7 @@
 """What a stage did, in a few lines: the last thing that a command prints."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -159,7 +160,9 @@ def trained(console: Console, result: "Trained") -> None:
     if result.verdict:
         table.add_row("adapter", safe(f"{result.adapter}, from {result.best_checkpoint}"))
     if result.ended:
-        table.add_row("ended early", safe(f"{result.ended}: nothing-dpo inspect run --explain", "yellow"))
+        table.add_row(
+            "ended early", safe(f"{result.ended}: nothing-dpo inspect run {Path(result.run).name} --explain", "yellow")
+        )
     if result.merged:
         off = result.merged["mean_difference"]
         table.add_row("merged", safe(f"{result.merged['path']}, {off:.1e} nats a token from base and adapter"))
