@@ -157,10 +157,12 @@ def test_the_curriculum_begins_with_the_largest_gap_and_resumes_exactly(start, t
 def test_a_signal_in_an_evaluation_saves_the_step_and_the_evaluation_is_made_up_for(
     start, tmp_path, monkeypatch, place
 ):
+    import torch
+
     from dpo_cli import dpo
     from dpo_cli.training import loop
 
-    sets = ("train.eval_steps=4", "train.save_steps=8", "train.lora_dropout=0.1")
+    sets = ("train.eval_steps=4", "train.save_steps=4")
     train.run(config_of(start, tmp_path / "whole", *sets), Silent())
     predict, sample = loop.Watch.on_prediction_step, dpo.Trainer._sample
 
@@ -180,6 +182,11 @@ def test_a_signal_in_an_evaluation_saves_the_step_and_the_evaluation_is_made_up_
             patch.setattr(dpo.Trainer, "_sample", terminated_before)
             patch.setattr(dpo.Trainer, "_kl", lambda *_: pytest.fail("it goes on measuring"))
         train.run(config, Silent())
+    states = [
+        torch.load(folder / "runs/dpo/checkpoints/checkpoint-4/rng_state.pth", weights_only=False)["cpu"]
+        for folder in (tmp_path, tmp_path / "whole")
+    ]
+    assert torch.equal(*states), "sampling has a random state of its own"
     assert train.run(config, Silent()).resumed_from == 4
     assert metrics(tmp_path / "runs/dpo") == metrics(tmp_path / "whole/runs/dpo")
     shutil.rmtree(tmp_path / "whole")

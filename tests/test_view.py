@@ -14,6 +14,7 @@ from dpo_cli import audit, config, stats, view
 from dpo_cli.errors import UserError
 from dpo_cli.pages import Rows
 from dpo_cli.schema import Completions, Judgment, Order, Preference
+from dpo_cli.sweep import Point, Swept
 from dpo_cli.view import pairs, plot, progress, text
 
 # What rich itself writes: colours and styles.
@@ -174,6 +175,33 @@ def test_a_run_with_gaps_one_point_or_nothing_is_drawn():
         view.run(console, stats.Run(name="dpo", series=series, last=last, events=[], report=None))
         assert ("loss" in unstyled(console)) == bool(series)
         assert ("no metrics yet" in unstyled(console)) == (not series)
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_a_sweep_shows_its_numbers_and_plots_beside_each_other_and_names_the_best(width):
+    points = [
+        Point(value, f"runs/dpo-beta-{value}", "", "pass", accuracy, margin, 0.65, kl, (accuracy - 0.1, accuracy + 0.1))
+        for value, accuracy, margin, kl in ((0.05, 0.55, 0.4, 0.3), (0.5, 0.7, -0.2, 0.02))
+    ]
+    console = terminal(width)
+    view.swept(console, Swept("beta", points, 0.1, 0.5))
+    lines = unstyled(console).splitlines()
+    assert max(map(len, lines)) <= width
+    first, best = lines[1:3]
+    assert best.startswith("★ 0.5") and all(number in best for number in ("70.0%", "-0.2", "0.02", "pass"))
+    assert best.count("┊") == 2, "chance and the limit"
+    assert first.count("█") > 2 * best.count("█"), "a larger margin, and a KL that hides its limit"
+    assert "┤" in first and "the limit" in lines[3]
+    assert "best: beta = 0.5" in lines[4] and "overlap" in " ".join(lines[4:])
+
+
+def test_guards_are_marked_below_the_curves_where_they_acted():
+    acted = [{"event": "kl_limit", "step": 20, "action": "stop"}, {"event": "encoded", "step": 0}]
+    series = {"loss": [(0, 1.0), (40, 0.0)]}
+    console = terminal(80)
+    view.run(console, stats.Run(name="dpo", series=series, last={"loss": 0.0}, events=acted, report=None))
+    [marks] = [line for line in unstyled(console).splitlines() if "▲" in line and "guards" not in line]
+    assert marks.count("▲") == 1 and 20 < marks.index("▲") < 32, "half-way"
 
 
 def test_a_curve_goes_from_the_first_point_to_the_last():

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from dpo_cli.sweep import Point, Swept
     from dpo_cli.training.preflight import Cost
 
-BAR_WIDTH, SWEEP_WIDTH = 20, 14
+BAR_WIDTH = 20
+NUMBERS_WIDTH = 58  # what a sweep's table has besides its three plots
 
 
 def plan(console: Console, plan: "Plan") -> None:
@@ -79,7 +80,7 @@ def explain(console: Console, names: Sequence[str]) -> None:
 
 def swept(console: Console, result: "Swept") -> None:
     """A sweep's runs side by side, by number and as plots: accuracy with its interval, margin, KL; the best named."""
-    points = result.points
+    points, width = result.points, max(6, min(BAR_WIDTH, (console.width - NUMBERS_WIDTH) // 3))
     margins, kls = (max((abs(value or 0.0) for value in values), default=0.0) for values in (
         [point.margin for point in points], [*(point.kl for point in points), result.kl_limit])
     )  # fmt: skip
@@ -94,30 +95,31 @@ def swept(console: Console, result: "Swept") -> None:
         best = point.value == result.best
         table.add_row(
             Text(f"{'★ ' if best else ''}{point.value:g}", "bold green" if best else ""),
-            percent(point.accuracy), _accuracy(point), number(point.margin), _signed(point.margin, margins),
-            number(point.kl), _within(point.kl, kls, result.kl_limit), number(point.loss),
+            percent(point.accuracy), _accuracy(point, width),
+            number(point.margin), _signed(point.margin, margins, width),
+            number(point.kl), _within(point.kl, kls, result.kl_limit, width), number(point.loss),
             Text(point.verdict or "–", "green" if point.verdict == "pass" else "red"),
         )  # fmt: skip
     console.print(table)
-    console.print(Text(f"┊ chance · ┊ {result.kl_limit:g} nats a token, the limit · ├─┤ 95%", "dim"))
+    console.print(Text(f"accuracy: ├─┤ 95%, ┊ chance · KL in nats a token: ┊ {result.kl_limit:g}, the limit", "dim"))
     console.print(Text(best_said(result), "bold red" if result.best is None else "bold green"))
 
 
-def _accuracy(point: "Point") -> Text:
+def _accuracy(point: "Point", width: int) -> Text:
     if point.accuracy is None or point.accuracy_interval is None:
         return Text("")
     low, high = point.accuracy_interval
-    return Text(interval(low, point.accuracy, high, 0.5, SWEEP_WIDTH), "cyan" if low <= 0.5 else "green")
+    return Text(interval(low, point.accuracy, high, 0.5, width), "cyan" if low <= 0.5 else "green")
 
 
-def _signed(value: float | None, top: float) -> Text:
-    return Text(bar(abs(value or 0.0) / (top or 1.0), SWEEP_WIDTH), "cyan" if (value or 0.0) >= 0 else "red")
+def _signed(value: float | None, top: float, width: int) -> Text:
+    return Text(bar(abs(value or 0.0) / (top or 1.0), width), "cyan" if (value or 0.0) >= 0 else "red")
 
 
-def _within(value: float | None, top: float, limit: float) -> Text:
+def _within(value: float | None, top: float, limit: float, width: int) -> Text:
     """A bar, and where the limit is."""
-    drawn = f"{bar((value or 0.0) / top, SWEEP_WIDTH):<{SWEEP_WIDTH}}"
-    at = min(SWEEP_WIDTH - 1, int(limit / top * SWEEP_WIDTH))
+    drawn = f"{bar((value or 0.0) / top, width):<{width}}"
+    at = min(width - 1, int(limit / top * width))
     marked = drawn[:at] + "┊" + drawn[at + 1 :] if drawn[at] == " " else drawn
     return Text(marked, "cyan" if (value or 0.0) <= limit else "red")
 
