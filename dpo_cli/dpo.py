@@ -35,7 +35,7 @@ from dpo_cli.errors import Exit, UserError
 from dpo_cli.guards import LN2, MARGIN, State
 from dpo_cli.progress import Progress
 from dpo_cli.settings import Config, TrainSection
-from dpo_cli.training import packed
+from dpo_cli.training import packed, processes
 from dpo_cli.training.encode import Sequences
 from dpo_cli.training.loop import fit
 from dpo_cli.training.reference import keep_reference
@@ -124,9 +124,14 @@ class Trainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ignore
         tokens = inputs["completion_mask"][:, 1:].sum()
         chosen, rejected = (self.beta * differences.sum(dim=1)).chunk(2)  # rewards: Section 4 of the paper
         k3 = (differences.expm1() - differences).sum() / tokens
+        margins = chosen - rejected
+        if processes.several():
+            k3 = self.accelerator.gather(k3).mean().item()
+            if not self.model.training:
+                margins = self.accelerator.gather_for_metrics(margins)
         self._metrics["train" if self.model.training else "eval"]["kl"].append(k3)
         if not self.model.training:
-            self._margins.append(chosen - rejected)
+            self._margins.append(margins)
         elif is_first:
             self.step_zero_checked = True
             self._check_step_zero(result[0] if return_outputs else result, chosen - rejected)
@@ -264,6 +269,9 @@ def train(
             _restore_precision(trainer.model, adapter)
         if adapter is not None and not section.full:
             check_reference(trainer.model, adapter)
+        if processes.several():
+            progress.log("forward: TRL's own, padded, since there are several processes")
+            return trainer
         reason = packed.enable(trainer, tokens)
         if reason is not None:
             progress.log(f"forward: TRL's own, padded, since {reason}")

@@ -117,7 +117,9 @@ def main() -> None:
     # The first process of a container gets no signal that it does not handle.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(Exit.PREEMPTED))
     try:
-        sys.exit(serve(spec).exit_code)
+        code = serve(spec).exit_code
+        # To torchrun any other code is a failure of the process; what the first one has told is what counts.
+        sys.exit(Exit.OK if "LOCAL_RANK" in os.environ and code == Exit.GATE else code)
     except KeyboardInterrupt:
         sys.exit(Exit.INTERRUPTED)
 

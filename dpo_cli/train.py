@@ -22,9 +22,10 @@ from dpo_cli.adapter import Adapter, check_adapter, fingerprint
 from dpo_cli.config import as_dict
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.guards import KL, LN2, MARGIN, RECENT, best_step
-from dpo_cli.progress import Progress
+from dpo_cli.progress import Progress, Silent
 from dpo_cli.settings import Config
 from dpo_cli.stats import proportion
+from dpo_cli.training import processes
 from dpo_cli.training.encode import Encoded
 from dpo_cli.training.inputs import Inputs, Stage, base_folder, read_inputs
 from dpo_cli.training.preflight import of_encoded
@@ -129,6 +130,8 @@ def run(
     if dry_run:
         result.step = max(folder.complete_checkpoints(), default=0)
         return result
+    if not processes.first():
+        return _assist(result, config, base, adapter, inputs, folder)
     if fresh and not (submission and folder.submission() == submission):
         with store.Journal(folder.events):
             folder.clear()
@@ -145,6 +148,7 @@ def run(
         )
         report = folder.finished()
         if report is not None:
+            processes.agreed(False)
             return _finished_before(report, folder, output, config.model.base)
         checkpoints = folder.complete_checkpoints()
         result.resumed_from = max(checkpoints, default=None)
@@ -153,7 +157,11 @@ def run(
                 "there is an SFT adapter already", where=str(output),
                 hint="set model.adapter to another folder, or replace it with --fresh",
             )  # fmt: skip
-        if not _is_trained(folder):
+        trains = not _is_trained(folder)
+        if trains:
+            for torn in folder.drop_incomplete():
+                progress.log(f"{torn} was cut short and is dropped")
+        if processes.agreed(trains):
             progress.begin("train", result.steps, result.resumed_from or 0)
             try:
                 _train(config, stage, base, adapter, inputs, folder, events, progress)
@@ -170,6 +178,16 @@ def run(
         return _finish(result, folder, output, config, base, inputs, identity)
 
 
+def _assist(
+    result: Trained, config: Config, base: Path, adapter: Adapter | None, inputs: Inputs, folder: RunFolder
+) -> Trained:
+    """Train in a process that is not the first: what is written and told is the first one's."""
+    if processes.agreed(False):
+        with processes.journal(folder.events) as events:
+            _train(config, result.stage, base, adapter, inputs, folder, events, Silent())
+    return result
+
+
 def _train(
     config: Config, stage: Stage, base: Path, adapter: Adapter | None, inputs: Inputs, folder: RunFolder,
     events: store.Journal, progress: Progress,
@@ -177,8 +195,6 @@ def _train(
     """Encode the rows and run the stage's trainer; everything that needs torch is imported here."""
     from dpo_cli.training import trackers, trainer
 
-    for torn in folder.drop_incomplete():
-        progress.log(f"{torn} was cut short and is dropped")
     section = config.train if stage == "dpo" else config.sft
     with trainer.hushed(progress), trackers.tracked(section, folder.path, progress):
         encoder = trainer.load_encoder(base, config.model, section.max_length)

@@ -23,6 +23,7 @@ from dpo_cli.guards import Finding, State
 from dpo_cli.progress import Progress
 from dpo_cli.remedies import REMEDIES, advice
 from dpo_cli.settings import GateSection
+from dpo_cli.training import processes
 from dpo_cli.training.run_folder import RunFolder, event, metric_rows
 from dpo_cli.training.trainer import Diverged, peak_memory
 
@@ -118,7 +119,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.trainer.settle()
         if state.global_step >= state.max_steps:
             control.should_log = True
-        elif self.stop.signal is not None:
+        elif self._asked_to_stop():
             control.should_save = control.should_training_stop = True
         self.progress.update(state.global_step, memory_gb=peak_memory(), **self.trainer.counters())
         return control
@@ -140,9 +141,19 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             self.trainer.keep_place(owes_evaluation=True)
         self._leave_mid_step(state.global_step)
 
+    def _asked_to_stop(self) -> bool:
+        """Whether a signal has come to any of the processes."""
+        if processes.several():
+            accelerator = self.trainer.accelerator
+            if self.stop.signal is not None:
+                accelerator.set_trigger()
+            if accelerator.check_trigger():
+                self.stop.signal = self.stop.signal or signal.SIGTERM
+        return self.stop.signal is not None
+
     def _leave_mid_step(self, step: int) -> None:
-        """Save the last whole step and leave, if a signal came."""
-        if self.stop.signal is None:
+        """Save the last whole step and leave, if a signal came; several processes end their step together instead."""
+        if self.stop.signal is None or processes.several():
             return
         if step and step not in self.run.complete_checkpoints():
             self.trainer.save_kept_place()
@@ -234,7 +245,8 @@ def fit(
                 "the loss is not a number, and no checkpoint was good", where=str(run.path),
                 hint=advice("nan"), code=Exit.FAILED,
             )  # fmt: skip
-        run.save_guard_state(newest, state)
+        if processes.first():
+            run.save_guard_state(newest, state)
         events.append(event("ended", newest, reason=state.ended))
 
 
@@ -247,11 +259,11 @@ def _attempt(
     metrics.jsonl is written anew from the checkpoint's own log first, so that no step is there twice or missing.
     """
     checkpoint = next(reversed(run.complete_checkpoints().values()), None)
-    store.write_rows(run.metrics, metric_rows(run.trainer_state().get("log_history", [])))
+    processes.write_rows(run.metrics, metric_rows(run.trainer_state().get("log_history", [])))
     trainer = make(state)
     trainer.guard_state = state
     outcome: Outcome = "done"
-    with store.Journal(run.metrics) as metrics:
+    with processes.journal(run.metrics) as metrics:
         watch = Watch(trainer, run, metrics, events, progress, stop, state, gate)
         watch.resumed_from = checkpoint
         trainer.remove_callback(PrinterCallback)
@@ -263,6 +275,8 @@ def _attempt(
         except Diverged:
             outcome = "nan"
         except torch.OutOfMemoryError:
+            if processes.several():  # the others wait for this one, and torchrun ends them
+                raise
             outcome = "out_of_memory"
     step = trainer.state.global_step
     if watch.rollback:
@@ -278,9 +292,11 @@ def _roll_back(
     """Go back to the last good checkpoint, or to the start."""
     limit = gate.kl_limit if gate else float("inf")
     rows = [row for _, row in store.read_rows(run.metrics, dict[str, Any])]
-    good = guards.last_good(run.complete_checkpoints(), rows, limit) or 0
-    run.save_guard_state(good, state)
-    run.drop_after(good)
+    good = processes.agreed(guards.last_good(run.complete_checkpoints(), rows, limit) or 0)
+    if processes.first():
+        run.save_guard_state(good, state)
+        run.drop_after(good)
+    processes.agreed(good)  # the others go on from there when it is done
     events.append(event("rolled_back", step, to=good))
     progress.log(f"step {step}: rolled back to {f'checkpoint-{good}' if good else 'the start'}")
 

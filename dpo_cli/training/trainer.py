@@ -33,6 +33,7 @@ from dpo_cli.plan import capped_steps
 from dpo_cli.progress import Progress
 from dpo_cli.settings import ModelSection, TrainingSection
 from dpo_cli.store import write_json
+from dpo_cli.training import processes
 from dpo_cli.training.encode import Encoder
 from dpo_cli.training.run_folder import GUARDS, RunFolder, metric_rows, seal
 from dpo_cli.training.trackers import PROJECT, tracker
@@ -63,6 +64,7 @@ class ResumableTrainer:
     args: TrainingArguments
     state: TrainerState
     model: Any
+    accelerator: Any
     _metrics: dict[str, dict[str, list[float]]]
     _total_train_tokens: int
     _tr_loss: torch.Tensor
@@ -83,12 +85,16 @@ class ResumableTrainer:
         if hasattr(self.model, "peft_config"):
             self.model.save_pretrained(output_dir, selected_adapters=["default"], save_embedding_layers=False)
         else:
-            self.model.save_pretrained(output_dir, max_shard_size="1TB")
+            self.model.save_pretrained(output_dir, state_dict=state_dict, max_shard_size="1TB")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        meters = self._kept_meters or self.meters()
+        self.accelerator.wait_for_everyone()  # each process adds its random state
+        if not self.args.should_save:
+            return
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        (checkpoint / METERS).write_text(json.dumps(self._kept_meters or self.meters()))
+        (checkpoint / METERS).write_text(json.dumps(meters))
         write_json(checkpoint / GUARDS, self.guard_state)
         seal(checkpoint)
 
@@ -107,7 +113,7 @@ class ResumableTrainer:
         Raises:
             Diverged: the loss is not a number.
         """
-        if not math.isfinite(self._tr_loss.item()):
+        if not math.isfinite(self._summed_loss()):
             raise Diverged
 
     def keep_place(self, owes_evaluation: bool) -> None:
@@ -124,12 +130,16 @@ class ResumableTrainer:
     def meters(self) -> dict[str, Any]:
         """What has been summed up since the last log: the trainer itself forgets it when it resumes."""
         return {
-            "loss": self._tr_loss.item(),
+            "loss": self._summed_loss(),
             "logged": self._globalstep_last_logged,
             "tokens": self._total_train_tokens,
             "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
             "owes_evaluation": self.owes_evaluation,
         }
+
+    def _summed_loss(self) -> float:
+        """The loss since the last log, summed up over the steps; its mean over all processes."""
+        return float(self.accelerator.gather(self._tr_loss).mean().item())
 
     def counters(self) -> dict[str, float]:
         """What the next log would say, by the names that progress has for it."""
@@ -189,7 +199,10 @@ def arguments(
         "run_name": run.path.name,
         "max_length": None,  # rows come shortened; TRL would cut the completion's end
         "bf16": uses_bf16(section),
-        "use_cpu": uses_bf16(section) and not gpu,  # else transformers refuses bf16 where there is no GPU
+        # Else transformers refuses bf16 where there is no GPU, and several processes do not find each other.
+        "use_cpu": not gpu and (uses_bf16(section) or processes.several()),
+        "ddp_find_unused_parameters": False,
+        **fully_sharded(section),
         "gradient_checkpointing": gpu if section.gradient_checkpointing is None else section.gradient_checkpointing,
         "logging_first_step": True,
         "logging_nan_inf_filter": False,  # a NaN is logged as such, not as the mean of what came before
@@ -201,6 +214,16 @@ def arguments(
         "disable_tqdm": True,
         "report_to": tracker(section),
         "project": PROJECT,  # trackio's; wandb's is given where its run begins
+    }
+
+
+def fully_sharded(section: TrainingSection) -> dict[str, Any]:
+    """FSDP for all weights in several processes; an adapter is small, and its base is copied to each card."""
+    if not (processes.several() and getattr(section, "full", False)):
+        return {}
+    return {
+        "fsdp": True,
+        "fsdp_config": {"state_dict_type": "FULL_STATE_DICT", "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"},
     }
 
 

@@ -1,0 +1,78 @@
+"""Several processes on a CPU (gloo), started by torchrun as on several GPUs: the same numbers as one process."""
+
+import pytest
+from adapters import base_model, save_adapter
+from training import Lines, metrics, pair, read_rows, settings, write_rows
+
+from dpo_cli import launch
+from dpo_cli.backends import local
+from dpo_cli.errors import Exit
+from dpo_cli.progress import Silent
+from dpo_cli.train import run
+
+SAME = (
+    "loss",
+    "rewards/margins",
+    "rewards/accuracies",
+    "eval_loss",
+    "eval_rewards/margins",
+    "eval_pairs_correct",
+    "kl",
+)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Inputs that divide evenly, so that both see the same batches; and what one process makes of them."""
+    import torch
+
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("start")
+    save_adapter(folder / "sft", base_model(folder / "base"))
+    write_rows(folder / "data" / "train.jsonl", [pair(number) for number in range(24)])
+    write_rows(folder / "data" / "val.jsonl", [pair(number) for number in range(24, 28)])
+    run(settings(folder, folder / "base", f"model.dpo_adapter={folder / 'one'}"), Silent(), name="one")
+    return folder
+
+
+def two(folder, *sets):
+    """Settings under which two processes have the effective batch of one."""
+    return settings(folder, folder / "base", "train.gradient_accumulation_steps=1", *sets)
+
+
+def same(folder, one, other):
+    """Compare two runs' numbers; sums are made in another order."""
+    rows, others = metrics(folder / "runs" / one), metrics(folder / "runs" / other)
+    assert [row["step"] for row in rows] == [row["step"] for row in others]
+    for row, another in zip(rows, others, strict=True):
+        assert {key for key in SAME if key in row} == {key for key in SAME if key in another}
+        for key in set(SAME) & row.keys():
+            assert row[key] == pytest.approx(another[key], abs=2e-5), (row["step"], key)
+
+
+def test_two_processes_have_the_losses_of_one_and_go_on_after_a_signal(start):
+    config = two(start, f"model.dpo_adapter={start / 'two'}")
+    spec = launch.spec("local", config, "train", name="two", gpus=2)
+    started = launch.submit("local", spec, config, Silent())
+    for line in local.logs(started, config, follow=True):
+        if '"saved"' in line:
+            launch.cancel(started, config)
+            break
+    stopped = launch.attach(started, config, Silent())
+    assert (stopped.status.state, stopped.status.exit_code) == ("cancelled", Exit.PREEMPTED)
+    ended = launch.run("local", spec, config, progress := Lines())
+    assert (ended.status.state, ended.status.exit_code) == ("succeeded", Exit.OK)
+    assert ended.result["resumed_from"] >= 3
+    same(start, "one", "two")
+    assert sum("step 8: held-out loss" in line for line in progress.lines) == 1, "the first process alone tells"
+    events = [row["event"] for row in read_rows(start / "runs" / "two" / "events.jsonl")]
+    assert events.count("step_zero") == 1 and events.count("stopped") == 1
+    again = launch.run("local", spec, config, Silent())
+    assert again.result["finished_before"], "and none of them waits for the other"
+
+
+def test_bad_input_is_the_same_line_and_code_as_in_one_process(start):
+    config = two(start, f"data={start / 'none'}")
+    ended = launch.run("local", launch.spec("local", config, "train", name="bad", gpus=2), config, Silent())
+    assert (ended.status.state, ended.status.exit_code) == ("failed", Exit.USAGE)
+    assert "no such file or folder" in ended.status.reason and ended.hint
