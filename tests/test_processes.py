@@ -76,3 +76,17 @@ def test_bad_input_is_the_same_line_and_code_as_in_one_process(start):
     ended = launch.run("local", launch.spec("local", config, "train", name="bad", gpus=2), config, Silent())
     assert (ended.status.state, ended.status.exit_code) == ("failed", Exit.USAGE)
     assert "no such file or folder" in ended.status.reason and ended.hint
+
+
+def test_all_weights_in_several_processes_are_sharded_and_an_adapter_is_not(start, monkeypatch, tmp_path):
+    """What is asked of accelerate; on a CPU it shards nothing, so that sharding itself is not tried here."""
+    from transformers import TrainingArguments
+
+    from dpo_cli.training.trainer import fully_sharded
+
+    config = two(start, "train.full=true")
+    assert fully_sharded(config.train) == {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert fully_sharded(config.sft) == fully_sharded(two(start).train) == {}
+    asked = TrainingArguments(tmp_path, use_cpu=True, report_to="none", **fully_sharded(config.train)).fsdp_plugin_args
+    assert (asked["fsdp_version"], asked["state_dict_type"]) == (2, "FULL_STATE_DICT")
