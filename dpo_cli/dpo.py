@@ -12,8 +12,8 @@ anything else means that they are not. Besides TRL's metrics there are
   the choice of prompts and samples, and for completions being cut at `kl_tokens`.
 
 Besides a LoRA adapter, all weights can be trained, the adapter folded in, against a frozen copy. Reads the SFT
-adapter; writes through `loop.py`. In several processes (`training/processes.py`)
-forwards are TRL's own, and lack of memory is not met with a smaller batch.
+adapter; writes through `loop.py`. In several processes (`training/processes.py`) forwards are TRL's own, and lack of
+memory is not met with a smaller batch.
 """
 
 import math

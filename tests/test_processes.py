@@ -88,5 +88,7 @@ def test_all_weights_in_several_processes_are_sharded_and_an_adapter_is_not(star
     assert fully_sharded(config.train) == {}
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert fully_sharded(config.sft) == fully_sharded(two(start).train) == {}
-    asked = TrainingArguments(tmp_path, use_cpu=True, report_to="none", **fully_sharded(config.train)).fsdp_plugin_args
+    asked = fully_sharded(config.train)
+    monkeypatch.delenv("WORLD_SIZE")
+    asked = TrainingArguments(tmp_path, use_cpu=True, report_to="none", **asked).fsdp_plugin_args
     assert (asked["fsdp_version"], asked["state_dict_type"]) == (2, "FULL_STATE_DICT")

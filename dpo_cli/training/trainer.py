@@ -1,8 +1,7 @@
 """What both training stages ask of TRL's trainers: exact resume, checkpoints that are whole, quiet.
 
-Writes checkpoints of the run folder; `loop.py` drives. FSDP, which several processes
-use for all weights, has not been tried: accelerate has it on GPUs alone. On a CPU
-a resumed run equals an uninterrupted one bit for bit.
+Writes checkpoints of the run folder; `loop.py` drives. On a CPU a resumed run equals an uninterrupted one bit for bit.
+FSDP, which several processes use for all weights, has not been tried: accelerate has it on GPUs alone.
 """
 
 import json
