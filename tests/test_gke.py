@@ -14,6 +14,7 @@ from training import Lines
 from dpo_cli import job as jobs
 from dpo_cli import launch
 from dpo_cli.backends import gke
+from dpo_cli.backends._gke_cluster import Cluster
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.relay import PREFIX, Line, Outcome
 from dpo_cli.train import Trained
@@ -282,6 +283,18 @@ def test_a_lost_connection_loses_and_repeats_no_line(cluster, bucket):
     assert cluster.cut_logs_after is None
     assert [line for line in progress.lines if line.startswith("step")] == [f"step {step}" for step in range(9)]
     assert sum("does not answer" in line for line in progress.lines) == 1
+
+
+def test_a_pod_that_is_gone_has_no_log(cluster):
+    cluster.lives = [Life(told(log="step 1"), hold=threading.Event())]
+    config = settings()
+    job = run(config, detach=True).job
+    _until(lambda: gke.status(job, config).state == "running")
+    client = Cluster(config.gke)
+    (pod,) = client.pods(NAME)
+    assert [text for _, text in client.log(pod, "", follow=False)] == [told(log="step 1")]
+    cluster.pods.clear()  # between the list of pods and the question for the log
+    assert not list(client.log(pod, "", follow=True))
 
 
 def test_a_cluster_that_is_away_for_a_while_is_asked_again(cluster, bucket):

@@ -225,6 +225,7 @@ def test_several_nodes_are_an_indexed_job_whose_first_pod_is_found_by_name():
     name = job["metadata"]["name"]
     assert (job["spec"]["completionMode"], job["spec"]["completions"], job["spec"]["parallelism"]) == ("Indexed", 3, 3)
     template = _pod(job)
+    assert service["metadata"]["namespace"] == job["metadata"]["namespace"] == "default"
     assert template["subdomain"] == service["metadata"]["name"] == name
     assert service["spec"]["clusterIP"] == "None" and service["spec"]["publishNotReadyAddresses"] is True
     assert service["spec"]["selector"] == {"batch.kubernetes.io/job-name": name}

@@ -62,7 +62,7 @@ def render(identity: str, spec: Spec, gke: GkeSection) -> list[dict[str, Any]]:
         UserError: the settings are not those of anything that could run.
     """
     name = job_name(identity)
-    made = [job(name, spec, gke), *([service(name, spec)] if spec.nodes > 1 else [])]
+    made = [job(name, spec, gke), *([service(name, spec, gke)] if spec.nodes > 1 else [])]
     plain: list[dict[str, Any]] = k8s.ApiClient().sanitize_for_serialization(made)
     return plain
 
@@ -95,12 +95,12 @@ def job(name: str, spec: Spec, gke: GkeSection) -> k8s.V1Job:
     )
 
 
-def service(name: str, spec: Spec) -> k8s.V1Service:
+def service(name: str, spec: Spec, gke: GkeSection) -> k8s.V1Service:
     """The headless Service by which the nodes of a run find the first of them."""
     return k8s.V1Service(
         api_version="v1",
         kind="Service",
-        metadata=k8s.V1ObjectMeta(name=name, labels=_labels(spec)),
+        metadata=k8s.V1ObjectMeta(name=name, namespace=gke.namespace, labels=_labels(spec)),
         spec=k8s.V1ServiceSpec(
             cluster_ip="None", selector={JOB_OF_POD: name}, publish_not_ready_addresses=True,
             ports=[k8s.V1ServicePort(name="rendezvous", port=PORT)],
