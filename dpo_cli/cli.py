@@ -468,6 +468,8 @@ def evaluate(
     elif result.errors:
         session.suggest("nothing-dpo evaluate, which asks again where somebody failed")
         return Exit.FAILED
+    else:
+        session.suggest("nothing-dpo inspect evaluation --browse")
     return None if all(gate.ok for gate in result.gates.values()) else Exit.GATE
 
 
@@ -618,6 +620,39 @@ def inspect_judgments(
             session.show(found, view.judgment, read_latest(texts, Completions).get(found.id), rows.place(row))
         else:
             _show_page(session, rows, Judgment, view.judgments_list, offset, limit)
+
+
+@command("evaluation", parent=inspector)
+def inspect_evaluation(
+    session: Session, identity: Identity = None,
+    browse: Annotated[bool, typer.Option("--browse", help="One after the other, with keys.")] = False,
+    begin: Annotated[
+        Literal["losses", "ties", "wins"], typer.Option("--from", help="Where to begin; the wins come last.")
+    ] = "losses",
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="The result as a page with plots.")] = None,
+    limit: Page = 20, offset: Offset = 0,
+) -> None:  # fmt: skip
+    """Wins and losses of the policy, side by side, and what the judge said of them."""
+    from dpo_cli import evaluate as stage
+    from dpo_cli import pages, report, view
+    from dpo_cli.schema import Compared
+    from dpo_cli.store import read_latest, write_file
+
+    path, result = session.data / stage.ROWS, stage.read_result(session.config)
+    if html:
+        write_file(html, report.evaluation(result, list(read_latest(path, Compared).values())).encode())
+        session.show(result, view.evaluated)
+        session.suggest(f"look at {html} in a browser")
+        return
+    offset += {"losses": 0, "ties": result.losses, "wins": result.losses + result.ties}[begin]
+    with pages.Rows.open([path]) as rows:
+        if identity:
+            row, found = pages.find(rows, identity, Compared)
+            session.show(found, view.comparison, rows.place(row))
+        elif browse:
+            view.browse(view.stdout_console(), rows, offset, view.COMPARISONS)
+        else:
+            _show_page(session, rows, Compared, view.comparison_list, offset, limit)
 
 
 @command("run", parent=inspector)

@@ -102,6 +102,24 @@ class Preference(msgspec.Struct, kw_only=True, omit_defaults=True):
     margin: float | None = None
 
 
+class Compared(msgspec.Struct, kw_only=True):
+    """One line of evaluation.jsonl: what each adapter answered to one prompt, and what was said of it.
+
+    `win` is the share of its comparisons that the policy wins, ties counted half; scores are ratings of each completion
+    by itself, empty where the judge gives none. `orders` are the judge's words, one list a comparison, in which 0 is
+    the reference's completion and 1 the policy's.
+    """
+
+    id: str
+    prompt: list[Message]
+    reference: list[str]
+    policy: list[str]
+    win: float
+    reference_scores: list[float] = msgspec.field(default_factory=list)
+    policy_scores: list[float] = msgspec.field(default_factory=list)
+    orders: list[list[Order]] = msgspec.field(default_factory=list)
+
+
 def content_id(*parts: Any) -> str:
     """Hash of JSON-able content: 16 hexadecimal digits, the same on every machine."""
     return hashlib.sha256(_encode_sorted(parts)).hexdigest()[:16]

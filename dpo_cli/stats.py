@@ -20,7 +20,7 @@ from msgspec import Struct
 from dpo_cli import config as configuration
 from dpo_cli.errors import UserError
 from dpo_cli.judges._agreement import wilson
-from dpo_cli.schema import Completions, Judgment, Message, Preference, Usage
+from dpo_cli.schema import Completions, Judgment, Message, Order, Preference, Usage
 
 BINS = 10
 
@@ -184,6 +184,16 @@ def proportion(count: int, n: int) -> Proportion | None:
 def text_of(messages: list[Message]) -> str:
     """The texts of messages as one."""
     return messages[0]["content"] if len(messages) == 1 else "\n".join(message["content"] for message in messages)
+
+
+def rationale(order: Order) -> str:
+    """The evidence that a judge gave with an order, where it is readable; else its words as they came."""
+    try:
+        said = msgspec.json.decode(order.raw)
+        found = said["rationale"]
+    except (msgspec.DecodeError, KeyError, TypeError):
+        return order.raw
+    return found if isinstance(found, str) else order.raw
 
 
 def words(text: str) -> int:

@@ -32,6 +32,7 @@ svg .dot { fill: var(--series-0); fill-opacity: .35; } svg .band { fill-opacity:
 svg .curve { fill: none; stroke-width: 2; stroke-linejoin: round; } svg .again { stroke-dasharray: 7 4; }
 svg .event { stroke: var(--bad); stroke-opacity: .6; } svg text.event { fill: var(--bad); stroke: none; }
 svg .good { stroke: var(--good); fill: var(--good); } svg .bad { stroke: var(--bad); fill: var(--bad); }
+svg .calm { stroke: var(--series-0); fill: var(--series-0); }
 svg .track, svg .whisker { stroke-width: 6; stroke-linecap: round; } svg .track { stroke: var(--line); }
 svg .whisker { stroke-opacity: .45; }
 """ + "".join(
@@ -93,10 +94,13 @@ def bars(title: str, labels: Sequence[str], counts: Sequence[int], x_label: str 
     return _svg(title, described, axes.rows() + "".join(drawn) + _below(x_label))
 
 
-def interval(name: str, low: float, value: float, high: float, mark: float) -> str:
-    """A share and its interval on a scale from 0 to 1, with the share that chance would give; red if it is outside."""
+def interval(name: str, low: float, value: float, high: float, mark: float, style: str = "") -> str:
+    """A share and its interval on a scale from 0 to 1, with the share that chance would give.
+
+    `style` is `good`, `bad` or `calm`; unset: bad if chance is outside.
+    """
     words = f"{value:.1%} ({low:.1%} – {high:.1%}), {mark:.1%} by chance"
-    style = "good" if low <= mark <= high else "bad"
+    style = style or ("good" if low <= mark <= high else "bad")
     y, pad = 30, 5  # room for the round ends
     from_, at, to, chance = (pad + share * (WIDTH - 2 * pad) for share in (low, value, high, mark))
     drawn = [
@@ -111,13 +115,15 @@ def interval(name: str, low: float, value: float, high: float, mark: float) -> s
     return _svg(name, words, "".join(drawn), 66)
 
 
-def scatter(title: str, points: Sequence[tuple[float, float]], slope: float, x_label: str, y_label: str) -> str:
-    """Points, and the line of a slope through the origin."""
+def scatter(title: str, points: Sequence[tuple[float, float]], slope: float | None, x_label: str, y_label: str) -> str:
+    """Points, and the line of a slope, if there is one, through the origin."""
     axes = _Axes(_range([x for x, _ in points]), _range([y for _, y in points]))
     drawn = "".join(f'<circle class="dot" cx="{axes.across(x):.1f}" cy="{axes.down(y):.1f}" r="3"/>' for x, y in points)
-    left, right = (axes.at(x, slope * x) for x in axes.x)
-    line = f'<path class="fit" d="M{left}L{right}"/>'
-    described = f"{len(points):,} points; the line rises by {slope:.3g} for each 1 to the right."
+    line, described = "", f"{len(points):,} points."
+    if slope is not None:
+        left, right = (axes.at(x, slope * x) for x in axes.x)
+        line = f'<path class="fit" d="M{left}L{right}"/>'
+        described = f"{len(points):,} points; the line rises by {slope:.3g} for each 1 to the right."
     return _svg(title, described, axes.rows() + axes.columns() + drawn + line + _below(x_label) + _beside(y_label))
 
 

@@ -1,6 +1,7 @@
 """Policy against reference: the arithmetic by hand, and two real adapters of a tiny model."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -106,3 +107,49 @@ def test_a_missing_prompt_file_is_named(settings: Config) -> None:
     with pytest.raises(UserError, match="held-out prompts") as caught:
         evaluate.run(lost, Silent())
     assert caught.value.where == "nowhere.jsonl"
+
+
+def test_kl_is_nothing_between_equals_and_what_the_distributions_say_between_others(settings: Config) -> None:
+    from dpo_cli.evaluate.adapters import load_both
+    from dpo_cli.evaluate.divergence import Measured
+
+    settings = replace(settings, evaluate=replace(settings.evaluate, kl_prompts=10))
+    same = replace(settings, model=replace(settings.model, dpo_adapter=settings.model.adapter))
+    found = evaluate.run(same, Silent()).kl
+    assert found is not None
+    assert (found.nats_per_sequence, found.n, found.how) == (0.0, 10, "whole vocabulary")
+    other = evaluate.run(settings, Silent()).kl
+    assert other is not None
+    assert other.nats_per_sequence > 0.1
+
+    # Each side of `load_both` is what its adapter alone makes of the base, also after it was the other.
+    prompt = torch.tensor([[5, 6, 7, 8]])
+
+    def logits(network: Any) -> torch.Tensor:
+        return network(prompt).logits[0].log_softmax(-1)
+
+    alone = {adapter: logits(load(settings.model.base, adapter).network) for adapter in (None, *adapters_of(settings))}
+    for reference in (settings.model.adapter, None):
+        model, as_reference = load_both(replace(settings, model=replace(settings.model, adapter=reference)))
+        for _ in range(2):
+            assert torch.allclose(logits(model.network), alone[settings.model.dpo_adapter], atol=1e-4)
+            with as_reference() as network:
+                assert torch.allclose(logits(network), alone[reference], atol=1e-4)
+    rows = [row for _, row in read_rows(Path(settings.data) / "evaluation/kl.jsonl", Measured)]
+    assert sum(row.nats for row in rows[-10:]) / 10 == pytest.approx(other.nats_per_sequence)
+
+
+def adapters_of(settings: Config) -> tuple[str | None, str]:
+    return settings.model.adapter, settings.model.dpo_adapter
+
+
+def test_kl_goes_on_where_it_was_and_says_why_there_is_none(settings: Config, tmp_path: Path) -> None:
+    settings = replace(settings, evaluate=replace(settings.evaluate, kl_prompts=12))
+    whole = evaluate.run(settings, Silent()).kl
+    path = Path(settings.data) / "evaluation/kl.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-3]) + lines[-3][:20])  # as a kill leaves it
+    assert evaluate.run(settings, Silent()).kl == whole
+    assert sorted(path.read_bytes().splitlines(keepends=True)) == sorted(lines)
+    none = replace(settings, evaluate=replace(settings.evaluate, kl_prompts=0))
+    assert evaluate.run(none, Silent()).no_kl == "evaluate.kl_prompts is 0"

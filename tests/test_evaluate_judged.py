@@ -33,7 +33,7 @@ def config(folder: Path, url: str, **changes: Any) -> Config:
         "model": {"name": "sft", "dpo_name": "dpo", "adapter": None, "dpo_adapter": str(folder / "dpo")},
         "generate": {"url": url, "max_tokens": 40},
         "judge": {"url": url, "model": "judge-small", "concurrency": 8},
-        "evaluate": {"prompts": str(folder / "heldout.jsonl")},
+        "evaluate": {"prompts": str(folder / "heldout.jsonl"), "kl_prompts": 0},
     }
     for key, value in changes.items():
         section, _, name = key.partition("_")

@@ -18,7 +18,7 @@ import msgspec
 from msgspec import Struct
 
 from dpo_cli.endpoint.budget import Budget, output_cap
-from dpo_cli.endpoint.http import CHAT, JSON, Again, Connection, Down, Rejected
+from dpo_cli.endpoint.http import CHAT, COMPLETIONS, JSON, Again, Connection, Down, Rejected
 from dpo_cli.endpoint.pace import Pace
 from dpo_cli.endpoint.prices import Price, Tier, is_local, price_of
 from dpo_cli.endpoint.receipt import Estimate, Receipt, estimate
@@ -29,8 +29,8 @@ from dpo_cli.schema import Usage, content_id
 from dpo_cli.store import Journal, read_latest
 
 __all__ = [
-    "Choice", "Endpoint", "Estimate", "Price", "Receipt", "Rejected", "Reply", "Tier", "estimate", "is_local",
-    "output_cap", "price_of",
+    "COMPLETIONS", "Choice", "Endpoint", "Estimate", "Price", "Receipt", "Rejected", "Reply", "Tier", "estimate",
+    "is_local", "output_cap", "price_of",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -122,12 +122,13 @@ class Endpoint:
         self._sent.close()
         self._journal.close()
 
-    async def chat(self, body: dict[str, Any], replicate: int = 0) -> Reply:
+    async def chat(self, body: dict[str, Any], replicate: int = 0, path: str = CHAT) -> Reply:
         """Send a chat completion request, unless its reply is in the ledger.
 
         Args:
             body: the request's JSON.
             replicate: tells apart requests of the same body that shall each be paid.
+            path: `COMPLETIONS` for a completion of a bare prompt instead.
 
         Raises:
             Rejected: the endpoint refuses this request, or does not answer it.
@@ -139,7 +140,7 @@ class Endpoint:
             return reply
         price = self._price(body["model"])
         try:
-            reply = await self._ask(key, body, price)
+            reply = await self._ask(key, body, price, path)
         except Rejected:
             self.spend.failed += 1
             raise
@@ -152,7 +153,9 @@ class Endpoint:
         content = {name: value for name, value in body.items() if name not in _TRANSPORT_KEYS}
         key = content_id(content, self._place, replicate)
         paid = self._replies.get(key)
-        return key, None if paid is None else Reply(paid.choices, paid.usage, paid.model, paid.usd)
+        if paid is None:
+            return key, None
+        return key, Reply(paid.choices, paid.usage, paid.model, paid.usd, paid.prompt_token_ids)
 
     def record(self, key: str, reply: Reply) -> bool:
         """Keep a paid reply and count it, unless it is in the ledger; return whether it was new.
@@ -162,7 +165,10 @@ class Endpoint:
         """
         if key in self._replies:
             return False
-        paid = _Paid(id=key, choices=reply.choices, usage=reply.usage, model=reply.model, usd=reply.usd)
+        paid = _Paid(
+            id=key, choices=reply.choices, usage=reply.usage, model=reply.model, usd=reply.usd,
+            prompt_token_ids=reply.prompt_token_ids,
+        )  # fmt: skip
         self.spend.calls += 1
         self.spend.usage += reply.usage
         self.spend.usd += reply.usd
@@ -209,7 +215,7 @@ class Endpoint:
         while self._pace.in_flight and time.monotonic() < end:
             await asyncio.sleep(0.02)
 
-    async def _ask(self, key: str, body: dict[str, Any], price: Price | None) -> Reply:
+    async def _ask(self, key: str, body: dict[str, Any], price: Price | None, path: str) -> Reply:
         """Send until there is a reply, a refusal, or no patience left."""
         content = msgspec.json.encode(body)
         attempts = resends = 0
@@ -217,7 +223,7 @@ class Endpoint:
             pause = 0.0
             try:
                 worst = self.budget.worst(body, len(content), price)
-                return await self._attempt(key, content, worst, price)
+                return await self._attempt(key, content, worst, price, path)
             except Down as fault:
                 self._bear_with(fault)
             except Again as fault:
@@ -233,7 +239,7 @@ class Endpoint:
             self.spend.retries += 1
             await asyncio.sleep(pause)
 
-    async def _attempt(self, key: str, content: bytes, worst: float, price: Price | None) -> Reply:
+    async def _attempt(self, key: str, content: bytes, worst: float, price: Price | None, path: str) -> Reply:
         """Send once, within the budget; what it may cost is set aside until that is known."""
         await self.budget.reserve(worst)
         paid, lost = 0.0, False
@@ -244,7 +250,7 @@ class Endpoint:
                     raise self._fatal
                 self.spend.interrupted += self._sent.begin(key)
                 lost = True
-                reply = await self._send(content)
+                reply = await self._send(content, path)
             except Again as fault:
                 lost = fault.paid
                 if fault.congestion:
@@ -301,15 +307,15 @@ class Endpoint:
             raise UserError(f"no connection: {fault}", where=self.url, hint=hint, code=Exit.FAILED)
         self._pace.hold(random.uniform(0.25, 0.5))
 
-    async def _send(self, content: bytes) -> Reply:
+    async def _send(self, content: bytes, path: str) -> Reply:
         """One HTTP request."""
-        body = await self.connection.send("POST", CHAT, data=content, headers=JSON)
+        body = await self.connection.send("POST", path, data=content, headers=JSON)
         try:
             return read_reply(body)
         except msgspec.MsgspecError as error:
             inner = read_error(body)  # some proxies wrap an error into a 200
             if inner.code and inner.code.isdigit():
-                raise self.connection.fault(CHAT, int(inner.code), inner) from None
+                raise self.connection.fault(path, int(inner.code), inner) from None
             raise Again(200, f"the reply is no chat completion: {error}", paid=True) from None
 
 
@@ -321,6 +327,7 @@ class _Paid(Struct, omit_defaults=True):
     usage: Usage
     model: str = ""
     usd: float = 0.0
+    prompt_token_ids: list[int] = []
 
 
 class _Model(Struct):

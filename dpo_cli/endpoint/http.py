@@ -13,7 +13,7 @@ from dpo_cli.errors import Exit, UserError
 if TYPE_CHECKING:
     import aiohttp
 
-CHAT = "/chat/completions"
+CHAT, COMPLETIONS = "/chat/completions", "/completions"
 JSON = {"Content-Type": "application/json"}
 
 

@@ -2,21 +2,31 @@
 
 import math
 import time
+from collections.abc import Callable
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from msgspec import Struct
 
 from dpo_cli.schema import Usage
 
+T = TypeVar("T")
+
 
 class Choice(Struct, omit_defaults=True):
-    """One answer; `text` is empty where the model refused."""
+    """One answer; `text` is empty where the model refused.
+
+    Where they were asked for: its tokens with their log-probabilities, and those of the prompt's tokens from the second
+    one on.
+    """
 
     text: str
     finish_reason: str
     refusal: str | None = None
+    token_ids: list[int] = []
+    log_probs: list[float] = []
+    prompt_log_probs: list[float] = []
 
 
 class Reply(Struct, omit_defaults=True):
@@ -26,6 +36,7 @@ class Reply(Struct, omit_defaults=True):
     usage: Usage
     model: str = ""
     usd: float = 0.0
+    prompt_token_ids: list[int] = []
 
 
 class Error(Struct):
@@ -42,9 +53,44 @@ class _Message(Struct):
 
 
 class _Choice(Struct):
-    message: _Message
+    message: _Message | None = None
+    text: str | None = None  # in place of the message, where the prompt was bare
     index: int = 0
     finish_reason: str | None = None
+    token_ids: Any = None
+    logprobs: Any = None  # in no form that all servers share: where it is another, there are none
+    prompt_logprobs: Any = None
+
+    def read(self) -> Choice:
+        """The answer."""
+        if self.message is None and self.text is None:
+            raise msgspec.ValidationError("a choice without a message")
+        message = self.message or _Message(self.text)
+        return Choice(
+            message.content or "", self.finish_reason or "", message.refusal, _numbers(self.token_ids, _ids),
+            _numbers(self.logprobs, _log_probs), _numbers(self.prompt_logprobs, _prompt_log_probs),
+        )  # fmt: skip
+
+
+def _numbers(value: Any, read: Callable[[Any], list[T]]) -> list[T]:
+    """What a server says beside its answer, if it says it in the form that is read here."""
+    try:
+        return [] if value is None else read(value)
+    except (TypeError, KeyError, AttributeError, StopIteration, msgspec.ValidationError):
+        return []
+
+
+def _ids(value: Any) -> list[int]:
+    return msgspec.convert(value, list[int])
+
+
+def _log_probs(value: Any) -> list[float]:
+    return [float(one["logprob"]) for one in value["content"]]
+
+
+def _prompt_log_probs(value: Any) -> list[float]:
+    """Of each token a dictionary, in which it comes first; none for the first token."""
+    return [float(next(iter(one.values()))["logprob"]) for one in value[1:]]
 
 
 class _InputDetails(Struct):
@@ -66,6 +112,7 @@ class _Response(Struct):
     choices: list[_Choice]
     usage: _Usage | None = None
     model: str | None = None
+    prompt_token_ids: Any = None
 
 
 _decode_response = msgspec.json.Decoder(_Response).decode
@@ -84,12 +131,10 @@ def read_reply(content: bytes) -> Reply:
     cached = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0
     reasoning = usage.completion_tokens_details.reasoning_tokens if usage.completion_tokens_details else 0
     return Reply(
-        [
-            Choice(choice.message.content or "", choice.finish_reason or "", choice.message.refusal)
-            for choice in sorted(response.choices, key=lambda choice: choice.index)
-        ],
+        [choice.read() for choice in sorted(response.choices, key=lambda choice: choice.index)],
         Usage(usage.prompt_tokens, cached or 0, usage.completion_tokens, reasoning or 0),
         response.model or "",
+        prompt_token_ids=_numbers(response.prompt_token_ids, _ids),
     )
 
 

@@ -1,10 +1,10 @@
 """Is the DPO adapter better than the SFT adapter? Both answer held-out prompts, and a judge compares them blind.
 
 Reads the prompts of `evaluate.prompts`, or those of val.jsonl; writes in `data` evaluation.jsonl, a line a prompt with
-both adapters' completions as they came (`generate.keep_lines` does not apply), their scores and the verdicts, and
-evaluation.json, the result. What a stopped run goes on from, and what is paid for, stands in `evaluation/`: nothing is
-asked twice there. Sampling is that of `[generate]`, engine and settings alike, with seeds of its own. Not covered: more
-than two adapters.
+both adapters' completions as they came (`generate.keep_lines` does not apply), their scores and the verdicts, the
+policy's losses first, and evaluation.json, the result. What a stopped run goes on from, and what is paid for, stands in
+`evaluation/`: nothing is asked twice there. Sampling is that of `[generate]`, engine and settings alike, with seeds of
+its own. Not covered: more than two adapters.
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,12 @@ from operator import add
 from pathlib import Path
 from statistics import fmean
 
+import msgspec
+
 from dpo_cli import engines
 from dpo_cli.audit import audit
 from dpo_cli.errors import Exit, UserError
+from dpo_cli.evaluate.divergence import Divergence, Unmeasurable, measure
 from dpo_cli.evaluate.findings import find
 from dpo_cli.evaluate.gates import check_gates, read_gates
 from dpo_cli.evaluate.judging import (
@@ -30,7 +33,7 @@ from dpo_cli.evaluate.judging import (
 )
 from dpo_cli.evaluate.numbers import bootstrap, distinct, length_controlled
 from dpo_cli.evaluate.quiz import Quizzed, quiz
-from dpo_cli.evaluate.records import EVEN, Compared, Evaluation, Planned, Position, Rated, Sides
+from dpo_cli.evaluate.records import EVEN, Evaluation, Planned, Position, Rated, Sides
 from dpo_cli.evaluate.sampling import (
     POLICY,
     REFERENCE,
@@ -45,11 +48,23 @@ from dpo_cli.evaluate.sampling import (
     sample,
 )
 from dpo_cli.progress import Progress
-from dpo_cli.schema import Completions, Message
+from dpo_cli.schema import Compared, Completions, Message
 from dpo_cli.settings import Config
 from dpo_cli.store import write_json, write_rows
 
-__all__ = ["Compared", "Evaluation", "Planned", "Quizzed", "Rated", "Sides", "plan", "quiz", "rate", "run"]
+__all__ = [
+    "Compared",
+    "Evaluation",
+    "Planned",
+    "Quizzed",
+    "Rated",
+    "Sides",
+    "plan",
+    "quiz",
+    "rate",
+    "read_result",
+    "run",
+]
 
 ROWS, RESULT = "evaluation.jsonl", "evaluation.json"
 CHARACTERS_A_TOKEN = 4  # of a completion that is not sampled yet
@@ -87,6 +102,7 @@ def run(config: Config, progress: Progress, limit: int | None = None, fresh: boo
         comparisons = compare(bench, reference, policy)
         if config.evaluate.rate and bench.can("rate"):
             scores = rate_all(bench, reference, policy)
+    kl, no_kl = _divergence(config, sides, prompts, progress, purse)
     rows = [
         Compared(
             id=key, prompt=prompt, reference=reference[key].completions, policy=policy[key].completions,
@@ -98,7 +114,7 @@ def run(config: Config, progress: Progress, limit: int | None = None, fresh: boo
     path = Path(config.data) / ROWS
     if not rows:
         raise _nothing(answers, bench)
-    write_rows(path, rows)
+    write_rows(path, sorted(rows, key=_gain))
 
     rates = [
         bootstrap([row.win for row in rows], config.evaluate.bootstrap, config.evaluate.seed),
@@ -114,7 +130,7 @@ def run(config: Config, progress: Progress, limit: int | None = None, fresh: boo
         losses=sum(row.win < EVEN for row in rows),
         lengths=Sides(*(fmean(map(len, _texts(rows, name))) for name in (REFERENCE, POLICY))),
         distinct={n: Sides(*(distinct(_texts(rows, name), n) for name in (REFERENCE, POLICY))) for n in (1, 2)},
-        position=_positions(bench),
+        position=_positions(bench), kl=kl, no_kl=no_kl,
         gates=check_gates(gates, rates),
         failed=len(prompts) - len(rows),
         skipped=reasons(one.skipped for one in bench.heard.values()),
@@ -186,6 +202,39 @@ def plan(config: Config, progress: Progress, limit: int | None = None) -> Planne
         comparisons=len(missing["compare"]), ratings=len(missing["rate"]),
         estimate=reduce(add, paid) if paid else None,
     )  # fmt: skip
+
+
+def read_result(config: Config) -> Evaluation:
+    """The result of the last run.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(config.data) / RESULT
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Evaluation)
+    except FileNotFoundError:
+        raise UserError("no evaluation", where=str(path), hint="nothing-dpo evaluate") from None
+    except msgspec.MsgspecError as error:
+        raise UserError(f"not an evaluation: {error}", where=str(path), hint="nothing-dpo evaluate") from None
+
+
+def _divergence(
+    config: Config, sides: Sequence[Side], prompts: dict[str, list[Message]], progress: Progress, purse: Purse
+) -> tuple[Divergence | None, str]:
+    """KL, or why there is none."""
+    if not config.evaluate.kl_prompts:
+        return None, "evaluate.kl_prompts is 0"
+    try:
+        return measure(sides[0], sides[1], prompts, config, progress, purse), ""
+    except Unmeasurable as error:
+        return None, str(error)
+
+
+def _gain(row: Compared) -> tuple[float, float]:
+    """What evaluation.jsonl is sorted by: the policy's clearest loss comes first."""
+    rated = row.reference_scores and row.policy_scores
+    return row.win, fmean(row.policy_scores) - fmean(row.reference_scores) if rated else 0.0
 
 
 def _expected(side: Side, prompts: dict[str, list[Message]]) -> dict[str, Completions]:

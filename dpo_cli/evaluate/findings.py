@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Sequence
 from statistics import fmean
 
-from dpo_cli.evaluate.records import EVEN, Compared, Evaluation
+from dpo_cli.evaluate.records import EVEN, Evaluation
 from dpo_cli.judges._suspicion import suspicious
+from dpo_cli.schema import Compared
 
 MANY_FLIPS = 0.3  # of the comparisons; then the judge hardly tells the two apart
 LONGER = 1.2  # times
@@ -12,7 +13,7 @@ LONGER = 1.2  # times
 
 def find(result: Evaluation, rows: Sequence[Compared]) -> list[str]:
     """What stands out; empty if nothing does."""
-    return [*_position(result), *_length(result), *_texts(rows), *_adapters(result)]
+    return [*_position(result), *_length(result), *_texts(result, rows), *_adapters(result)]
 
 
 def _position(result: Evaluation) -> Iterator[str]:
@@ -38,8 +39,8 @@ def _length(result: Evaluation) -> Iterator[str]:
         yield "The win rate is above one half, but not clearly once length is controlled."
 
 
-def _texts(rows: Sequence[Compared]) -> Iterator[str]:
-    for name in ("reference", "policy"):
+def _texts(result: Evaluation, rows: Sequence[Compared]) -> Iterator[str]:
+    for name in ("reference", "policy") if result.judge.get("judge") == "llm" else ():
         flagged = [bool(suspicious(text)) for row in rows for text in getattr(row, name)]
         if any(flagged):
             yield f"{sum(flagged):,} of the {name}'s completions look as if they were written for the judge."

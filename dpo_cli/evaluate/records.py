@@ -5,29 +5,11 @@ from typing import Any
 from msgspec import Struct, field
 
 from dpo_cli.endpoint import Estimate, Receipt
+from dpo_cli.evaluate.divergence import Divergence
 from dpo_cli.evaluate.gates import Gated
-from dpo_cli.schema import Message, Order
 from dpo_cli.stats import Proportion
 
 EVEN = 0.5  # a win rate that says nothing
-
-
-class Compared(Struct, kw_only=True):
-    """One line of evaluation.jsonl: what each adapter answered to one prompt, and what was said of it.
-
-    `win` is the share of its comparisons that the policy wins, ties counted half; scores are ratings of each completion
-    by itself, empty where the judge gives none. `orders` are the judge's words, one list a comparison, in which 0 is
-    the reference's completion and 1 the policy's.
-    """
-
-    id: str
-    prompt: list[Message]
-    reference: list[str]
-    policy: list[str]
-    win: float
-    reference_scores: list[float] = field(default_factory=list)
-    policy_scores: list[float] = field(default_factory=list)
-    orders: list[list[Order]] = field(default_factory=list)
 
 
 class Sides(Struct):
@@ -53,11 +35,11 @@ class Evaluation(Struct, kw_only=True):
 
     `win_rate` is the share of comparisons that the policy wins, ties counted half, and `interval` its 95% bootstrap
     interval by prompt; `length_controlled_win_rate` is what it would be at equal lengths. `scores` are mean ratings of
-    single answers, None where the judge gives none; `lengths` mean lengths in characters, `distinct` distinct-n by n.
-    Prompts without a result are left out: `failed` of them. `skipped` and `errors` count what was asked in vain, by
-    reason: the judge's own, and those that the next run tries again; `waiting` requests are in batches that have not
-    ended. `usd` is what all of this has cost, in former runs too, and `receipt` what this run has paid. `sides` and
-    `judge` say what was compared, and by whom.
+    single answers, None where the judge gives none; `lengths` mean lengths in characters, `distinct` distinct-n by n;
+    `kl` is None for the reason in `no_kl`. Prompts without a result are left out: `failed` of them. `skipped` and
+    `errors` count what was asked in vain, by reason: the judge's own, and those that the next run tries again;
+    `waiting` requests are in batches that have not ended. `usd` is what all of this has cost, in former runs too, and
+    `receipt` what this run has paid. `sides` and `judge` say what was compared, and by whom.
     """
 
     win_rate: float
@@ -72,6 +54,7 @@ class Evaluation(Struct, kw_only=True):
     losses: int
     lengths: Sides
     distinct: dict[int, Sides]
+    kl: Divergence | None
     position: dict[str, Position]
     gates: dict[str, Gated]
     failed: int
@@ -82,6 +65,7 @@ class Evaluation(Struct, kw_only=True):
     path: str
     sides: dict[str, dict[str, Any]]
     judge: dict[str, Any]
+    no_kl: str = ""
     findings: list[str] = field(default_factory=list)
 
 

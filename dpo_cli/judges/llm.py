@@ -8,7 +8,7 @@ model must answer, at the same endpoint.
 import asyncio
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial, reduce
 from operator import add
@@ -208,7 +208,7 @@ class Court:
     def __init__(self, endpoint: Endpoint, config: Config, log: Callable[[str], None], form: Form) -> None:
         self.endpoint = endpoint
         self.form = form
-        self.chat = endpoint.chat
+        self.chat: Callable[[dict[str, Any], int], Awaitable[Reply]] = endpoint.chat
         self.settings = config.judge
         self.rubric = read_rubric(config.judge.rubric)
         self.log = log

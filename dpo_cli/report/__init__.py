@@ -1,11 +1,13 @@
-"""Pages for a browser: what the judge did, how a training run went, a sweep's runs side by side.
+"""Pages for a browser: what the judge did, how a training run went, a sweep's runs side by side, whether
+the policy is better.
 
 Each function returns one self-contained page and writes nothing. They compute nothing: numbers come from `audit`,
-`stats` and `sweep`.
+`evaluate`, `stats` and `sweep`.
 """
 
 from dpo_cli.report.audit import audit
+from dpo_cli.report.evaluation import evaluation
 from dpo_cli.report.run import run
 from dpo_cli.report.sweep import sweep
 
-__all__ = ["audit", "run", "sweep"]
+__all__ = ["audit", "evaluation", "run", "sweep"]

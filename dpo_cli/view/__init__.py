@@ -8,6 +8,7 @@ from `stats`, rows from `pages`. Every function takes the console to draw on; te
 from dpo_cli.view.audit import audit
 from dpo_cli.view.browse import browse
 from dpo_cli.view.console import make_console, paged, stdout_console
+from dpo_cli.view.evaluation import COMPARISONS, comparison, comparison_list
 from dpo_cli.view.lint import lint
 from dpo_cli.view.pairs import pair, pair_list
 from dpo_cli.view.plan import explain, plan, presets, swept
@@ -40,10 +41,13 @@ from dpo_cli.view.tables import (
 from dpo_cli.view.text import safe, safe_line
 
 __all__ = [
+    "COMPARISONS",
     "LineProgress",
     "RichProgress",
     "audit",
     "browse",
+    "comparison",
+    "comparison_list",
     "completion_stats",
     "completions",
     "completions_list",

@@ -1,11 +1,12 @@
-"""Pairs one after the other, with keys: `inspect pairs --browse`."""
+"""Pairs, or what else stands in JSONL files, one after the other, with keys: `inspect pairs --browse`."""
 
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
-from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.segment import Segment
 from rich.text import Text
 
@@ -24,30 +25,46 @@ SLOW_KEYS = ("g", "G", "end", "/")  # Ctrl-C stops what they do; elsewhere it le
 RESIZE_SECONDS = 0.5  # how soon a new size of the window is seen
 
 
-def browse(console: Console, rows: Rows, first: int = 0) -> None:
-    """Show pairs until `q`.
+class Look(NamedTuple):
+    """How rows of one kind are browsed: `draw` takes a row, the width, its file and whether to be brief."""
+
+    kind: type[Any]
+    draw: Callable[[Any, int, str, bool], RenderableType]
+    texts: Callable[[Any], Sequence[str]]
+    noun: str
+
+
+PAIRS = Look(
+    Preference, pair_view, lambda pair: [text_of(pair.prompt), text_of(pair.chosen), text_of(pair.rejected)], "pair"
+)
+
+
+def browse(console: Console, rows: Rows, first: int = 0, look: Look = PAIRS) -> None:
+    """Show rows until `q`.
 
     Args:
         console: a terminal.
-        rows: train and val files, read as far as the reader goes.
+        rows: files of rows of one kind, read as far as the reader goes.
         first: number of the row to begin with, from 0.
+        look: what kind that is.
 
     Raises:
-        UserError: no terminal, or no pairs.
+        UserError: no terminal, or no rows.
     """
     if not console.is_terminal or not sys.stdin.isatty():
-        raise UserError("--browse needs a terminal", hint="nothing-dpo inspect pairs")
+        raise UserError("--browse needs a terminal", hint="the same command without it")
     if not rows.slice(0, 1):
-        raise UserError("no pairs to browse", hint="nothing-dpo pair")
+        raise UserError(f"no {look.noun}s to browse")
     with keys_of(sys.stdin.fileno()) as keys, console.screen():
-        _Browser(console, rows, keys, first).run()
+        _Browser(console, rows, keys, first, look).run()
 
 
 class _Browser:
-    def __init__(self, console: Console, rows: Rows, keys: Keys, first: int) -> None:
+    def __init__(self, console: Console, rows: Rows, keys: Keys, first: int, look: Look) -> None:
         self.console = console
         self.rows = rows
         self.keys = keys
+        self.look = look
         self.index = 0
         self.top = 0
         self.brief = True
@@ -105,9 +122,9 @@ class _Browser:
     def go(self, index: int) -> None:
         """Show a row, as far as there is one."""
         if index < 0:
-            self.message = "this is the first pair"
+            self.message = f"this is the first {self.look.noun}"
         elif not self.rows.slice(index, 1):
-            self.message = "this is the last pair"
+            self.message = f"this is the last {self.look.noun}"
             index = self.rows.last()
         self.index, self.top = max(0, index), 0
 
@@ -143,9 +160,8 @@ class _Browser:
         for row in self.rows.matches(pattern, start):
             if row.start < start:  # the match is in the rest of the row that is shown
                 continue
-            pair = self.rows.decode(row, Preference)
-            texts = (text_of(pair.prompt), text_of(pair.chosen), text_of(pair.rejected))
-            if pair.id.startswith(text) or any(text in part for part in texts):
+            found = self.rows.decode(row, self.look.kind)
+            if found.id.startswith(text) or any(text in part for part in self.look.texts(found)):
                 yield row
 
     def ask(self, question: str, before: str = "") -> str | None:
@@ -165,15 +181,15 @@ class _Browser:
 
     @property
     def height(self) -> int:
-        """Lines for the pair: all but the status line."""
+        """Lines for the row: all but the status line."""
         return max(1, self.console.height - 1)
 
     def draw(self, status: str = "") -> int:
-        """Draw the screen; the number of lines that the whole pair takes."""
+        """Draw the screen; the number of lines that the whole row takes."""
         row = self.rows.slice(self.index, 1)[0]
         try:
-            pair = self.rows.decode(row, Preference)
-            shown = pair_view(pair, self.console.width, self.rows.name(row), self.brief)
+            found = self.rows.decode(row, self.look.kind)
+            shown = self.look.draw(found, self.console.width, self.rows.name(row), self.brief)
         except UserError as error:
             shown = safe_line(str(error), "red")
         lines = self.console.render_lines(shown, self.console.options.update(height=None))

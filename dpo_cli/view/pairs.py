@@ -16,7 +16,7 @@ from dpo_cli.view.console import NARROW
 from dpo_cli.view.text import joined, number, safe, safe_line
 
 CHOSEN, REJECTED, LABEL = "green", "red", "cyan"
-TEXTS = ("prompt ends", "chosen", "rejected", "completions")
+TEXTS = ("prompt ends", "chosen", "rejected", "completions", "reference", "policy")
 ROOMY = 100  # columns from which a list has room for the prompt
 EXCERPT = 300  # characters of a text that a list looks at
 ID_SHOWN = 8
@@ -111,7 +111,7 @@ def pair_view(preference: Preference, width: int, place: str = "", brief: bool =
         "",
         prompt_view(preference.prompt, brief),
         "",
-        _side_by_side(heads, texts) if width >= NARROW else _stacked(heads, texts),
+        beside(heads, texts, width),
     )
 
 
@@ -205,6 +205,11 @@ def _head(name: str, style: str, score: float | None, text: str, reason: str | N
     if reason == "length":
         head.append("  cut", "not bold yellow")
     return head
+
+
+def beside(heads: tuple[Text, Text], texts: tuple[Text, Text], width: int) -> RenderableType:
+    """Two texts under their heads, beside each other where there is room."""
+    return _side_by_side(heads, texts) if width >= NARROW else _stacked(heads, texts)
 
 
 def _side_by_side(heads: tuple[Text, Text], texts: tuple[Text, Text]) -> Table:

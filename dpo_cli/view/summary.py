@@ -192,6 +192,13 @@ def evaluated(console: Console, result: "Evaluation") -> None:
     if result.scores is not None:
         table.add_row("score", f"{number(result.scores.reference)} → {number(result.scores.policy)}, each by itself")
     table.add_row("length", f"{number(result.lengths.reference)} → {number(result.lengths.policy)} characters")
+    if result.kl is not None:
+        kl = result.kl
+        error = "" if kl.error is None else f" ± {kl.error:.2g}"
+        per_token = f"{number(kl.nats_per_token)} a token"
+        table.add_row("KL", f"{kl.nats_per_sequence:.3g}{error} nats a completion · {per_token} · {kl.how}")
+    elif result.no_kl:
+        table.add_row("KL", safe(f"not measured: {result.no_kl}", "dim"))
     for size, sides in result.distinct.items():
         table.add_row(f"distinct-{size}", f"{sides.reference:.3f} → {sides.policy:.3f}")
     for name, found in result.position.items():

@@ -22,6 +22,7 @@ from dpo_cli.stats import (
     Setting,
     Spread,
     judge_name,
+    rationale,
     words,
 )
 from dpo_cli.view.facts import alarm, bars, counted, facts, share, share_of, spread_row, tokens
@@ -130,7 +131,7 @@ def judgment(console: Console, record: Judgment, judged: Completions | None = No
                     head.append_text(safe_line(f"  {reason}", "not bold yellow"))
                 console.print(_candidate(head, judged.completions[index]))
     for number_of, order in enumerate(record.orders or [], 1):
-        console.print(_reply(number_of, order))
+        console.print(reply(number_of, order))
 
 
 def pair_stats(console: Console, stats: PairStats) -> None:
@@ -274,16 +275,17 @@ def _or_dash(value: float | None) -> str:
     return "–" if value is None else number(value)
 
 
-def _reply(number_of: int, order: Order) -> RenderableType:
-    """The judge's reply to one order: its rationale where it is readable, else as it came."""
-    shown = ", ".join(f"{chr(ord('A') + place)} = {index}" for place, index in enumerate(order.order))
+def reply(number_of: int, order: Order, names: Sequence[str] = ()) -> RenderableType:
+    """The judge's reply to one order: its rationale where it is readable, else as it came.
+
+    Args:
+        number_of: which order it is.
+        order: the order and the reply.
+        names: of the completions; unset: their numbers.
+    """
+    named = [names[index] if index < len(names) else str(index) for index in order.order]
+    shown = ", ".join(f"{chr(ord('A') + place)} = {name}" for place, name in enumerate(named))
     title = Text(f"order {number_of}").append(f"  {shown}", "dim")
     if order.model:
         title.append("  ").append_text(safe_line(order.model))
-    try:
-        reply = msgspec.json.decode(order.raw)
-        rationale = reply["rationale"] if isinstance(reply, dict) else None
-    except (msgspec.DecodeError, KeyError):
-        rationale = None
-    text = safe(rationale if isinstance(rationale, str) else order.raw)
-    return Group("", Rule(title, align="left", style="dim"), Padding(text, (0, 0, 0, 2)))
+    return Group("", Rule(title, align="left", style="dim"), Padding(safe(rationale(order)), (0, 0, 0, 2)))
