@@ -1,9 +1,8 @@
 """KL(policy || reference): how far the policy has gone from where it came, on text that it samples at temperature 1.
 
-In this process it is summed over the whole vocabulary (`training/sampled_kl.py`). By an endpoint that gives log-probabilities
-and takes a prompt as tokens (vLLM) it is the mean of log policy(y) - log reference(y): without bias as well, with more
-noise. Elsewhere there is none, and the result says why. Measured prompts are appended to kl.jsonl in `evaluation/`;
-nothing is measured twice.
+In this process it is summed over the whole vocabulary. By an endpoint that gives log-probabilities and takes prompts as
+tokens (vLLM) it is the mean of log policy(y) - log reference(y): without bias as well, with more noise. Elsewhere there
+is none, and the result says why. Measured prompts are appended to kl.jsonl in `evaluation/`; nothing is measured twice.
 """
 
 import asyncio
