@@ -445,6 +445,9 @@ def evaluate(
     quiz: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Instead, ask the questions of this file, and count.")
     ] = None,
+    harness: Annotated[
+        str | None, typer.Option(metavar="TASKS", help="Instead, tasks of lm-evaluation-harness, or their YAML files.")
+    ] = None,
     of: Annotated[Literal["reference", "policy", "both"], typer.Option(help="Who takes the quiz.")] = "both",
     limit: Limit = None,
     dry_run: DryRun = False,
@@ -453,6 +456,10 @@ def evaluate(
     from dpo_cli import evaluate as stage
     from dpo_cli import view
 
+    if harness is not None:
+        measured = stage.harness(session.config, session.progress(), harness.split(","), limit)
+        session.show(measured, view.harnessed)
+        return None
     if quiz is not None:
         names = ("reference", "policy") if of == "both" else (of,)
         quizzed = stage.quiz(session.config, session.progress(), quiz, names, limit)

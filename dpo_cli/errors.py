@@ -46,7 +46,7 @@ class UserError(Exception):
 # The module that shows whether an extra is installed. The extras themselves are in pyproject.toml.
 EXTRAS = {
     "train": "trl", "qlora": "bitsandbytes", "modal": "modal", "gke": "kubernetes", "gcs": "google_crc32c",
-    "hub": "huggingface_hub",
+    "hub": "huggingface_hub", "harness": "lm_eval",
 }  # fmt: skip
 
 

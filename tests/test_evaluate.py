@@ -45,11 +45,14 @@ def score(prompt: list[dict[str, str]], completion: str) -> float:
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return two_adapters(tmp_path_factory.mktemp("project"))
+
+
+def two_adapters(folder: Path) -> Config:
     """A random base with two random adapters, and 24 prompts."""
     from peft import LoraConfig, get_peft_model
 
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("project")
     sentence = "all the kettles of the laundromat sing at noon and nobody knows why"
     words = sentence.split()
     base = make_base(folder / "base", [sentence], vocabulary=300, context=256)

@@ -21,8 +21,8 @@ STAGES = {"generate", "judge", "pair", "train", "evaluate", "serve_config"}
 HEAVY = frozenset({
     "training/attention", "training/head", "training/packed", "training/reference", "training/trainer",
     "training/loop", "training/merge", "training/sft", "training/later", "training/sampled_kl", "training/batches",
-    "dpo", "engines/transformers", "judges/reward_model", "evaluate/adapters", "demo/tiny", "formats/export",
-    "lint/tokens",
+    "dpo", "engines/transformers", "judges/reward_model", "evaluate/adapters", "evaluate/harness", "demo/tiny",
+    "formats/export", "lint/tokens",
 })  # fmt: skip
 ALLOWED = {
     "typer": {"cli"},

@@ -21,6 +21,7 @@ from dpo_cli.errors import Exit, UserError
 from dpo_cli.evaluate.divergence import Divergence, Unmeasurable, measure
 from dpo_cli.evaluate.findings import find
 from dpo_cli.evaluate.gates import check_gates, read_gates
+from dpo_cli.evaluate.harness import Harnessed, harness
 from dpo_cli.evaluate.judging import (
     Bench,
     Scores,
@@ -55,10 +56,12 @@ from dpo_cli.store import write_json, write_rows
 __all__ = [
     "Compared",
     "Evaluation",
+    "Harnessed",
     "Planned",
     "Quizzed",
     "Rated",
     "Sides",
+    "harness",
     "plan",
     "quiz",
     "rate",

@@ -15,7 +15,7 @@ from dpo_cli.view.text import dollars, number, percent, safe, safe_line
 if TYPE_CHECKING:
     from dpo_cli.demo import Demonstrated
     from dpo_cli.endpoint import Estimate, Receipt
-    from dpo_cli.evaluate import Evaluation, Planned, Quizzed
+    from dpo_cli.evaluate import Evaluation, Harnessed, Planned, Quizzed
     from dpo_cli.formats.export import Exported
     from dpo_cli.generate import Generated
     from dpo_cli.judge import Judged
@@ -234,6 +234,19 @@ def quizzed(console: Console, result: "Quizzed") -> None:
         receipt(table, result.receipt)
     table.add_row("wrote", safe(result.path))
     console.print(table)
+
+
+def harnessed(console: Console, result: "Harnessed") -> None:
+    """What lm-evaluation-harness says of both adapters."""
+    table = Table(box=None, header_style="bold", padding=(0, 3, 0, 0), pad_edge=False)
+    for header in ("task", "metric", "reference", "policy", "change"):
+        table.add_column(header)
+    for score in result.scores:
+        sides = ((score.reference, score.reference_error), (score.policy, score.policy_error))
+        cells = [number(value) + ("" if error is None else f" ± {error:.2g}") for value, error in sides]
+        table.add_row(safe(score.task), safe(score.metric), *cells, f"{score.policy - score.reference:+.3g}")
+    console.print(table)
+    console.print(safe(f"wrote {result.path}", "dim"))
 
 
 def _clear(value: float, interval: tuple[float, float]) -> Text:
