@@ -65,10 +65,8 @@ def test_both_adapters_are_scored_as_by_hand(tmp_path: Path):
             found = model.network(ids).logits[0].log_softmax(-1)
             return sum(found[place - 1, ids[0, place]].item() for place in range(start, ids.shape[1]))
 
-        right = [
-            max((0, 1), key=lambda i: log_prob(row["question"], row["choices"][i])) == row["label"] for row in rows
-        ]
-        return sum(right) / len(right)
+        likelier = [max((0, 1), key=lambda i: log_prob(row["question"], f" {endings[i]}")) for row in rows]
+        return sum(best == row["label"] for best, row in zip(likelier, rows, strict=True)) / len(rows)
 
     assert (score.reference, score.policy) == (accuracy(settings.model.adapter), accuracy(settings.model.dpo_adapter))
     assert score.policy_error == pytest.approx(math.sqrt(score.policy * (1 - score.policy) / 7), abs=1e-6)
