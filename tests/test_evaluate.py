@@ -112,11 +112,13 @@ def test_a_missing_prompt_file_is_named(settings: Config) -> None:
     assert caught.value.where == "nowhere.jsonl"
 
 
-def test_kl_is_nothing_between_equals_and_what_the_distributions_say_between_others(settings: Config) -> None:
+def test_kl_is_nothing_between_equals_and_what_the_distributions_say_between_others(
+    settings: Config, tmp_path: Path
+) -> None:
     from dpo_cli.evaluate.adapters import load_both
     from dpo_cli.evaluate.divergence import Measured
 
-    settings = replace(settings, evaluate=replace(settings.evaluate, kl_prompts=10))
+    settings = replace(settings, data=str(tmp_path), evaluate=replace(settings.evaluate, kl_prompts=10))
     same = replace(settings, model=replace(settings.model, dpo_adapter=settings.model.adapter))
     found = evaluate.run(same, Silent()).kl
     assert found is not None
