@@ -456,6 +456,8 @@ def evaluate(
     from dpo_cli import evaluate as stage
     from dpo_cli import view
 
+    if sum((dry_run, quiz is not None, harness is not None)) > 1:
+        raise UserError("--dry-run is of the comparison, --quiz and --harness are in its place", hint="one of them")
     if harness is not None:
         measured = stage.harness(session.config, session.progress(), harness.split(","), limit)
         session.show(measured, view.harnessed)

@@ -128,3 +128,11 @@ def test_the_command(quiz):
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=quiz)
     assert json.loads(done.stdout)["accuracy"] == {"policy": {"value": 0.25, "low": pytest.approx(0.0456, abs=1e-4),
                                                               "high": pytest.approx(0.6994, abs=1e-4)}}  # fmt: skip
+
+
+def test_a_dry_run_of_a_quiz_is_refused_and_asks_nothing(quiz):
+    with Server() as server:
+        command = [sys.executable, "-m", "dpo_cli", "evaluate", "--quiz", "quiz.jsonl", "--dry-run", "--data", ".",
+                   "--url", server.url]  # fmt: skip
+        assert subprocess.run(command, capture_output=True, check=False, cwd=quiz).returncode == 2
+        assert server.calls.total() == 0
