@@ -504,18 +504,43 @@ def push(
 
 @command(
     "serve-config", "model.base", "model.adapter", "model.dpo_adapter", "model.name", "model.dpo_name", "serve.host",
-    "serve.port", "serve.dtype", "serve.max_model_len", "serve.gpu_memory_utilization",
+    "serve.port", "serve.dtype", "serve.max_model_len", "serve.gpu_memory_utilization", "serve.runtime_loading",
 )  # fmt: skip
 def serve_config(
     session: Session,
-    form: Annotated[Literal["cli", "json", "yaml"], typer.Option("--format", help="What to write.")] = "cli",
-) -> None:
+    form: Annotated[
+        Literal["cli", "json", "yaml", "k8s", "modal", "compose"], typer.Option("--format", help="What to write.")
+    ] = "cli",
+    run: Annotated[bool, typer.Option("--run", help="Write nothing, but start vLLM with it.")] = False,
+    load: Annotated[str | None, typer.Option(metavar="URL", help="Load the adapters into a running server.")] = None,
+    check: Annotated[
+        str | None, typer.Option(metavar="URL", help="Does this server serve what is on disk? Exit code 3 if not.")
+    ] = None,
+) -> Exit | None:
     """The vLLM configuration that serves the SFT adapter, and the DPO adapter where there is one."""
     from dpo_cli import serve_config as stage
+    from dpo_cli import view
 
-    for note in stage.plan(session.config).notes:
+    plan = stage.plan(session.config)
+    for note in plan.notes:
         typer.echo(note, err=True)
-    typer.echo(stage.render(session.config, "json" if session.json else form))
+    if run:
+        from dpo_cli.serve_config.server import start
+
+        start(plan)
+    if load:
+        from dpo_cli.serve_config.server import load as load_into
+
+        typer.echo(f"loaded: {', '.join(load_into(plan, load))}", err=True)
+    if check:
+        from dpo_cli.serve_config.check import check as compare
+
+        result = compare(plan, session.config, check, session.progress())
+        session.show(result, view.checked)
+        return None if result.verdict == "pass" else Exit.GATE
+    if not load:
+        typer.echo(stage.render(plan, session.config, "json" if session.json else form))
+    return None
 
 
 @command("demo")

@@ -269,6 +269,17 @@ class ServeSection(Struct, kw_only=True):
     max_model_len: Annotated[Count, _doc("Longest context, in tokens.")] = 4096
     gpu_memory_utilization: Annotated[Share, _doc("Share of the card that vLLM may take.")] = 0.9
     chat_template: Annotated[str | None, _doc("Chat template file; unset: the base's own.")] = None
+    runtime_loading: Annotated[bool, _doc("Let adapters be loaded while it runs; whoever reaches the port may.")] = (
+        False
+    )
+    arguments: Annotated[
+        dict[str, Any], _doc("More of vLLM's flags, by name without dashes; they win over those chosen here.")
+    ] = msgspec.field(default_factory=dict)
+    image: Annotated[str, _doc("vLLM's image, for k8s and compose; its version, for modal.")] = (
+        "vllm/vllm-openai:v0.32.0"
+    )
+    volume: Annotated[str, _doc("Volume that modal mounts at /vol.")] = "nothing-gpt-vol"
+    hf_secret: Annotated[str | None, _doc("Secret with HF_TOKEN, for modal; none: without.")] = "hf-secret"
 
 
 class GkeSection(Struct, kw_only=True):

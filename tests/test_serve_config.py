@@ -9,10 +9,11 @@ import pytest
 import yaml
 from adapters import BROKEN, WRONG, base_model, edit_settings, edit_weights, save_adapter
 
+from dpo_cli import serve_config
 from dpo_cli.adapter import check_adapter
 from dpo_cli.config import resolve
 from dpo_cli.errors import Exit, UserError
-from dpo_cli.serve_config import plan, render
+from dpo_cli.serve_config import plan
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,10 @@ def work(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "work")
     edit_settings(base_model_name_or_path=str(tmp_path / "work/base"))(tmp_path / "work/sft")
     return tmp_path / "work"
+
+
+def render(config, form):
+    return serve_config.render(plan(config), config, form)
 
 
 def settings(folder: Path, **flags):

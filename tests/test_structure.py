@@ -23,6 +23,7 @@ HEAVY = frozenset({
     "training/loop", "training/merge", "training/sft", "training/later", "training/sampled_kl", "training/batches",
     "dpo", "engines/transformers", "judges/reward_model", "evaluate/adapters", "evaluate/harness", "demo/tiny",
     "formats/export", "lint/tokens",
+    "serve_config/scored",
 })  # fmt: skip
 ALLOWED = {
     "typer": {"cli"},

@@ -12,11 +12,10 @@ import pytest
 import vllm_server
 from adapters import BROKEN, WRONG, base_model, save_adapter
 
-from dpo_cli import generate
+from dpo_cli import generate, serve_config
 from dpo_cli.config import resolve
 from dpo_cli.engines import Request as Sampling
 from dpo_cli.progress import Silent
-from dpo_cli.serve_config import render
 
 pytestmark = [
     pytest.mark.vllm,
@@ -30,6 +29,10 @@ PROMPT = [
     {"role": "user", "content": "[MABEL] You returned the umbrella?\n[OTIS] It was raining, Mabel — wasn't it? 🙂"},
 ]
 TEXT = "[MABEL] A year! Nobody stands under anything for a year. [OTIS] It was his umbrella."
+
+
+def render(config, form):
+    return serve_config.render(serve_config.plan(config), config, form)
 
 
 def call(url, body=None):

@@ -114,7 +114,7 @@ def run(folder: Path, progress: Progress, fresh: bool = False, sizes: Sizes | No
         with _clock(seconds, "evaluate"):
             evaluation = evaluate.run(settings, progress)
             example = _example(Path(evaluation.path))
-        served = serve_config.render(settings, "cli")
+        served = serve_config.render(serve_config.plan(settings), settings, "cli")
     return Demonstrated(
         folder=str(folder), sft=sft, generated=generated, judged=judged, paired=paired, dpo=dpo,
         evaluation=evaluation, example=example, serve_config=served, seconds=seconds,

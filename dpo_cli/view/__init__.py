@@ -15,6 +15,7 @@ from dpo_cli.view.plan import explain, plan, presets, swept
 from dpo_cli.view.progress import LineProgress, RichProgress, make_progress
 from dpo_cli.view.run import run
 from dpo_cli.view.summary import (
+    checked,
     demonstrated,
     evaluated,
     exported,
@@ -47,6 +48,7 @@ __all__ = [
     "RichProgress",
     "audit",
     "browse",
+    "checked",
     "comparison",
     "comparison_list",
     "completion_stats",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dpo_cli.launch import Launched
     from dpo_cli.pair import Paired
     from dpo_cli.push import Pushed
+    from dpo_cli.serve_config.check import Checked
     from dpo_cli.train import Trained
 
 BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (0, "B"))
@@ -136,6 +137,24 @@ def pushed(console: Console, result: "Pushed") -> None:
 def _bytes(size: int) -> str:
     value, unit = next((size / (scale or 1), unit) for scale, unit in BYTES if size >= scale)
     return f"{value:,.0f} {unit}" if unit == "B" else f"{value:,.1f} {unit}"
+
+
+def checked(console: Console, result: "Checked") -> None:
+    """Whether a server serves what is on disk."""
+    for one in result.served:
+        mark = Text("✓ ", "green") if one.ok else Text("✗ ", "red")
+        own = one.differences.get(one.name)
+        fits = "" if own is None else f"is its adapter: {own:.2g} nats a token from it over {one.tokens:,} tokens"
+        console.print(mark + safe(f"{one.name} {one.reason or fits}"), soft_wrap=True)
+        for other, difference in one.differences.items():
+            if other != one.name:
+                console.print(safe(f"    {difference:.2g} from {other}", "dim"))
+    table = _facts()
+    table.add_row("server", safe(result.url))
+    table.add_row("compared", f"{result.prompts} rows, tolerance {result.tolerance:g} nats a token")
+    for note in result.notes:
+        table.add_row("note", safe(note, "yellow"))
+    console.print(table)
 
 
 def trained(console: Console, result: "Trained") -> None:

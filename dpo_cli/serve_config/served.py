@@ -1,46 +1,33 @@
-"""Adapters -> the vLLM configuration that serves them.
+"""What is to be served: the adapters that there are, and vLLM's arguments for them and the base.
 
 Reads the SFT adapter and, where there is one, the DPO adapter (`adapter.py` refuses what vLLM could not load), and the
 base's own config where it is on this machine. Writes nothing. The flags are those of vLLM 0.32.
 """
 
 import math
-import shlex
-from collections.abc import Callable, Iterator
 from typing import Any
 
-import msgspec
 from msgspec import Struct
 
 from dpo_cli.adapter import RANKS, Adapter, absolute, base_folder, chat_template, check_adapter, read_json
 from dpo_cli.errors import UserError
 from dpo_cli.settings import Config
 
+RUNTIME_LOADING = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 Argument = str | int | float | bool | dict[str, Any] | list[dict[str, str]]
 
 
 class ServePlan(Struct, kw_only=True):
-    """What to serve: the adapters by name, and vLLM's flags (without dashes) for them and the base."""
+    """What to serve: the adapters by name, and vLLM's flags (without dashes) for them and the base.
+
+    `environment` is the server's; `notes` are for the user.
+    """
 
     model: str
     adapters: dict[str, Adapter]
     arguments: dict[str, Argument]
+    environment: dict[str, str]
     notes: list[str]
-
-
-def render(config: Config, format: str) -> str:
-    """The vLLM configuration as text, without a final newline.
-
-    Args:
-        config: names the base, both adapters and the server's settings.
-        format: `cli` (a command line), `json` (model, LoRA modules, arguments) or `yaml` (for `vllm serve --config`).
-
-    Raises:
-        UserError: unknown format, or an adapter that vLLM could not load.
-    """
-    if format not in FORMATS:
-        raise UserError(f"unknown format '{format}'", hint=f"one of: {', '.join(FORMATS)}")
-    return FORMATS[format](plan(config))
 
 
 def plan(config: Config) -> ServePlan:
@@ -71,13 +58,15 @@ def plan(config: Config) -> ServePlan:
         notes.append(f"max-model-len is {length}, the base's own limit, not {config.serve.max_model_len}")
     if config.serve.chat_template is None:
         notes += [f"{name}: {note}" for name, adapter in adapters.items() for note in _template_notes(adapter, base)]
-    return ServePlan(model=base, adapters=adapters, arguments=arguments, notes=notes)
+    environment = {RUNTIME_LOADING: "1"} if config.serve.runtime_loading else {}
+    return ServePlan(model=base, adapters=adapters, arguments=arguments, environment=environment, notes=notes)
 
 
 def _arguments(config: Config, adapters: dict[str, Adapter], base: str) -> dict[str, Argument]:
     serve, template_settings = config.serve, config.model.chat_template_kwargs
+    own = {key.replace("_", "-"): value for key, value in serve.arguments.items()}  # vLLM drops `some_key: false`
     rank = max(adapter.rank for adapter in adapters.values())
-    return {
+    arguments: dict[str, Argument] = {
         "host": serve.host,
         "port": serve.port,
         "dtype": serve.dtype,
@@ -93,47 +82,19 @@ def _arguments(config: Config, adapters: dict[str, Adapter], base: str) -> dict[
             {"name": name, "path": str(adapter.path), "base_model_name": base} for name, adapter in adapters.items()
         ],
     }
+    _check_own(own, rank)
+    return arguments | own
 
 
-def _cli(plan: ServePlan) -> str:
-    lines = [shlex.join(["vllm", "serve", plan.model]), *map(shlex.join, _flags(plan))]
-    return " \\\n  ".join(lines)
-
-
-def _json(plan: ServePlan) -> str:
-    arguments = dict(plan.arguments)
-    content = {"model": plan.model, "lora_modules": arguments.pop("lora-modules"), "arguments": arguments}
-    return msgspec.json.format(msgspec.json.encode(content), indent=2).decode()
-
-
-def _yaml(plan: ServePlan) -> str:
-    """For `vllm serve --config`.
-
-    Keys have hyphens and modules are strings, since vLLM drops keys like `enable_lora: false` silently and fails on
-    modules that are mappings.
-    """
-    import yaml
-
-    arguments = {key: _strings(value) if isinstance(value, list) else value for key, value in plan.arguments.items()}
-    content = {"model": plan.model, **arguments}
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=math.inf).rstrip("\n")
-
-
-FORMATS: dict[str, Callable[[ServePlan], str]] = {"cli": _cli, "json": _json, "yaml": _yaml}
-
-
-def _flags(plan: ServePlan) -> Iterator[list[str]]:
-    for key, value in plan.arguments.items():
-        if isinstance(value, bool):
-            yield [f"--{key}" if value else f"--no-{key}"]
-        elif isinstance(value, dict | list):
-            yield [f"--{key}", *_strings(value if isinstance(value, list) else [value])]
-        else:
-            yield [f"--{key}", str(value)]
-
-
-def _strings(items: list[dict[str, Any]]) -> list[str]:
-    return [msgspec.json.encode(item).decode() for item in items]
+def _check_own(own: dict[str, Any], rank: int) -> None:
+    """Refuse arguments of the user's with which the server would not start, or would serve something else."""
+    where = "serve.arguments"
+    if taken := own.keys() & {"lora-modules", "enable-lora", "model"}:
+        hint = "model.adapter, model.dpo_adapter and model.base say what is served"
+        raise UserError(f"'{taken.pop()}' is not yours to set", where=where, hint=hint)
+    allowed = [value for value in RANKS if value >= rank]
+    if own.get("max-lora-rank", allowed[0]) not in allowed:
+        raise UserError(f"max-lora-rank is one of {', '.join(map(str, allowed))} for rank {rank}", where=where)
 
 
 def _check_names(config: Config) -> None:
