@@ -14,6 +14,7 @@ from dpo_cli.adapter import check_adapter
 from dpo_cli.config import resolve
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.serve_config import plan
+from dpo_cli.serve_config.server import start
 
 
 @pytest.fixture(scope="module")
@@ -204,3 +205,39 @@ def test_names_that_collide_are_refused(saved, names):
     names = [str(saved / "base") if name == "base" else name for name in names]
     with pytest.raises(UserError, match="named"):
         plan(settings(saved, **{"model.name": names[0], "model.dpo_name": names[1]}))
+
+
+def test_more_of_vllms_flags_win_and_are_written_with_hyphens(saved):
+    own = {"enable_chunked_prefill": False, "max-lora-rank": 32, "max_loras": 8, "compilation_config": {"level": 0}}
+    config = settings(saved, **{"serve.arguments": own})
+    assert yaml.safe_load(render(config, "yaml"))["enable-chunked-prefill"] is False
+    words = shlex.split(render(config, "cli"))
+    assert "--no-enable-chunked-prefill" in words
+    assert words[words.index("--max-lora-rank") + 1] == "32"
+    assert json.loads(words[words.index("--compilation-config") + 1]) == {"level": 0}
+    assert words.count("--max-loras") == 1
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [({"max-lora-rank": 8}, "one of 16, 32"), ({"max_lora_rank": 48}, "one of 16, 32"),
+     ({"lora-modules": ["a=b"]}, "not yours"), ({"enable_lora": False}, "not yours")],
+)  # fmt: skip
+def test_flags_with_which_the_server_would_not_serve_the_adapters_are_refused(saved, own, said):
+    with pytest.raises(UserError, match=said):
+        plan(settings(saved, **{"serve.arguments": own}))
+
+
+def test_runtime_loading_is_said_in_every_form(saved):
+    config = settings(saved, **{"serve.runtime_loading": True})
+    assert render(config, "cli").startswith("VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve ")
+    assert json.loads(render(config, "json"))["environment"] == {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" in render(config, "yaml").splitlines()[0]
+    assert "model" in yaml.safe_load(render(config, "yaml"))
+
+
+def test_run_without_vllm_says_how_to_get_it(saved, monkeypatch):
+    monkeypatch.setenv("PATH", str(saved))
+    with pytest.raises(UserError, match="no command vllm") as caught:
+        start(plan(settings(saved)))
+    assert "--format k8s" in caught.value.hint

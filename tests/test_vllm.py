@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -11,11 +12,17 @@ from urllib.request import Request, urlopen
 import pytest
 import vllm_server
 from adapters import BROKEN, WRONG, base_model, save_adapter
+from msgspec.structs import replace
+from training import pair
 
 from dpo_cli import generate, serve_config
 from dpo_cli.config import resolve
 from dpo_cli.engines import Request as Sampling
+from dpo_cli.errors import UserError
 from dpo_cli.progress import Silent
+from dpo_cli.serve_config import check as checking
+from dpo_cli.serve_config.server import load
+from dpo_cli.store import write_rows
 
 pytestmark = [
     pytest.mark.vllm,
@@ -166,3 +173,72 @@ def test_generate_gets_every_completion_once(url, config, tmp_path):
     assert [len(set(row["completions"])) for row in rows] == [4] * 5
     assert {reason for row in rows for reason in row["finish_reasons"]} <= {"stop", "length"}
     assert 0 < first.usage.output <= 15 * 16
+
+
+def swapped(config):
+    """As if the server had each adapter under the other's name."""
+    model = replace(config.model, adapter=config.model.dpo_adapter, dpo_adapter=config.model.adapter)
+    return replace(config, model=model)
+
+
+@pytest.fixture(scope="module")
+def with_pairs(config, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs")
+    write_rows(folder / "val.jsonl", [pair(number) for number in range(20)])
+    return replace(config, data=str(folder))
+
+
+def check(config, url):
+    return checking.check(serve_config.plan(config), config, url, Silent())
+
+
+def test_check_passes_for_what_is_on_disk_and_fails_when_the_adapters_are_swapped(url, with_pairs):
+    found = check(with_pairs, url)
+    assert (found.verdict, found.prompts, found.notes) == ("pass", 20, [])
+    for one in found.served:
+        assert one.differences[one.name] < 1e-5
+        assert min(value for name, value in one.differences.items() if name != one.name) > 0.1
+    found = check(swapped(with_pairs), url)
+    assert found.verdict == "fail"
+    assert [one.reason.partition(" (")[0] for one in found.served] == [
+        "answers as seinfeld-dpo", "answers as seinfeld",
+    ]  # fmt: skip
+
+
+def test_an_adapter_that_is_loaded_while_it_runs_is_the_one_that_answers(url, with_pairs, saved, tmp_path):
+    save_adapter(tmp_path / "new", saved / "base", seed=9)
+    new = replace(with_pairs, model=replace(with_pairs.model, dpo_adapter=str(tmp_path / "new")))
+    assert check(new, url).verdict == "fail"
+    try:
+        load(serve_config.plan(new), url)
+        assert check(new, url).verdict == "pass"
+    finally:
+        load(serve_config.plan(with_pairs), url)
+    assert check(with_pairs, url).verdict == "pass"
+    with pytest.raises(UserError, match=r"seinfeld-dpo: .*No adapter found"):
+        plan = serve_config.plan(with_pairs)
+        plan.adapters["seinfeld-dpo"].path = tmp_path / "none"
+        load(plan, url)
+
+
+def test_run_becomes_the_server_and_in_bfloat16_check_still_tells_which_is_which(saved, with_pairs, tmp_path):
+    """Its settings come from a file; without `runtime_loading` it loads nothing while it runs."""
+    port = vllm_server.free_port()
+    model = {"base": saved / "base", "adapter": saved / "sft", "dpo_adapter": saved / "dpo"}
+    (tmp_path / "nothing-dpo.toml").write_text(
+        "[model]\n" + "".join(f"{key} = {json.dumps(str(value))}\n" for key, value in model.items())
+        + f"[serve]\nport = {port}\ndtype = 'bfloat16'\n[serve.arguments]\n"
+        + "distributed-executor-backend = 'uni'\nenable_chunked_prefill = false\nmax-num-batched-tokens = 4096\n"
+        + "kv-cache-memory-bytes = 268435456\n"
+    )  # fmt: skip
+    command = f"env -u VLLM_ALLOW_RUNTIME_LORA_UPDATING {shlex.quote(sys.executable)} -m dpo_cli serve-config --run"
+    command += f" --config {shlex.quote(str(tmp_path / 'nothing-dpo.toml'))}"
+    with vllm_server.serve(command, tmp_path, small=[]) as address:
+        half = replace(with_pairs, serve=replace(with_pairs.serve, dtype="bfloat16"))
+        found = check(half, address)
+        assert found.verdict == "pass"
+        assert all(1e-4 < one.differences[one.name] < 6e-2 for one in found.served)
+        assert check(swapped(half), address).verdict == "fail"
+        assert check(with_pairs, address).verdict == "fail"  # not in float32, as these settings say
+        with pytest.raises(UserError, match="loads no adapters while it runs"):
+            load(serve_config.plan(with_pairs), address)

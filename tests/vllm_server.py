@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.error import URLError
@@ -43,15 +43,16 @@ def free_port() -> int:
 
 
 @contextmanager
-def serve(command: str, folder: Path, *flags: str) -> Iterator[str]:
+def serve(command: str, folder: Path, *flags: str, small: Sequence[str] = CPU_FLAGS) -> Iterator[str]:
     """Run a `vllm serve ...` command line, as it would be pasted into a shell, until it is ready; yield its /v1 URL.
 
     Args:
         command: as `serve-config --format cli` prints it, or `vllm serve --config FILE`.
         folder: takes vllm.log and the `vllm` command.
         flags: more flags; they win over those of the command.
+        small: those that make it small; empty where the command has them.
     """
-    line = f"exec {command.strip()} {shlex.join([*CPU_FLAGS, *flags])}"
+    line = f"exec {command.strip()} {shlex.join([*small, *flags])}"
     environment = os.environ | CPU_ENVIRONMENT | {"PATH": f"{_vllm_command(folder)}:{os.environ['PATH']}"}
     log = folder / "vllm.log"
     with log.open("wb") as output:

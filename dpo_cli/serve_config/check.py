@@ -104,18 +104,18 @@ def check(plan: ServePlan, config: Config, url: str, progress: Progress) -> Chec
     return result
 
 
-def _rows(config: Config) -> list[tuple[list[Message], list[Message] | None]]:
-    """Prompts with a completion of each, or prompts alone."""
+def _rows(config: Config) -> list[list[Message]]:
+    """Prompts with the completion that was chosen, or prompts alone."""
     data, prompts = Path(config.data), Path(config.generate.prompts)
     pairs = [file for name in ("val", "train") if (file := data / f"{name}.jsonl").is_file()]
     if pairs:
         read = chain.from_iterable(parse_rows(file, read_preference) for file in pairs)
-        return [(pair.prompt, pair.chosen) for _, pair in islice(read, PROMPTS)]
+        return [pair.prompt + pair.chosen for _, pair in islice(read, PROMPTS)]
     file = prompts / "val.jsonl" if prompts.is_dir() else prompts
     if not file.is_file():
         hint = "--data FOLDER with pairs, or --set generate.prompts=FILE"
         raise UserError("no rows to compare on", where=str(data), hint=hint)
-    return [(prompt, None) for _, prompt in islice(parse_rows(file, read_prompt), PROMPTS)]
+    return [prompt for _, prompt in islice(parse_rows(file, read_prompt), PROMPTS)]
 
 
 def _listing_fault(model: dict[str, Any] | None) -> str | None:
@@ -150,7 +150,7 @@ def _judged(name: str, differences: dict[str, float], tokens: int, tolerance: fl
     if CLEARLY * differences[nearest] < own:
         reason = f"answers as {nearest} ({differences[nearest]:.2g} nats a token from it), not as itself ({own:.2g})"
     elif own > tolerance:
-        reason = f"is {own:.2g} nats a token from its adapter on disk, more than {tolerance:g}"
+        reason = f"is {own:.2g} nats a token from its adapter on disk, more than serve.dtype explains"
     return Served(name=name, ok=reason is None, differences=differences, tokens=tokens, reason=reason)
 
 

@@ -134,7 +134,10 @@ def as_modal(plan: ServePlan, config: Config) -> str:
     secrets = f"[modal.Secret.from_name({config.serve.hf_secret!r})]" if config.serve.hf_secret else "[]"
     environment = {"HF_HUB_CACHE": "/cache"} | plan.environment
     return f'''\
-"""vLLM with both adapters, on Modal: `modal deploy THIS_FILE`. Written by `nothing-dpo serve-config --format modal`."""
+"""vLLM with the adapters, on Modal: `modal deploy THIS_FILE`. Written by `nothing-dpo serve-config --format modal`.
+
+Whoever knows its URL can use it, unless the secret that it is given also holds VLLM_API_KEY.
+"""
 
 import subprocess
 

@@ -12,22 +12,14 @@ from dpo_cli.settings import ModelSection
 from dpo_cli.training.trainer import load_encoder
 
 
-def encode(
-    base: Path, model: ModelSection, rows: Sequence[tuple[list[Message], list[Message] | None]]
-) -> list[list[int]]:
-    """Token ids of each prompt with its completion, where it has one, as training encodes them.
+def encode(base: Path, model: ModelSection, rows: Sequence[list[Message]]) -> list[list[int]]:
+    """Token ids of conversations, as training encodes them; one that ends with the user's turn awaits an answer.
 
     Raises:
         UserError: the tokenizer has no chat template.
     """
-    encoder = load_encoder(base, model, max_length=1 << 20)
-    ids = []
-    for prompt, completion in rows:
-        if completion is None:
-            ids.append(encoder.prompt_ids(prompt))
-        else:
-            ids += [row.prompt + row.completions[0] for row in encoder.encode([(prompt, [completion])]).rows]
-    return ids
+    encoder = load_encoder(base, model, max_length=1)  # it refuses no length here
+    return [encoder.ids(messages, answer_next=messages[-1]["role"] != "assistant") for messages in rows]
 
 
 @torch.no_grad()
