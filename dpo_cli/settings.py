@@ -278,8 +278,6 @@ class ServeSection(Struct, kw_only=True):
     image: Annotated[str, _doc("vLLM's image, for k8s and compose; its version, for modal.")] = (
         "vllm/vllm-openai:v0.32.0"
     )
-    volume: Annotated[str, _doc("Volume that modal mounts at /vol.")] = "nothing-gpt-vol"
-    hf_secret: Annotated[str | None, _doc("Secret with HF_TOKEN, for modal; none: without.")] = "hf-secret"
 
 
 class GkeSection(Struct, kw_only=True):

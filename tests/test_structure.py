@@ -24,6 +24,7 @@ HEAVY = frozenset({
     "dpo", "engines/transformers", "judges/reward_model", "evaluate/adapters", "evaluate/harness", "demo/tiny",
     "formats/export", "lint/tokens",
     "serve_config/scored",
+    "serve_config/scored",
 })  # fmt: skip
 ALLOWED = {
     "typer": {"cli"},

@@ -131,7 +131,7 @@ def as_modal(plan: ServePlan, config: Config) -> str:
     moved, _ = _moved(plan)
     version = config.serve.image.rpartition(":v")[2]
     command = json.dumps(["vllm", "serve", moved.model, *(word for words in flags(moved) for word in words)], indent=4)
-    secrets = f"[modal.Secret.from_name({config.serve.hf_secret!r})]" if config.serve.hf_secret else "[]"
+    secrets = f"[modal.Secret.from_name({config.modal.hf_secret!r})]" if config.modal.hf_secret else "[]"
     environment = {"HF_HUB_CACHE": "/cache"} | plan.environment
     return f'''\
 """vLLM with the adapters, on Modal: `modal deploy THIS_FILE`. Written by `nothing-dpo serve-config --format modal`.
@@ -147,8 +147,8 @@ COMMAND = {command}
 
 image = modal.Image.debian_slim(python_version="3.12").uv_pip_install("vllm=={version}").env({environment!r})
 app = modal.App("{NAME}")
-volume = modal.Volume.from_name({config.serve.volume!r}, create_if_missing=True)
-cache = modal.Volume.from_name("{config.serve.volume}-hub", create_if_missing=True)
+volume = modal.Volume.from_name({config.modal.volume!r}, create_if_missing=True)
+cache = modal.Volume.from_name({config.modal.cache_volume!r}, create_if_missing=True)
 
 
 @app.function(
