@@ -22,9 +22,7 @@ HEAVY = frozenset({
     "training/attention", "training/head", "training/packed", "training/reference", "training/trainer",
     "training/loop", "training/merge", "training/sft", "training/later", "training/sampled_kl", "training/batches",
     "dpo", "engines/transformers", "judges/reward_model", "evaluate/adapters", "evaluate/harness", "demo/tiny",
-    "formats/export", "lint/tokens",
-    "serve_config/scored",
-    "serve_config/scored",
+    "formats/export", "lint/tokens", "serve_config/scored",
 })  # fmt: skip
 ALLOWED = {
     "typer": {"cli"},
