@@ -102,6 +102,7 @@ class Server:
         quality: what the judge scores by: candidate text -> score, cut to 1..10.
         models: names that exist; unset: every name does.
         api_key: the key that is asked for; unset: none.
+        log_probs: model -> log-probability of each of its tokens, given as vLLM gives them; unset: none are given.
 
     `calls` counts requests and `paid` those that were accepted for an answer, by content; `bodies`, `arrivals`
     (monotonic seconds) and `keys` are what came; `highest` is the most that were in flight at once.
@@ -117,6 +118,7 @@ class Server:
         quality: Quality = longest,
         models: list[str] | None = None,
         api_key: str | None = None,
+        log_probs: dict[str, float] | None = None,
     ) -> None:
         self.port = port
         self.latency = latency
@@ -125,6 +127,7 @@ class Server:
         self.quality = quality
         self.models = models
         self.api_key = api_key
+        self.log_probs = log_probs
         self.calls: Counter[str] = Counter()
         self.paid: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
@@ -163,6 +166,8 @@ class Server:
         """What is served where."""
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_get("/v1/models", self._models)
+        if self.log_probs is not None:
+            app.router.add_post("/v1/completions", self._score)
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -182,6 +187,15 @@ class Server:
 
     async def _models(self, _: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": name} for name in self.models or ["writer"]]})
+
+    async def _score(self, request: web.Request) -> web.Response:
+        """How likely the model finds each token of a prompt but the first."""
+        body = await request.json()
+        self.bodies.append(body)
+        likely = {"logprob": (self.log_probs or {})[body["model"]]}
+        scored = [None, *({str(token): likely} for token in body["prompt"][1:])]
+        choice = {"index": 0, "text": "x", "finish_reason": "length", "prompt_logprobs": scored}
+        return web.json_response({"choices": [choice], "model": body["model"]})
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         self.arrivals.append(time.monotonic())
@@ -239,9 +253,16 @@ class Server:
             elif fault and fault.startswith("reply!"):
                 text = fault.removeprefix("reply!")
             message = {"role": "assistant", "content": text}
+            beside: dict[str, Any] = {}
+            if self.log_probs is not None and body.get("logprobs"):
+                likely = {"logprob": self.log_probs[body["model"]]}
+                beside = {
+                    "token_ids": list(range(len(text.split()))),
+                    "logprobs": {"content": [likely] * len(text.split())},
+                }
             if fault == "refusal":
                 message |= {"content": None, "refusal": "I can't help with that."}
-            choices.append({"index": index, "message": message, "finish_reason": reason})
+            choices.append({"index": index, "message": message, "finish_reason": reason, **beside})
         output = sum(len((choice["message"]["content"] or "").split()) for choice in choices)
         usage = {"prompt_tokens": len(call.text) // 4, "completion_tokens": output}
         return {
@@ -250,6 +271,7 @@ class Server:
             "created": int(time.time()),
             "model": body["model"],
             "choices": choices,
+            **({"prompt_token_ids": [7, 8, 9]} if body.get("return_token_ids") and self.log_probs else {}),
             "usage": usage | {"total_tokens": sum(usage.values())},
         }
 

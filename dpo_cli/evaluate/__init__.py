@@ -232,6 +232,10 @@ def _divergence(
         return measure(sides[0], sides[1], prompts, config, progress, purse), ""
     except Unmeasurable as error:
         return None, str(error)
+    except UserError as error:
+        if error.code != Exit.FAILED:
+            raise
+        return None, str(error)  # a server that fails at this takes nothing else along
 
 
 def _gain(row: Compared) -> tuple[float, float]:
