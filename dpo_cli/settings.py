@@ -243,6 +243,10 @@ class EvaluateSection(Struct, kw_only=True):
     prompts: Annotated[str | None, _doc("Held-out prompts; unset: the prompts of val.jsonl.")] = None
     samples: Annotated[Count, _doc("Completions a prompt and adapter.")] = 1
     kl_prompts: Annotated[int, Meta(ge=0), _doc("Prompts on which KL is measured; 0: none.")] = 32
+    kl_by_endpoint: Annotated[
+        bool,
+        _doc("Also by an endpoint, one request at a time; vLLM 0.32 on a CPU dies of it if it has other requests."),
+    ] = False
     rate: Annotated[bool, _doc("Also have each completion rated by itself, from 1 to 10.")] = True
     gate: Annotated[
         str | list[str] | None, _doc("win-rate>X, or length-controlled-win-rate>X: what the interval must clear.")

@@ -426,7 +426,7 @@ def test_long_waits_and_failures_are_logged(folder):
 
 def test_an_endpoint_that_gives_log_probabilities_gives_the_log_ratio(folder):
     with Server(quality=vowels, log_probs={"dpo": -1.0, "sft": -1.5}) as server:
-        found = run(config(folder, server.url, evaluate_kl_prompts=7)).kl
+        found = run(config(folder, server.url, evaluate_kl_prompts=7, evaluate_kl_by_endpoint=True)).kl
         assert (found.nats_per_token, found.n, found.how) == (0.5, 7, "log-ratio")
         written = [body for body in server.bodies if body.get("logprobs")]
         assert {(body["model"], body["temperature"], body["top_p"]) for body in written} == {("dpo", 1.0, 1.0)}
@@ -434,17 +434,32 @@ def test_an_endpoint_that_gives_log_probabilities_gives_the_log_ratio(folder):
         assert {body["model"] for body in scored} == {"sft"}
         assert all(body["prompt"][:3] == [7, 8, 9] for body in scored)
         calls = len(server.bodies)
-        assert run(config(folder, server.url, evaluate_kl_prompts=7)).kl == found
+        assert run(config(folder, server.url, evaluate_kl_prompts=7, evaluate_kl_by_endpoint=True)).kl == found
         assert len(server.bodies) == calls
 
 
 def test_an_endpoint_that_gives_none_is_asked_once_and_named(folder):
     with Server(quality=vowels) as server:
-        result = run(config(folder, server.url, evaluate_kl_prompts=7))
+        result = run(config(folder, server.url, evaluate_kl_prompts=7, evaluate_kl_by_endpoint=True))
         assert len([body for body in server.bodies if body.get("logprobs")]) == 1
     assert result.kl is None
     assert "no log-probabilities" in result.no_kl
     assert result.n == 12
+
+
+def test_an_endpoint_is_not_asked_unless_told_to(folder):
+    with Server(quality=vowels, log_probs={"dpo": -1.0, "sft": -1.5}) as server:
+        result = run(config(folder, server.url, evaluate_kl_prompts=7))
+        assert not [body for body in server.bodies if body.get("logprobs")]
+    assert "kl_by_endpoint=true" in result.no_kl
+
+
+def test_kl_is_asked_for_one_request_at_a_time(folder):
+    with Server(quality=vowels, latency=0.02, log_probs={"dpo": -1.0, "sft": -1.5}) as server:
+        run(config(folder, server.url, evaluate_rate=False))
+        server.highest = 0
+        run(config(folder, server.url, evaluate_rate=False, evaluate_kl_prompts=7, evaluate_kl_by_endpoint=True))
+        assert server.highest == 1
 
 
 GOOD = json.dumps({"rationale": "Fine.", "score": 7})

@@ -1,8 +1,9 @@
 """KL(policy || reference): how far the policy has gone from where it came, on text that it samples at temperature 1.
 
 In this process it is summed over the whole vocabulary. By an endpoint that gives log-probabilities and takes prompts as
-tokens (vLLM) it is the mean of log policy(y) - log reference(y): without bias as well, with more noise. Elsewhere there
-is none, and the result says why. Measured prompts are appended to kl.jsonl in `evaluation/`; nothing is measured twice.
+tokens (vLLM) it is the mean of log policy(y) - log reference(y): without bias as well, with more noise; only if asked
+for, and one request at a time, since log-probabilities of a prompt under an adapter, in one batch with other requests,
+end vLLM 0.32 on a CPU. Elsewhere there is none, and the result says why. Measured prompts are appended to kl.jsonl in `evaluation/`; nothing is measured twice.
 """
 
 import asyncio
@@ -64,6 +65,8 @@ def measure(
     """
     chosen = dict(list(prompts.items())[: config.evaluate.kl_prompts])
     by_endpoint = config.generate.engine == "endpoint" or policy.config.generate.engine == "endpoint"
+    if by_endpoint and not config.evaluate.kl_by_endpoint:
+        raise Unmeasurable("by an endpoint only with --set evaluate.kl_by_endpoint=true")
     who = [reference.made_with, policy.made_with]
     groups = [list(chosen)[start : start + TOGETHER] for start in range(0, len(chosen), TOGETHER)]
     keys = {key: content_id("kl", who, key, None if by_endpoint else group) for group in groups for key in group}
@@ -132,7 +135,7 @@ async def _ask(
     settings = policy.config.generate
     async with Endpoint(
         settings.url or "", api_key_variable=KEY_VARIABLE, api_key_required=False,
-        ledger=Path(config.data) / FOLDER / LEDGER, concurrency=settings.concurrency, timeout=settings.timeout,
+        ledger=Path(config.data) / FOLDER / LEDGER, concurrency=1, timeout=settings.timeout,
         price=partial(price_of, settings.url or "", override=settings.price), max_usd=purse.left, log=progress.log,
     ) as endpoint:  # fmt: skip
 
