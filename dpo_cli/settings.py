@@ -245,7 +245,7 @@ class EvaluateSection(Struct, kw_only=True):
     kl_prompts: Annotated[int, Meta(ge=0), _doc("Prompts on which KL is measured; 0: none.")] = 32
     kl_by_endpoint: Annotated[
         bool,
-        _doc("Also by an endpoint, one request at a time; vLLM 0.32 on a CPU dies of it if it has other requests."),
+        _doc("Also by an endpoint, one request at a time; vLLM on a CPU dies of it beside others."),
     ] = False
     rate: Annotated[bool, _doc("Also have each completion rated by itself, from 1 to 10.")] = True
     gate: Annotated[

@@ -3,7 +3,8 @@
 In this process it is summed over the whole vocabulary. By an endpoint that gives log-probabilities and takes prompts as
 tokens (vLLM) it is the mean of log policy(y) - log reference(y): without bias as well, with more noise; only if asked
 for, and one request at a time, since log-probabilities of a prompt under an adapter, in one batch with other requests,
-end vLLM 0.32 on a CPU. Elsewhere there is none, and the result says why. Measured prompts are appended to kl.jsonl in `evaluation/`; nothing is measured twice.
+end vLLM 0.32 on a CPU. Elsewhere there is none, and the result says why. Measured prompts are appended to kl.jsonl in
+`evaluation/`; nothing is measured twice.
 """
 
 import asyncio
