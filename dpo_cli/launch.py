@@ -131,8 +131,13 @@ def attach(job: Job, config: Config, progress: Progress, fetch: bool = True) -> 
     if last is not None and last.exit_code == status.exit_code:
         status.reason = status.reason or last.error
         launched.result, launched.hint = _here(last.result, job.spec.results), last.hint
-    if fetch and status.state == "succeeded" and backend.VOLUME is not None:
-        launched.fetched = bring_home(job, config, progress)
+    succeeded = status.state == "succeeded"
+    if fetch and backend.VOLUME is not None and (succeeded or job.spec.command != "train"):
+        try:
+            launched.fetched = bring_home(job, config, progress)
+        except UserError:  # rows are paid for, however it ended; but there may be none
+            if succeeded:
+                raise
     return launched
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,13 +11,15 @@ from pathlib import Path
 import pytest
 from adapters import base_model, save_adapter
 from modal_server import OK, ModalServer
-from training import AtStep, Lines, metrics, settings, write_data
+from training import AtStep, Lines, metrics, pair, read_rows, settings, write_data, write_rows
 
-from dpo_cli import entry, job, launch, relay, train
+from dpo_cli import entry, job, judge, launch, relay, train
 from dpo_cli.backends import modal as backend
 from dpo_cli.config import resolve
+from dpo_cli.demo.scenes import cast
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Silent
+from dpo_cli.schema import prompt_id
 
 api_pb2 = pytest.importorskip("modal_proto.api_pb2")
 SECRETS = {"hf-secret": {"HF_TOKEN": "hf-value"}, "wandb-secret": {}}
@@ -59,12 +62,9 @@ def test_the_function_is_what_the_settings_say(plain):
     info = backend._app(backend.settings(spec, plain)).run.info()
     assert (info.gpus, info.timeout, info.max_retries) == ([("A100-80GB", 2)], 60, 0)
     assert len(info.secrets) == 2, "the container makes as many objects, whatever the settings are"
-    judge = backend.settings(job.make(plain, "judge"), plain)
-    assert (judge["gpu"], judge["second_secret"], judge["app"]) == (
-        None,
-        "openai-secret",
-        "nothing-gpt-dpo-train-judge",
-    )
+    judging = backend.settings(job.make(plain, "judge"), plain)
+    assert (judging["gpu"], judging["second_secret"]) == (None, "openai-secret")
+    assert judging["app"] == "nothing-gpt-dpo-train-judge"
 
 
 def test_the_image_holds_the_train_extra_as_pyproject_pins_it(plain):
@@ -323,3 +323,55 @@ def test_a_simulated_preemption_is_let_through_and_the_run_goes_on_from_its_chec
     last = relay.parse(capsys.readouterr().out.splitlines()[-1])
     assert last is not None and last.outcome is not None and last.outcome.exit_code == Exit.OK
     assert metrics(tmp_path / "runs" / "dpo") == metrics(whole / "runs" / "dpo")
+
+
+COMMAND = """
+import sys
+from dpo_cli.backends import modal
+modal.VOLUME = sys.argv.pop(1)
+from dpo_cli.cli import main
+main()
+"""
+
+
+def test_ctrl_c_leaves_it_running_and_says_how_to_come_back(modal, whole):
+    work = modal[2]
+    (work / "nothing-dpo.toml").write_text(
+        f'data = "{whole}/data"\n[model]\nbase = "{whole}/base"\nadapter = "{whole}/sft"\ndpo_adapter = "out"\n'
+    )
+    command = [sys.executable, "-c", COMMAND, backend.VOLUME, "train", "--backend", "modal"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("plan:"):  # from the container: it is being followed
+                process.send_signal(signal.SIGINT)
+                break
+        left, printed = process.stderr.read(), process.stdout.read()
+    assert process.returncode == Exit.INTERRUPTED
+    assert "nothing-dpo jobs attach modal-train-dpo" in left and "Traceback" not in left and "running" in printed
+    here = resolve(file=Path("nothing-dpo.toml"), environment={}).config
+    assert [one.status.state for one in launch.listed(here)] == ["running"]
+    launch.cancel(job.get("modal", here), here)
+    assert launch.listed(here)[0].status.state == "cancelled"
+
+
+def test_judging_there_goes_on_with_what_was_judged_here_and_its_pairs_come_home(modal, tmp_path):
+    server, config, work = modal
+    config.data, config.judge.judge, config.judge.function = str(work / "data"), "function", "dpo_cli.demo.score:voices"
+    server.secrets["openai-secret"] = {}
+    name, character = next(iter(cast()[1].items()))
+    texts = [f"[{name}] {sorted(character.words)[0]}", "no line at all"]
+    rows = [
+        {
+            "id": prompt_id(pair(number)["prompt"]), "prompt": pair(number)["prompt"], "completions": texts,
+            "finish_reasons": ["stop", "stop"], "model": "m", "sampling": {}, "usage": {"input": 1, "output": 1},
+        }
+        for number in range(12)
+    ]  # fmt: skip
+    write_rows(work / "data" / "completions.jsonl", rows)
+    assert judge.run(config, Silent(), limit=5).judged == 5
+    launched = launch.run("modal", launch.spec("modal", config, "judge"), config, Silent())
+    assert launched.status.exit_code == Exit.OK, launched.status.reason
+    assert launched.result["judged"]["judged"] == 7, "five were judged before"
+    assert len(read_rows(work / "data" / "judgments.jsonl")) == 12
+    assert (work / "data" / "train.jsonl").exists() and not server.functions.popitem()[1].resources.gpu_config.count

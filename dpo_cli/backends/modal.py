@@ -4,8 +4,11 @@ Submits `_modal_app.py` with the real client; what is needed to find the call ag
 a call's result for seven days; later its status is not known. Not covered: several machines.
 """
 
+import logging
 import os
+import queue
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -194,10 +197,32 @@ def logs(job: Job, config: Config, follow: bool) -> Iterator[str]:
             seen.add((entry.timestamp, entry.message))
             yield from lines.of(entry)
         if follow and not status(job, config).ended:
-            for entry in call.logs.stream():  # which begins somewhere in what was fetched
+            for entry in _streamed(call):  # which begins somewhere in what was fetched
                 if (entry.timestamp, entry.message) not in seen:
                     yield from lines.of(entry)
         yield from lines.rest()
+
+
+def _streamed(call: Any) -> Iterator[Any]:
+    """The call's log entries as they come, read by a thread of its own: Ctrl-C would break the client off half-way."""
+    entries: queue.Queue[Any] = queue.Queue()
+
+    def read() -> None:
+        try:
+            for entry in call.logs.stream():
+                entries.put(entry)
+            entries.put(None)
+        except BaseException as error:
+            entries.put(error)
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        while (entry := entries.get()) is not None:
+            if isinstance(entry, BaseException):
+                raise entry
+            yield entry
+    finally:  # left early, the client's tasks would complain of it when the process ends
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 class _Lines:
