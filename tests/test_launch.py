@@ -10,7 +10,7 @@ import pytest
 from adapters import base_model, save_adapter
 from training import Lines, read_rows, settings, write_data, write_rows
 
-from dpo_cli import job, launch
+from dpo_cli import entry, job, launch
 from dpo_cli.backends import local
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.job import Job
@@ -79,6 +79,16 @@ def test_a_card_that_is_not_here_and_more_machines_are_refused(work):
     for given, word in (({"gpu": "Z9"}, "Z9 here"), ({"nodes": 2}, "one machine")):
         with pytest.raises(UserError, match=word):
             launch.submit("local", launch.spec("local", config, "train", **given), config, Silent())
+
+
+def test_a_second_attempt_of_a_fresh_start_does_not_start_over_again(work):
+    folder, config = work
+    fresh = job.make(config, "train", volume=None, fresh=True)
+    assert entry.outcome(fresh, Silent()).result["resumed_from"] is None
+    (folder / "runs/dpo/report.json").unlink()  # as if it had been preempted before its end
+    assert entry.outcome(fresh, Silent()).result["resumed_from"] == 8
+    another = job.make(config, "train", volume=None, fresh=True)
+    assert entry.outcome(another, Silent()).result["resumed_from"] is None
 
 
 class Elsewhere:

@@ -188,36 +188,43 @@ def _returned(call: Any) -> str | None:
 
 def logs(job: Job, config: Config, follow: bool) -> Iterator[str]:
     """Lines of the call's containers, from the first on; a container after the first is said to be another attempt."""
-    import modal
-
     with explained(config):
-        call = modal.FunctionCall.from_id(job.handle["call_id"])
-        lines, seen = _Lines(job), set()
-        for entry in call.logs.fetch(since=datetime.fromisoformat(job.submitted)):
-            seen.add((entry.timestamp, entry.message))
+        lines = _Lines(job)
+        for entry in _apart(_entries(job, config, follow)):
             yield from lines.of(entry)
-        if follow and not status(job, config).ended:
-            for entry in _streamed(call):  # which begins somewhere in what was fetched
-                if (entry.timestamp, entry.message) not in seen:
-                    yield from lines.of(entry)
         yield from lines.rest()
 
 
-def _streamed(call: Any) -> Iterator[Any]:
-    """The call's log entries as they come, read by a thread of its own: Ctrl-C would break the client off half-way."""
-    entries: queue.Queue[Any] = queue.Queue()
+def _entries(job: Job, config: Config, follow: bool) -> Iterator[Any]:
+    """The call's log entries, each once."""
+    import modal
+
+    call = modal.FunctionCall.from_id(job.handle["call_id"])
+    seen = set()
+    for entry in call.logs.fetch(since=datetime.fromisoformat(job.submitted)):
+        seen.add((entry.timestamp, entry.message))
+        yield entry
+    if follow and not status(job, config).ended:
+        for entry in call.logs.stream():  # which begins somewhere in what was fetched
+            if (entry.timestamp, entry.message) not in seen:
+                yield entry
+
+
+def _apart(entries: Iterator[Any]) -> Iterator[Any]:
+    """The same, read by a thread of its own: Ctrl-C inside the client would break it off half-way."""
+    arrived: queue.Queue[Any] = queue.Queue()
 
     def read() -> None:
         try:
-            for entry in call.logs.stream():
-                entries.put(entry)
-            entries.put(None)
+            for entry in entries:
+                arrived.put(entry)
+            arrived.put(None)
         except BaseException as error:
-            entries.put(error)
+            arrived.put(error)
 
     threading.Thread(target=read, daemon=True).start()
     try:
-        while (entry := entries.get()) is not None:
+        while (entry := arrived.get()) is not None:
             if isinstance(entry, BaseException):
                 raise entry
             yield entry
