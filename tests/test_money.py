@@ -179,6 +179,14 @@ def test_an_estimate_names_its_price_table_and_admits_what_it_does_not_know(tmp_
     assert run(config(tmp_path, OPENAI, model="nobody"), dry_run=True).estimate.usd_low is None
 
 
+def test_an_estimate_says_that_its_model_ends(tmp_path):
+    write(tmp_path, rows(3))
+    ending = run(config(tmp_path, OPENAI, model="gpt-5-mini"), dry_run=True).estimate
+    staying = run(config(tmp_path, OPENAI, model="gpt-5.4-mini"), dry_run=True).estimate
+    assert any("gpt-5-mini" in line and "2026-12-11" in line for line in ending.assumptions)
+    assert not any("2026-12-11" in line for line in staying.assumptions)
+
+
 def test_a_receipt_adds_up(tmp_path):
     write(tmp_path, rows(10))
     with Server(fault=first(1, "drop")) as server:

@@ -98,8 +98,15 @@ def estimate(tasks: Sequence[Task], config: Config, form: Form = RANKING) -> Est
         one = price_estimate(
             owed, size, typical, owed * cap, price, given=settings.price is not None, typical=assumed
         )  # fmt: skip
+        if warning := _ending(model):
+            one.assumptions.append(warning)
         found.append(one)
     return reduce(add, found)
+
+
+def _ending(model: str) -> str | None:
+    """A warning if the end of a model is announced, as of today."""
+    return ending_warning(model, datetime.now(UTC).date())
 
 
 def settle(tasks: Iterable[Task], judgments: Mapping[str, Judgment], config: Config) -> list[Judgment]:
@@ -123,7 +130,7 @@ def judge(
         twice = f"{open_:,} requests wait in batches, and would be paid twice"
         raise UserError(twice, where=str(Path(config.data) / BATCHES), hint="nothing-dpo judge --batch")
     for model in settings.models:
-        if warning := ending_warning(model, datetime.now(UTC).date()):
+        if warning := _ending(model):
             progress.log(warning)
     return asyncio.run(_judge(tasks, config, deliver, progress, form))
 
