@@ -77,6 +77,7 @@ class ModalServer(api_grpc.ModalClientBase):
         self.uploaded: list[str] = []
         self.commits = 0
         self.silent = False
+        self.broken_image = False
         self.preempt: Callable[[Call, str], bool] = lambda call, line: False
         self._tasks: set[asyncio.Task[None]] = set()
         self._count = 0
@@ -113,7 +114,7 @@ class ModalServer(api_grpc.ModalClientBase):
         for kept in (self.calls, self.apps, self.functions):
             kept.clear()
         self.uploaded.clear()
-        self.commits, self.silent = 0, False
+        self.commits, self.silent, self.broken_image = 0, False, False
         self.preempt = lambda call, line: False
 
     async def _start(self) -> str:
@@ -182,7 +183,7 @@ class ModalServer(api_grpc.ModalClientBase):
 
     async def ImageGetOrCreate(self, stream: Any) -> None:
         self.images.append((await stream.recv_message()).image)
-        result = api_pb2.GenericResult(status=OK)
+        result = api_pb2.GenericResult(status=FAIL if self.broken_image else OK, exception="no such package")
         await stream.send_message(api_pb2.ImageGetOrCreateResponse(image_id=self._next("im"), result=result))
 
     async def MountPutFile(self, stream: Any) -> None:

@@ -274,6 +274,14 @@ def test_every_missing_thing_is_a_line_with_its_command(modal):
     assert not server.calls
 
 
+def test_an_image_that_can_not_be_built_is_one_line(modal):
+    server, config, _ = modal
+    server.broken_image = True
+    with pytest.raises(UserError, match=r"the image can't be built: .*no such package"):
+        launch.submit("modal", asked(config), config, Silent())
+    assert not server.calls and launch.listed(config) == []
+
+
 @pytest.mark.parametrize("case", ["token", "silent", "nobody there"])
 def test_a_preflight_that_fails_does_so_within_seconds(modal, case):
     server = modal[0]
