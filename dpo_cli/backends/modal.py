@@ -256,7 +256,7 @@ class _Lines:
         for text in whole:
             line = relay.parse(text)
             if line is not None and line.outcome is not None:
-                self.interrupted = line.outcome.exit_code == Exit.INTERRUPTED
+                self.interrupted = line.outcome.exit_code in (Exit.INTERRUPTED, Exit.PREEMPTED)
             yield text
 
     def rest(self) -> Iterator[str]:
