@@ -482,6 +482,47 @@ def evaluate(
     return None if all(gate.ok for gate in result.gates.values()) else Exit.GATE
 
 
+@command(
+    "run", "run.rounds", "generate.prompts", "generate.n", "generate.engine", "generate.url", "generate.max_usd",
+    "judge.judge", "judge.model", "judge.url", "judge.function", "judge.max_usd", "pair.min_gap", "model.base",
+    "model.adapter", "model.dpo_adapter", "model.name", "model.dpo_name", "train.learning_rate", "train.beta",
+    "evaluate.prompts", "evaluate.gate", "evaluate.max_usd", names={"judge.model": "--judge-model",
+    "judge.url": "--judge-url", "judge.max_usd": "--judge-max-usd", "evaluate.max_usd": "--evaluate-max-usd",
+    "evaluate.prompts": "--held-out"},
+)  # fmt: skip
+def run(
+    session: Session,
+    backend: Annotated[str, typer.Option(metavar="|".join(backends.names()), help="Where training runs.")] = "local",
+    limit: Limit = None,
+    dry_run: DryRun = False,
+) -> Exit | None:
+    """The whole chain, once or in rounds: generate, judge, pair, train, evaluate, and what serves the result."""
+    from dpo_cli import rounds, view
+
+    if dry_run:
+        session.show(rounds.plan(session.config, session.progress(), limit), view.steps)
+        return None
+    result = rounds.run(session.config, session.progress(), backend, limit)
+    session.show(result, view.ran)
+    if result.verdict == "fail":
+        return Exit.GATE
+    session.suggest("nothing-dpo push adapter DEST, or nothing-dpo run --rounds N for more")
+    return None
+
+
+@command("protocol", "model.base", "model.dpo_adapter", "judge.judge", "judge.model", "judge.function")
+def protocol(
+    session: Session, file: Annotated[Path, typer.Argument(metavar="FILE", help="The topics, a TOML file.")]
+) -> Exit | None:
+    """Topic by topic: SFT, a quiz, DPO where the voice needs it, the quiz again; the better adapter stays."""
+    from dpo_cli import protocol as stage
+    from dpo_cli import view
+
+    result = stage.run(stage.read(file), session.config, session.progress())
+    session.show(result, view.followed)
+    return Exit.GATE if result.verdict == "fail" else None
+
+
 @command("push", "model.base", "model.dpo_adapter")
 def push(
     session: Session,

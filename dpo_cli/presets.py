@@ -11,6 +11,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "train.target_modules": ["o_proj", "v_proj", "up_proj", "down_proj"], "train.learning_rate": 5e-7,
         "train.max_steps": 100, "train.per_device_train_batch_size": 2, "train.gradient_accumulation_steps": 4,
         "train.merge": True,
+        "sft.r": 1, "sft.lora_alpha": 1.0, "sft.target_modules": ["o_proj", "v_proj", "up_proj", "down_proj"],
+        "sft.num_train_epochs": 3.0,
     },
     "lora16": {
         "model.adapter": None, "train.r": 16, "train.lora_alpha": 32.0, "train.lora_dropout": 0.05,

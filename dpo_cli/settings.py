@@ -264,6 +264,13 @@ class EvaluateSection(Struct, kw_only=True):
         return [self.gate] if isinstance(self.gate, str) else self.gate or []
 
 
+class RunSection(Struct, kw_only=True):
+    """`nothing-dpo run`: the whole chain."""
+
+    rounds: Annotated[Count, _doc("Rounds; each starts from the adapter of the one before, its reference.")] = 1
+    max_failed: Annotated[Share, _doc("Share of a stage's prompts that may fail; above it the chain stops.")] = 0.0
+
+
 class ServeSection(Struct, kw_only=True):
     """The vLLM server that serves both adapters."""
 
@@ -343,6 +350,7 @@ class Config(Struct, kw_only=True):
     gate: GateSection = msgspec.field(default_factory=GateSection)
     plan: PlanSection = msgspec.field(default_factory=PlanSection)
     evaluate: EvaluateSection = msgspec.field(default_factory=EvaluateSection)
+    run: RunSection = msgspec.field(default_factory=RunSection)
     serve: ServeSection = msgspec.field(default_factory=ServeSection)
     gke: GkeSection = msgspec.field(default_factory=GkeSection)
     modal: ModalSection = msgspec.field(default_factory=ModalSection)

@@ -169,6 +169,37 @@ def lines(
     return _svg(title, " ".join(said), "".join(drawn))
 
 
+def against(
+    title: str, curve: tuple[str, Sequence[tuple[float, float]]],
+    points: Mapping[str, Sequence[tuple[float, float, str]]], x_label: str, y_label: str,
+) -> str:  # fmt: skip
+    """Named points in groups, beside a curve that they are held against.
+
+    Args:
+        title: what they show.
+        curve: its name, and points (x, y) in order of x.
+        points: name of a group -> (x, y, name of the point).
+        x_label: what the x axis is.
+        y_label: what the y axis is.
+    """
+    everything = [*curve[1], *((x, y) for group in points.values() for x, y, _ in group)]
+    axes = _Axes(_range([x for x, _ in everything]), _range([y for _, y in everything]))
+    drawn, left = [axes.rows(), axes.columns(), _curve(axes, 0, *curve, True)], float(LEFT)
+    for place, name in enumerate([curve[0], *points]):
+        drawn.append(f'<rect class="fill-{place % SERIES}" x="{left:.1f}" y="{TOP - 10}" width="12" height="4"/>')
+        drawn.append(_text(left + 17, TOP - 5, name[:NAME], "start"))
+        left += 34 + LETTER * len(name[:NAME])
+    for place, group in enumerate(points.values(), 1):
+        for x, y, name in group:
+            drawn.append(
+                f'<circle class="fill-{place % SERIES}" cx="{axes.across(x):.1f}" cy="{axes.down(y):.1f}" r="4">'
+                f"<title>{escaped(name)}: {x:.3g}, {y:.3g}</title></circle>"
+            )
+            drawn.append(_text(axes.across(x) + 7, axes.down(y) + 4, name[:NAME], "start"))
+    said = "; ".join(f"{name} {x:.3g}, {y:.3g}" for group in points.values() for x, y, name in group)
+    return _svg(title, said, "".join(drawn) + _below(x_label) + _beside(y_label))
+
+
 def _curve(axes: _Axes, place: int, name: str, points: Sequence[tuple[float, float]], joined: bool) -> str:
     """A line, and its points where they are few, each with its value for a pointer that rests on it."""
     through = " ".join(axes.at(x, y) for x, y in points)

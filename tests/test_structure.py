@@ -15,14 +15,15 @@ ROOMS = [
     "errors", "terminal", "schema", "store", "presets", "settings", "config", "progress", "storage", "job", "transfer",
     "relay", "adapter", "remedies", "guards", "plan", "endpoint", "engines", "judges", "generate", "judge", "formats",
     "rollouts", "length", "strategies", "pair", "training", "dpo", "stats", "train", "audit", "evaluate", "entry",
-    "backends", "launch", "sweep", "pages", "svg", "report", "lint", "push", "serve_config", "demo", "view", "cli",
+    "backends", "launch", "sweep", "pages", "svg", "report", "lint", "push", "serve_config", "rounds",
+    "protocol", "demo", "view", "cli",
 ]  # fmt: skip
 STAGES = {"generate", "judge", "pair", "train", "evaluate", "serve_config"}
 HEAVY = frozenset({
     "training/attention", "training/head", "training/packed", "training/reference", "training/trainer",
     "training/loop", "training/merge", "training/sft", "training/later", "training/sampled_kl", "training/batches",
     "dpo", "engines/transformers", "judges/reward_model", "evaluate/adapters", "evaluate/harness", "demo/tiny",
-    "formats/export", "lint/tokens", "serve_config/scored",
+    "formats/export", "lint/tokens", "serve_config/scored", "training/stack",
 })  # fmt: skip
 ALLOWED = {
     "typer": {"cli"},

@@ -7,6 +7,7 @@ from `stats`, rows from `pages`. Every function takes the console to draw on; te
 
 from dpo_cli.view.audit import audit
 from dpo_cli.view.browse import browse
+from dpo_cli.view.chains import followed, ran, steps
 from dpo_cli.view.console import make_console, paged, stdout_console
 from dpo_cli.view.evaluation import COMPARISONS, comparison, comparison_list
 from dpo_cli.view.lint import lint
@@ -58,6 +59,7 @@ __all__ = [
     "evaluated",
     "explain",
     "exported",
+    "followed",
     "generated",
     "harnessed",
     "jobs",
@@ -79,11 +81,13 @@ __all__ = [
     "presets",
     "pushed",
     "quizzed",
+    "ran",
     "run",
     "safe",
     "safe_line",
     "settings",
     "stdout_console",
+    "steps",
     "swept",
     "trained",
 ]
