@@ -101,7 +101,7 @@ def run(config: Config, progress: Progress, backend: str = "local", limit: int |
     return Ran(
         rounds=rounds, verdict="pass" if len(good) == len(rounds) else "fail",
         adapter=config.model.dpo_adapter if good else None, usd=sum(done.usd for done in rounds),
-        serve_config=serve_config.render(config, "cli") if good else None,
+        serve_config=serve_config.render(serve_config.plan(config), config, "cli") if good else None,
     )  # fmt: skip
 
 
