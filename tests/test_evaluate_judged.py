@@ -197,6 +197,18 @@ def test_a_reply_that_is_no_verdict_never_becomes_a_score(folder, words):
         assert server.calls.total() == before + 4  # what had no verdict, and nothing else
 
 
+def test_an_answer_without_a_rating_has_none(folder):
+    def fault(call: Call) -> str | None:
+        rated = call.body["model"] == "judge-small" and '"ranking"' not in call.text
+        return "reply!Fine." if rated and "number 3?" in call.text else starred(call)
+
+    with Server(quality=likes_stars, fault=fault) as server:
+        result = run(config(folder, server.url))
+    assert (result.n, result.scores.reference, result.scores.policy) == (12, 3, 9)
+    (row,) = [row for row in rows(folder).values() if "number 3?" in row.prompt[0]["content"]]
+    assert (row.reference_scores, row.policy_scores, row.win) == ([], [], 1)
+
+
 def test_a_refusal_is_left_out_and_stays_so(folder):
     def fault(call: Call) -> str | None:
         return "refusal" if call.body["model"] == "judge-small" and "number 3?" in call.text else None
@@ -281,9 +293,10 @@ def test_the_budget_covers_everything_and_the_next_run_goes_on(folder):
     with Server(quality=vowels) as server:
         settings = config(folder, server.url, evaluate_max_usd=0.02, judge_price="0,0,100", generate_price="0,0,20",
                           judge_max_tokens=40, generate_concurrency=1, judge_concurrency=1)  # fmt: skip
-        runs = 0
+        runs, total = 0, 0.0
         while True:
             before = server.paid.total()
+            total = spent(folder)
             runs += 1
             try:
                 result = run(settings)
@@ -291,10 +304,17 @@ def test_the_budget_covers_everything_and_the_next_run_goes_on(folder):
             except UserError as error:
                 assert error.code == Exit.BUDGET
                 assert server.paid.total() > before
+            assert spent(folder) - total <= 0.02 + 1e-9  # sampling and judging together
         assert runs > 2
         assert (result.n, server.paid_twice, server.paid.total()) == (12, 0, 72)
         assert result.usd > 0.02
         assert result.receipt.usd <= 0.02
+
+
+def spent(folder: Path) -> float:
+    """Dollars in all ledgers."""
+    ledgers = (folder / "evaluation").rglob("*.replies.jsonl")
+    return sum(json.loads(line).get("usd", 0) for ledger in ledgers for line in ledger.read_text().splitlines())
 
 
 def test_a_dry_run_says_what_is_owed_and_sends_nothing(folder):
