@@ -1,6 +1,7 @@
 """TRL's DPO trainer and ours over the same odd pairs and the same tiny models of several architectures."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +84,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def make(
     kind: type[DPOTrainer], folder: Path, config: Any, pairs: list[dict[str, list[int]]] = PAIRS, lora: bool = True,
-    **arguments: Any,
+    load: Callable[[], Any] | None = None, **arguments: Any,
 ) -> Any:  # fmt: skip
-    """A trainer whose policy has moved away from its reference, which is a frozen copy of its start."""
+    """A trainer whose policy has moved away from its reference, which is a frozen copy of its start.
+
+    `load` makes the base where it is no random model of this configuration.
+    """
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
+    model = load() if load else AutoModelForCausalLM.from_config(config)
     if lora:
         settings = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False)
         model = get_peft_model(model, settings)

@@ -1,6 +1,7 @@
 """The packed forward against TRL's own: losses, gradients, metrics, evaluation, generation, parts, fallbacks."""
 
 import itertools
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from packing import PAIRS, Packed, Plain, assert_equal, configuration, make, out
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_cli.errors import UserError
-from dpo_cli.training import attention, batches, head, packed
+from dpo_cli.training import attention, batches, head, lora, packed
 
 torch.set_num_threads(1)
 
@@ -153,6 +154,33 @@ def test_a_step_waits_for_nothing(tmp_path, checkpointing):
     assert len(counts[0]) > 12 and counts[1] == []
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_weights_in_4_bits_come_to_what_trl_comes_to(tmp_path, checkpointing):
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from dpo_cli.dpo import _restore_precision
+
+    config = configuration("Llama")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+
+    def load():
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32, quantization_config=bits)
+
+    trainers = [
+        make(kind, tmp_path, config, load=load, gradient_checkpointing=checkpointing) for kind in (Plain, Packed)
+    ]
+    for trainer in trainers:
+        _restore_precision(trainer.model, None)
+    layers = trainers[1].model.get_base_model().model.layers
+    assert type(layers[0].mlp.up_proj.base_layer).__name__ == "Linear4bit"
+    assert packed.enable(trainers[1]) is None
+    theirs, ours = map(outcome, trainers)
+    assert_equal(ours, theirs)
+
+
 def test_padded_generation_is_as_before(tmp_path):
     trainer = make(Packed, tmp_path, configuration("Llama"))
     ids = torch.tensor([[0, 0, 0, 7, 9, 11], [5, 6, 7, 8, 9, 10]])
@@ -228,6 +256,62 @@ def test_the_call_for_cuda_fits_torchs_signature_forward_and_backward(key_heads)
     assert key.grad.shape == (1, key_heads, 19, 64) and query.grad.shape == (1, 4, 19, 64)
 
 
+@pytest.mark.parametrize(
+    ("seconds", "chosen"),
+    [
+        ({"split_attention": 1.0, "varlen_attention": 2.0}, "split_attention"),
+        ({"split_attention": 2.0, "varlen_attention": 1.0}, "varlen_attention"),
+        ({"split_attention": 2.0, "varlen_attention": RuntimeError("no kernel for this card")}, "split_attention"),
+        ({"split_attention": ValueError(), "varlen_attention": ImportError()}, "split_attention"),
+    ],
+    ids=["split", "varlen", "no varlen", "neither"],
+)
+def test_on_cuda_the_faster_kernel_that_runs_is_chosen(monkeypatch, seconds, chosen):
+    def time_of(kernel, *_):
+        if isinstance(seconds[kernel.__name__], Exception):
+            raise seconds[kernel.__name__]
+        return seconds[kernel.__name__]
+
+    monkeypatch.setattr(attention, "_time", time_of)
+    attention._kernel.cache_clear()
+    assert attention._kernel(torch.device("cuda"), torch.bfloat16, 4, 2, 64).__name__ == chosen
+    attention._kernel.cache_clear()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("kernel", [attention.split_attention, attention.varlen_attention])
+@pytest.mark.parametrize("key_heads", [4, 2])
+def test_kernels_on_cuda_are_attention_under_the_dense_mask(kernel, key_heads):
+    segments = attention.segments(torch.tensor([90, 40]), torch.tensor([70, 80]), torch.tensor([50, 40]))
+    mask = dense_mask(segments).cuda()
+    for name in ("keys", "query_ends", "key_ends"):
+        segments[name] = segments[name].cuda()
+    torch.manual_seed(0)
+    states = [torch.randn(1, heads, len(mask), 64, device="cuda") for heads in (4, key_heads, key_heads)]
+    outcomes = []
+    for dtype in (torch.bfloat16, torch.float32):
+        query, key, value = (state.to(dtype).requires_grad_() for state in states)
+        if dtype == torch.bfloat16:
+            out = kernel(query, key, value, segments, 0.1)
+        else:
+            out = torch.nn.functional.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, scale=0.1, enable_gqa=key_heads < 4
+            ).transpose(1, 2)
+        out.float().square().sum().backward()
+        outcomes.append([out, query.grad, key.grad, value.grad])
+    for ours, theirs in zip(*outcomes, strict=True):
+        assert (ours.float() - theirs).norm() <= 2e-2 * theirs.norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_run_on_cuda_comes_to_what_trl_comes_to(tmp_path):
+    on_cuda = {"use_cpu": False, "bf16": True}
+    theirs = outcome(make(Plain, tmp_path, configuration("Llama"), **on_cuda))
+    trainer = make(Packed, tmp_path, configuration("Llama"), **on_cuda)
+    assert packed.enable(trainer) is None
+    assert abs(outcome(trainer)["logged"]["loss"] - theirs["logged"]["loss"]) < 1e-2
+
+
 @pytest.mark.parametrize("needs_grad", [True, False])
 def test_the_frozen_head_comes_to_what_trls_head_comes_to(needs_grad, monkeypatch):
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
@@ -254,3 +338,44 @@ def test_a_long_row_is_seen_before_a_window_closes(tmp_path):
     pairs = rows([(40, 5, 5), (3, 3, 3)])
     assert packed.enable(make(Packed, tmp_path, configuration("Mistral", sliding_window=45), pairs)) is None
     assert "44" in packed.enable(make(Packed, tmp_path, configuration("Mistral", sliding_window=44), pairs))
+
+
+@pytest.mark.parametrize("change", ["none", "dropout", "two adapters", "no adapter", "bfloat16", "autocast"])
+def test_fused_lora_layers_come_to_what_pefts_come_to(change):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(8, 12, bias=True), torch.nn.Linear(12, 6, bias=False))
+    settings = LoraConfig(r=2, lora_alpha=6, target_modules=["0", "1"], init_lora_weights=False)
+    model = get_peft_model(network, settings)
+    model.add_adapter("ref", settings)
+    if change == "dropout":
+        for layer in (model.base_model.model[0], model.base_model.model[1]):
+            layer.lora_dropout["default"] = torch.nn.Dropout(0.5)
+    elif change == "two adapters":
+        model.base_model.set_adapter(["default", "ref"])
+    elif change == "bfloat16":
+        network.to(torch.bfloat16)
+        for name, value in model.named_parameters():
+            value.data = value.data.float() if "lora" in name else value.data
+    rows = torch.randn(2, 5, 8, dtype=torch.bfloat16 if change == "bfloat16" else torch.float32)
+
+    def outcome():
+        torch.manual_seed(1)
+        model.zero_grad()
+        off = model.disable_adapter() if change == "no adapter" else nullcontext()
+        with off, torch.autocast("cpu", torch.bfloat16, enabled=change == "autocast"):
+            out = model(rows)
+        if change != "no adapter":
+            out.float().square().sum().backward()
+        return [out, *(value.grad for value in model.parameters() if value.grad is not None)]
+
+    theirs = outcome()
+    lora.fuse(model)
+    ours = outcome()
+    most = 2e-2 if change == "autocast" else 1e-6
+    assert len(theirs) == (1 if change == "no adapter" else 9 if change == "two adapters" else 5)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.dtype == other.dtype and (one - other).norm() <= most * other.norm()
+    lora.restore(model)
+    assert all(torch.equal(one, other) for one, other in zip(outcome(), theirs, strict=True))

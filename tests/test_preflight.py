@@ -40,15 +40,15 @@ def test_the_memory_of_a_3b_model_is_what_its_sizes_say():
     assert shape.linear_parameters() + shape.embedding_parameters() == 3_212_574_720
     assert shape.adapter_parameters(32, "all-linear") == 48_627_712
     assert shape.adapter_parameters(1, "q_proj,k_proj") == 28 * (3072 + 3072 + 3072 + 1024)
-    parts = plan.memory_gb(TrainSection(), shape, (32, "all-linear"), 0)
+    parts = plan.memory_gb(TrainSection(), shape, (32, "all-linear"), 0, 0)
     assert math.isclose(parts["weights"], 6.425, rel_tol=1e-3)
     assert math.isclose(
         sum(parts[name] for name in ("adapter", "reference", "gradients", "optimizer")), 0.9726, rel_tol=1e-3
     )
-    four = plan.memory_gb(TrainSection(load_in_4bit=True), shape, (32, "all-linear"), 0)
+    four = plan.memory_gb(TrainSection(load_in_4bit=True), shape, (32, "all-linear"), 0, 0)
     assert math.isclose(four["weights"], 2.24, rel_tol=1e-2)
     plain, checkpointed = (
-        plan.memory_gb(TrainSection(gradient_checkpointing=on), shape, (32, "all-linear"), 1000)["activations"]
+        plan.memory_gb(TrainSection(gradient_checkpointing=on), shape, (32, "all-linear"), 1000, 0)["activations"]
         for on in (False, True)
     )
     assert math.isclose(plain, 4.03, rel_tol=1e-2)
@@ -58,7 +58,9 @@ def test_the_memory_of_a_3b_model_is_what_its_sizes_say():
 def test_steps_tokens_and_warnings_by_hand():
     result = made([Lengths(600, [200, 100])] * 320)
     assert (result.steps, result.evaluations, result.longest, result.too_long) == (20, 1, 800, 0)
-    assert result.tokens == 320 * 1500 and result.warmup_share == 1.0
+    assert result.tokens == 320 * 900 and result.largest == 4 * 900 and result.warmup_share == 1.0
+    assert result.forward == "packed, each prompt once"
+    assert math.isclose(result.memory_gb["logits"], 4 * 300 * 32768 * 4 / 1e9)
     assert [warning.split()[0] for warning in result.warnings] == ["warmup", "320", "chosen"]
     for warning, number in zip(
         result.warnings, ("train.warmup_steps = 2", "generate.n", "pair.length_control"), strict=True
@@ -74,6 +76,57 @@ def test_steps_tokens_and_warnings_by_hand():
         any(word in text for text in loud.warnings)
         for word in ("learning_rate", "the longest is 3100", "train_batch_size")
     ] == [True] * 3
+
+
+def test_the_largest_forward_is_that_of_the_longest_rows_or_of_the_budget():
+    rows = [Lengths(100, [10, 20])] * 50 + [Lengths(700, [100, 200]), Lengths(500, [300, 100])]
+
+    def largest(packs=True, **section):
+        return plan.largest_forward(TrainSection(**section), rows, packs)
+
+    assert largest() == (1000 + 900 + 2 * 130, 300 + 400 + 2 * 30)
+    assert largest(packs=False) == (2 * 4 * 900, 300 + 400 + 2 * 30)
+    assert largest(tokens_per_batch=2000)[0] == 2000 and largest(tokens_per_batch=10)[0] == 1000
+    assert largest(tokens_per_batch=10**6)[0] == 1000 + 900 + 50 * 130
+
+
+def test_a_kept_reference_is_reckoned_once():
+    rows = [Lengths(600, [150, 150])] * 1600
+    one, three, live = (made(rows, num_train_epochs=epochs, keep_reference=keep, eval_steps=10**6).hours
+                        for epochs, keep in ((1, None), (3, None), (3, False)))  # fmt: skip
+    assert math.isclose(live - three, one * 2 * 2 / 8, rel_tol=0.01)  # two of three passes of 2 operations in 8
+
+
+# The least of what these families' config.json files hold, and what is said of rows of up to 300 tokens.
+FAMILIES = {
+    "llama": ({}, "packed"),
+    "qwen2": ({"sliding_window": 128, "use_sliding_window": False}, "packed"),
+    "qwen3": ({"head_dim": 64, "use_sliding_window": False, "sliding_window": None}, "packed"),
+    "mistral": ({"sliding_window": 4096}, "packed"),
+    "mistral of old": ({"sliding_window": 128}, "padded, since attention slides over 128 tokens"),
+    "gemma": ({"head_dim": 256}, "packed"),
+    "gemma2": ({"sliding_window": 4096, "attn_logit_softcapping": 50.0}, "padded, since attention scores are capped"),
+    "gemma3_text": ({"sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"]}, "padded"),
+    "mixtral": ({"num_local_experts": 8}, "padded, since it is a mixture of experts"),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_other_families_than_llama_have_a_plan_that_says_its_forward(tmp_path, name):
+    changes, forward = FAMILIES[name]
+    sizes = {
+        "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8,
+        "vocab_size": 1000, "model_type": name.partition(" ")[0],
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(sizes | changes))
+    shape = plan.read_shape(tmp_path)
+    assert shape.embedding_parameters() == 512_000 * (1 if name.startswith("gemma") else 2)
+    result = plan.make(
+        TrainSection(), PlanSection(), shape, (8, "all-linear"), [Lengths(200, [100, 50])] * 9, [], "hand"
+    )
+    assert result.forward.startswith(forward) and result.forward in plan.line(result)
+    assert result.tokens == 9 * (350 if forward == "packed" else 600)
+    assert result.memory_gb["weights"] > 0 and result.hours > 0
 
 
 def test_steps_at_most_caps_the_epochs_alone():

@@ -23,7 +23,7 @@ HEAVY = frozenset({
     "training/attention", "training/head", "training/packed", "training/reference", "training/trainer",
     "training/loop", "training/merge", "training/sft", "training/later", "training/sampled_kl", "training/batches",
     "dpo", "engines/transformers", "judges/reward_model", "evaluate/adapters", "evaluate/harness", "demo/tiny",
-    "formats/export", "lint/tokens", "serve_config/scored", "training/stack",
+    "formats/export", "lint/tokens", "serve_config/scored", "training/stack", "training/lora",
 })  # fmt: skip
 ALLOWED = {
     "typer": {"cli"},

@@ -22,7 +22,7 @@ from torch import Tensor
 from trl.trainer.utils import FusedCausalLMOutput
 
 from dpo_cli.errors import UserError
-from dpo_cli.training import attention, later
+from dpo_cli.training import attention, later, lora
 from dpo_cli.training.batches import Collator, Packing, merged, parts
 from dpo_cli.training.head import score
 
@@ -144,12 +144,14 @@ def _try(trainer: Any, models: list[Any]) -> str | None:
     """Pack the forwards of these models, unless that changes the log-probabilities: then it says by how much."""
     forwards = [model.forward for model in models]
     for model in models:
+        lora.fuse(model)
         _patch(model, _reads_reference(model, trainer.ref_model), trainer.accelerator.autocast)
     trainer.data_collator.pack = True
     reason = _difference(trainer)
     if reason is not None:
         trainer.data_collator.pack = False
         for model, forward in zip(models, forwards, strict=True):
+            lora.restore(model)
             model.forward = forward
             model.set_attn_implementation("sdpa")
     return reason

@@ -29,7 +29,7 @@ from dpo_cli.progress import Progress
 from dpo_cli.training.batches import Collator, row_keys
 from dpo_cli.training.packed import TOLERANCE
 
-TOKENS = 16384  # in a forward that keeps nothing for a backward
+TOKENS = 4096  # in a forward: enough to fill a card, less memory than a training step takes
 NAMES_ONLY = ("_name_or_path", "base_model_name_or_path", "transformers_version", "use_cache", "dtype")
 
 

@@ -27,6 +27,7 @@ def plan(console: Console, plan: "Plan") -> None:
     facts.add_row("pairs", f"{plan.pairs:,} · {plan.held_out:,} held out")
     facts.add_row("steps", f"{plan.steps:,} · warmup {percent(plan.warmup_share)} · {plan.evaluations:,} evaluations")
     facts.add_row("tokens", f"{plan.tokens:,} · longest row {plan.longest:,} · counted by {plan.counted_by}")
+    facts.add_row("forward", safe(f"{plan.forward} · the largest has {plan.largest:,} tokens"))
     facts.add_row("hours", f"{plan.hours:.2f}, at an assumed utilization")
     facts.add_row("dollars", " · ".join(f"{name} {dollars(usd)}" for name, usd in plan.usd.items()))
     memory = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)

@@ -2,6 +2,8 @@
 
     OMP_NUM_THREADS=1 python tests/bench/train.py [--rows pairs.jsonl] [--models small large] [--svg steps.svg]
 
+With `--results results.jsonl` several calls add up: table and plot show all that the file holds.
+
 Every variant starts from the same weights and takes the same steps in turns, so that a busy machine slows all alike.
 `TRL, compact` scores completions only, as TRL does on a GPU by itself; `kept` variants have their reference's
 log-probabilities at hand, TRL's by its own `precompute_ref_log_probs`. `3 epochs` includes computing those once.
@@ -274,13 +276,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--svg", type=Path, help="where to write the plot")
+    parser.add_argument("--results", type=Path, help="JSONL file of earlier results, to be added to")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     os.environ["TQDM_DISABLE"] = "1"
     disable_progress_bars()
-    lines = []
+    lines = _read(options.results)
     with tempfile.TemporaryDirectory() as folder:
         for size in options.models:
             count = options.batch * options.steps
@@ -293,9 +296,15 @@ def main() -> None:
             for name, pairs in sets.items():
                 lines += measure(size, name, pairs, options.batch, Path(folder) / size / name)
                 print(table(lines[-len(variants()) :]), flush=True)
+                if options.results:
+                    options.results.write_text("".join(json.dumps(line) + "\n" for line in lines))
     print("\n" + table(lines))
     if options.svg:
         options.svg.write_text(plot(lines))
+
+
+def _read(results: Path | None) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in results.read_text().splitlines()] if results and results.exists() else []
 
 
 def _shares(count: int) -> list[float]:

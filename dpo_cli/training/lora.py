@@ -1,0 +1,47 @@
+"""Plain LoRA layers without their passes over whole activations, at PEFT's own weights.
+
+PEFT computes `x W + scaling * ((x A) B)` as two products, then multiplies and adds up everything that the layer puts
+out, and multiplies again on the way back. A product can add itself to what is there (`addmm`), so that the same sum
+takes no pass of its own. Reads and writes no files. Not covered, and left to PEFT: dropout, DoRA and other variants,
+several active adapters, merged ones, products in mixed precision without autocast.
+"""
+
+import types
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear, LoraLayer
+from torch import Tensor
+
+try:
+    from peft.tuners.lora.bnb import Linear4bit
+except ImportError:  # no bitsandbytes here
+    Linear4bit = Linear
+
+
+def fuse(model: Any) -> None:
+    """Let the LoRA layers of a model add up within their second product."""
+    for layer in model.modules():
+        if type(layer) in (Linear, Linear4bit):
+            layer.forward = types.MethodType(_forward, layer)
+
+
+def restore(model: Any) -> None:
+    """Give the LoRA layers back to PEFT."""
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.__dict__.pop("forward", None)
+
+
+def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else ""
+    if name not in layer.lora_A or layer.disable_adapters or layer.merged or args or kwargs:
+        return type(layer).forward(layer, x, *args, **kwargs)
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    one_precision = torch.is_autocast_enabled(x.device.type) or x.dtype == a.dtype == layer.base_layer.weight.dtype
+    dropout = getattr(layer.lora_dropout[name], "p", 0.0) > 0
+    if name in layer.lora_variant or dropout or not one_precision:
+        return type(layer).forward(layer, x)
+    base = layer.base_layer(x)
+    inner = torch.nn.functional.linear(x, a).flatten(0, -2)
+    return torch.addmm(base.flatten(0, -2), inner, b.t(), alpha=layer.scaling[name]).view(base.shape)
