@@ -154,33 +154,6 @@ def test_a_step_waits_for_nothing(tmp_path, checkpointing):
     assert len(counts[0]) > 12 and counts[1] == []
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_weights_in_4_bits_come_to_what_trl_comes_to(tmp_path, checkpointing):
-    pytest.importorskip("bitsandbytes")
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    from dpo_cli.dpo import _restore_precision
-
-    config = configuration("Llama")
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
-    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-
-    def load():
-        return AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32, quantization_config=bits)
-
-    trainers = [
-        make(kind, tmp_path, config, load=load, gradient_checkpointing=checkpointing) for kind in (Plain, Packed)
-    ]
-    for trainer in trainers:
-        _restore_precision(trainer.model, None)
-    layers = trainers[1].model.get_base_model().model.layers
-    assert type(layers[0].mlp.up_proj.base_layer).__name__ == "Linear4bit"
-    assert packed.enable(trainers[1]) is None
-    theirs, ours = map(outcome, trainers)
-    assert_equal(ours, theirs)
-
-
 def test_padded_generation_is_as_before(tmp_path):
     trainer = make(Packed, tmp_path, configuration("Llama"))
     ids = torch.tensor([[0, 0, 0, 7, 9, 11], [5, 6, 7, 8, 9, 10]])
