@@ -50,11 +50,8 @@ def test_every_preset_trains(start, tmp_path, preset):
     if preset in ("l4", "l4-qlora", "full", "conservative"):
         small["model.adapter"] = start / "sft"
     sets = [f"{key}={value}" for key, value in small.items()]
-    progress = Lines()
-    result = train.run(configuration.resolve(sets=sets, preset=preset, environment={}).config, progress)
+    result = train.run(configuration.resolve(sets=sets, preset=preset, environment={}).config, Silent())
     assert result.step_zero["ok"] and result.step == 2
-    assert any(line.startswith("reference: ") for line in progress.lines)
-    assert not any("TRL's own" in line for line in progress.lines)
     made = {file.name for file in (tmp_path / "out").iterdir()}
     if preset == "full":
         assert {"model.safetensors", "config.json", "tokenizer.json"} <= made

@@ -94,7 +94,7 @@ def test_a_kept_reference_is_reckoned_once():
     rows = [Lengths(600, [150, 150])] * 1600
     one, three, live = (made(rows, num_train_epochs=epochs, keep_reference=keep, eval_steps=10**6).hours
                         for epochs, keep in ((1, None), (3, None), (3, False)))  # fmt: skip
-    assert math.isclose(live - three, one * 2 * 2 / 8, rel_tol=0.01)  # two of three passes of 2 operations in 8
+    assert math.isclose(live - three, one * 2 * 2 / 8, rel_tol=0.03)  # two of three passes of 2 operations in 8
 
 
 # The least of what these families' config.json files hold, and what is said of rows of up to 300 tokens.
