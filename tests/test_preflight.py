@@ -122,10 +122,10 @@ def test_other_families_than_llama_have_a_plan_that_says_its_forward(tmp_path, n
     shape = plan.read_shape(tmp_path)
     assert shape.embedding_parameters() == 512_000 * (1 if name.startswith("gemma") else 2)
     result = plan.make(
-        TrainSection(), PlanSection(), shape, (8, "all-linear"), [Lengths(200, [100, 50])] * 9, [], "hand"
+        TrainSection(), PlanSection(), shape, (8, "all-linear"), [Lengths(200, [100, 50])] * 16, [], "hand"
     )
     assert result.forward.startswith(forward) and result.forward in plan.line(result)
-    assert result.tokens == 9 * (350 if forward == "packed" else 600)
+    assert result.tokens == 16 * (350 if forward == "packed" else 600)
     assert result.memory_gb["weights"] > 0 and result.hours > 0
 
 
