@@ -51,6 +51,7 @@ def words(form, text, folder):
         return app_of(text, folder).COMMAND
     if form == "compose":
         service = yaml.safe_load(text)["services"]["vllm"]
+        assert "$" not in "".join(service["command"]).replace("$$", "")  # it would be a variable
         return [word.replace("$$", "$") for word in service["entrypoint"] + service["command"]]
     container = next(yaml.safe_load_all(text))["spec"]["template"]["spec"]["containers"][0]
     return container["command"] + container["args"]
