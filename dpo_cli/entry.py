@@ -111,6 +111,11 @@ def serve_json(spec: str, after_save: Callable[[], None] | None = None) -> str:
     return msgspec.json.encode(serve(msgspec.json.decode(spec, type=Spec), after_save)).decode()
 
 
+def failed_json(error: str) -> str:
+    """The outcome of what nobody foresaw, as JSON."""
+    return msgspec.json.encode(Outcome(exit_code=Exit.FAILED, error=error)).decode()
+
+
 def main() -> None:
     """Entry point of a container or a detached process."""
     spec = msgspec.json.decode(os.environ[SPEC], type=Spec)

@@ -75,6 +75,8 @@ class ModalServer(api_grpc.ModalClientBase):
         self.apps: dict[str, api_pb2.AppCreateRequest] = {}
         self.images: list[api_pb2.Image] = []
         self.uploaded: list[str] = []
+        self.stopped: list[str] = []
+        self.lost_call = False  # calls are made, and their answers don't arrive
         self.commits = 0
         self.silent = False
         self.broken_image = False
@@ -114,6 +116,8 @@ class ModalServer(api_grpc.ModalClientBase):
         for kept in (self.calls, self.apps, self.functions):
             kept.clear()
         self.uploaded.clear()
+        self.stopped.clear()
+        self.lost_call = False
         self.commits, self.silent, self.broken_image = 0, False, False
         self.preempt = lambda call, line: False
 
@@ -165,6 +169,18 @@ class ModalServer(api_grpc.ModalClientBase):
         app = self._next("ap")
         self.apps[app] = await stream.recv_message()
         await stream.send_message(api_pb2.AppCreateResponse(app_id=app))
+
+    async def AppGetOrCreate(self, stream: Any) -> None:
+        name = (await stream.recv_message()).app_name
+        if name not in self.apps:
+            raise GRPCError(Status.NOT_FOUND, f"no app {name}")
+        await stream.send_message(api_pb2.AppGetOrCreateResponse(app_id=name))
+
+    async def AppStop(self, stream: Any) -> None:
+        self.stopped.append((await stream.recv_message()).app_id)
+        for call in self.calls.values():
+            await self._end(call)
+        await stream.send_message(Empty())
 
     async def AppPublish(self, stream: Any) -> None:
         await stream.recv_message()
@@ -334,6 +350,8 @@ class ModalServer(api_grpc.ModalClientBase):
         self.calls[call.id] = call
         task = asyncio.get_running_loop().create_task(self._attempts(call))
         self._tasks.add(task)
+        if self.lost_call:
+            raise GRPCError(Status.FAILED_PRECONDITION, "the answer is lost, but the call is made")
         item = api_pb2.FunctionPutInputsResponseItem(idx=0, input_id=f"in-{call.id}", input_jwt="jwt")
         await stream.send_message(
             api_pb2.FunctionMapResponse(function_call_id=call.id, pipelined_inputs=[item], function_call_jwt="jwt")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from adapters import base_model, save_adapter
@@ -202,18 +203,46 @@ def test_uploaded_spawned_preempted_left_found_again_and_fetched(modal, whole):
     assert len(list(server.calls.values())[-1].attempts) == 1, "what fails again is not tried again"
 
 
-def test_what_nobody_foresaw_is_tried_again_and_then_one_line(modal, whole):
+def test_an_attempt_that_saved_nothing_is_not_tried_again(modal, whole):
     server, config, work = modal
-    config.modal.retries = 1
     config.model.base = str(work / "base")
     for file in (whole / "base").iterdir():
         (work / "base").mkdir(exist_ok=True)
         (work / "base" / file.name).write_bytes(file.read_bytes())
     (work / "base" / "tokenizer.json").write_text("{}")
-    launched = launch.run("modal", asked(config), config, progress := Lines())
+    launched = launch.run("modal", asked(config), config, Silent())
     assert (launched.status.state, launched.status.exit_code) == ("failed", Exit.FAILED)
-    assert "the attempt before failed: attempt 2 goes on from the last checkpoint" in progress.lines
-    assert "\n" not in launched.status.reason and len(next(iter(server.calls.values())).attempts) == 2
+    assert "\n" not in launched.status.reason and len(next(iter(server.calls.values())).attempts) == 1
+
+
+def test_an_attempt_that_saved_is_tried_again_and_its_fault_is_one_line(monkeypatch):
+    from dpo_cli.backends import _modal_app
+
+    def fails(spec, saved):
+        saved()
+        raise OSError("the card\nis gone")
+
+    commits = []
+    monkeypatch.setattr(entry, "serve_json", fails)
+    monkeypatch.setattr(_modal_app, "volume", SimpleNamespace(commit=lambda: commits.append(1)))
+    with pytest.raises(RuntimeError, match="OSError: the card"):
+        _modal_app.run.local("{}")
+    assert len(commits) == 2
+
+
+def test_a_submission_that_was_killed_before_it_knew_its_call_is_known_and_can_be_ended(modal):
+    server, config, _ = modal
+    server.lost_call = True
+    with pytest.raises(UserError):
+        launch.submit("modal", asked(config), config, Silent())
+    half = job.get("modal", config)
+    assert "call_id" not in half.handle and backend.status(half, config).state == "pending"
+    with pytest.raises(UserError, match="cut short") as raised:
+        launch.run("modal", asked(config), config, Silent())
+    assert raised.value.hint == "nothing-dpo jobs cancel modal-train-dpo, then the same command"
+    launch.cancel(half, config)
+    assert server.stopped == [half.handle["app_id"]]
+    assert backend.status(job.get("modal", config), config).state == "cancelled"
 
 
 def test_cancelled_it_ends_and_is_not_tried_again(modal):

@@ -68,14 +68,24 @@ app = modal.App(settings.get("app", "app"))
 def run(spec_json: str) -> str:
     """Run a spec; returns its outcome as JSON.
 
-    A fault that a second attempt meets again is an outcome. Raises RuntimeError for any other, so that Modal tries
-    again from the last checkpoint, and lets KeyboardInterrupt through, which is how Modal preempts.
+    A fault that a second attempt meets again is an outcome: one that was foreseen, or an attempt that saved nothing,
+    since ten of those would cost ten cards. Raises RuntimeError for any other, so that Modal tries again from the last
+    checkpoint, and lets KeyboardInterrupt through, which is how Modal preempts.
     """
     from dpo_cli import entry
 
+    saves = []
+
+    def saved() -> None:
+        volume.commit()
+        saves.append(True)
+
     try:
-        return entry.serve_json(spec_json, volume.commit)
+        return entry.serve_json(spec_json, saved)
     except Exception as error:
-        raise RuntimeError(f"{type(error).__name__}: {error}") from None
+        said = f"{type(error).__name__}: {error}"
+        if saves:
+            raise RuntimeError(said) from None
+        return entry.failed_json(said)
     finally:
         volume.commit()

@@ -19,6 +19,7 @@ from typing import Any
 
 import msgspec
 
+from dpo_cli import job as jobs
 from dpo_cli import relay, transfer
 from dpo_cli.errors import Exit, UserError, require
 from dpo_cli.job import VOLUME, Job, Spec, Status, ended, identity
@@ -33,6 +34,7 @@ CARDS = {
     "A100-40GB": (0.000583, 8), "A100-80GB": (0.000694, 8), "RTX-PRO-6000": (0.000842, 8), "H100": (0.001097, 8),
     "H100!": (0.001097, 8), "H200": (0.001261, 8), "B200": (0.001736, 8), "B200+": (0.001736, 8),
 }  # fmt: skip
+HALF = "its submission was cut short, and it may be running"
 
 
 def gpu(config: Config) -> str | None:
@@ -123,10 +125,12 @@ def submit(spec: Spec, config: Config, progress: Progress) -> Job:
         transfer.upload(spec, root, VOLUME, progress)
         progress.log(f"submitting {made['app']}; Modal builds its image first, the first time for some minutes")
         app = _app(made)
+        submitted = Job(id=identity("modal", spec), backend="modal", spec=spec)
         with app.app.run(detach=True):
-            call = app.run.spawn(msgspec.json.encode(spec).decode())
-            handle = {"app_id": str(app.app.app_id), "call_id": call.object_id, "gpu": made["gpu"] or ""}
-    return Job(id=identity("modal", spec), backend="modal", spec=spec, handle=handle)
+            submitted.handle = {"app_id": str(app.app.app_id), "gpu": made["gpu"] or ""}
+            jobs.save(submitted, config)  # before the call: a card must not run of which nobody knows
+            submitted.handle["call_id"] = app.run.spawn(msgspec.json.encode(spec).decode()).object_id
+    return submitted
 
 
 def preflight(config: Config, secrets: list[str | None]) -> None:
@@ -157,6 +161,8 @@ def status(job: Job, config: Config) -> Status:
     import modal
     from modal import exception
 
+    if "call_id" not in job.handle:
+        return Status("cancelled") if job.cancelled else Status("pending", None, HALF)
     with explained(config):
         call = modal.FunctionCall.from_id(job.handle["call_id"])
         try:
@@ -188,6 +194,8 @@ def _returned(call: Any) -> str | None:
 
 def logs(job: Job, config: Config, follow: bool) -> Iterator[str]:
     """Lines of the call's containers, from the first on; a container after the first is said to be another attempt."""
+    if "call_id" not in job.handle:
+        raise UserError(HALF, where=job.id, hint=f"nothing-dpo jobs cancel {job.id}, then the same command")
     with explained(config):
         lines = _Lines(job)
         for entry in _apart(_entries(job, config, follow)):
@@ -281,10 +289,13 @@ def cost(card: str, seconds: float) -> str:
 
 
 def cancel(job: Job, config: Config) -> None:
-    """Cancel the call and end its container; nothing is tried again."""
+    """Cancel the call and end its container, or all of the app if the call is not known; nothing is tried again."""
     import modal
 
     with explained(config):
+        if "call_id" not in job.handle:
+            within(CONNECT_SECONDS, lambda: modal.App.lookup(job.handle["app_id"]).stop())
+            return
         call = modal.FunctionCall.from_id(job.handle["call_id"])
         within(CONNECT_SECONDS, lambda: call.cancel(terminate_containers=True))
 
