@@ -17,11 +17,10 @@ from msgspec.structs import replace
 
 from dpo_cli import evaluate, generate, judge, launch, pair, serve_config
 from dpo_cli.endpoint import Estimate
-from dpo_cli.endpoint.loras import ensure_served
-from dpo_cli.engines.endpoint import KEY_VARIABLE
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.evaluate import Evaluation
 from dpo_cli.progress import Progress
+from dpo_cli.serve_config.server import ensure_served
 from dpo_cli.settings import Config
 from dpo_cli.store import write_json
 from dpo_cli.train import Trained
@@ -232,7 +231,7 @@ class _Stages:
     def _serve(self, number: int, name: str, adapter: str, anew: bool) -> None:
         """See that the server has the adapter of a round, where one serves."""
         if self.config.generate.engine == "endpoint" and self.config.generate.url:
-            how = ensure_served(self.config.generate.url, KEY_VARIABLE, name, Path(adapter), anew)
+            how = ensure_served(self.config.generate.url, name, Path(adapter), anew)
             self.progress.log(f"{name}: {how}")
 
     def _tolerate(self, stage: str, failed: int, total: int, reasons: list[str] | dict[str, int]) -> None:

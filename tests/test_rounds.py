@@ -201,7 +201,7 @@ def test_a_server_that_has_another_adapter_is_refused(folder):
         mine = settings(server, run__rounds=1)
         with pytest.raises(UserError, match="'writer-dpo-round-1' is not served") as refused:
             rounds.run(mine, Silent())
-        assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" in refused.value.hint
+        assert "serve-config --runtime-loading" in refused.value.hint
         server.models.append("writer-dpo-round-1")
         server.roots["writer-dpo-round-1"] = "/elsewhere/other"
         with pytest.raises(UserError, match="is /elsewhere/other there"):

@@ -17,6 +17,7 @@ from msgspec import Struct
 from dpo_cli.errors import Exit, UserError, require
 from dpo_cli.progress import Progress
 from dpo_cli.schema import Message, read_preference, read_prompt
+from dpo_cli.serve_config import server
 from dpo_cli.serve_config.served import ServePlan
 from dpo_cli.serve_config.server import ask, said
 from dpo_cli.settings import Config
@@ -67,10 +68,7 @@ def check(plan: ServePlan, config: Config, url: str, progress: Progress) -> Chec
         UserError: the extra `train` is missing, nobody answers, or there are no rows.
     """
     require("train", "--check")
-    status, reply = ask(url, "models")
-    if status != 200:
-        raise UserError(f"lists no models: {status}, {said(reply)}", where=url, code=Exit.FAILED)
-    listed = {model["id"]: model for model in reply["data"]}
+    listed = server.listed(url)
     rows = _rows(config)
 
     from dpo_cli.serve_config.scored import encode, log_probs

@@ -8,6 +8,7 @@ import os
 import shutil
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import Any, NoReturn
 
 from dpo_cli.errors import Exit, UserError
@@ -40,14 +41,57 @@ def load(plan: ServePlan, url: str) -> list[str]:
         UserError: the server does not answer, was not started with `serve.runtime_loading`, or finds no such folder.
     """
     for name, adapter in plan.adapters.items():
-        body = {"lora_name": name, "lora_path": str(adapter.path), "load_inplace": True}
-        status, reply = ask(url, "load_lora_adapter", body)
-        if status == 404 and "detail" in reply:
-            hint = f"start it with {RUNTIME_LOADING}=1: nothing-dpo serve-config --runtime-loading"
-            raise UserError("this server loads no adapters while it runs", where=url, hint=hint)
-        if status != 200:
-            raise UserError(f"{name}: {said(reply)}", where=url, code=Exit.FAILED)
+        _load(url, name, adapter.path)
     return list(plan.adapters)
+
+
+def ensure_served(url: str, name: str, adapter: Path, anew: bool) -> str:
+    """See that a running server answers to a name with an adapter; how that is known, in a few words.
+
+    Args:
+        url: of the server.
+        name: under which the adapter is to be served.
+        adapter: its folder, as this machine sees it.
+        anew: whether its weights are newer than whatever the server may hold, so that it is loaded in any case.
+
+    Raises:
+        UserError: it does not, and can't be made to.
+    """
+    served = listed(url)
+    if name in served and not anew:
+        root = served[name].get("root")
+        # The server may run on another machine: of the folder only its own name compares.
+        if root is not None and Path(root).name != adapter.name:
+            hint = "serve each adapter under a name of its own, or set model.dpo_name to another"
+            raise UserError(f"'{name}' is {root} there, not {adapter}", where=url, hint=hint)
+        return "served"
+    try:
+        _load(url, name, adapter.resolve())
+    except UserError as error:
+        problem = f"what it serves as '{name}' is older than {adapter}" if name in served else f"'{name}' is not served"
+        raise UserError(f"{problem}: {error.message}", where=url, hint=error.hint, code=error.code) from None
+    return "loaded at run time"
+
+
+def listed(url: str) -> dict[str, dict[str, Any]]:
+    """What a server lists, by name: vLLM's adapters have a `parent` and a `root`.
+
+    Raises:
+        UserError: it lists nothing.
+    """
+    status, reply = ask(url, "models")
+    if status != 200 or not isinstance(reply.get("data"), list):
+        raise UserError(f"it does not say what it serves: {status}, {said(reply)}", where=url, code=Exit.FAILED)
+    return {model["id"]: model for model in reply["data"]}
+
+
+def _load(url: str, name: str, adapter: Path) -> None:
+    status, reply = ask(url, "load_lora_adapter", {"lora_name": name, "lora_path": str(adapter), "load_inplace": True})
+    if status == 404 and "error" not in reply:  # there is no such route; a folder that is missing is an error
+        hint = f"start it with {RUNTIME_LOADING}=1: nothing-dpo serve-config --runtime-loading"
+        raise UserError("this server loads no adapters while it runs", where=url, hint=hint)
+    if status != 200:
+        raise UserError(f"{name}: {said(reply)}", where=url, code=Exit.FAILED)
 
 
 def ask(url: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
