@@ -80,7 +80,8 @@ REMEDIES = {
     "out_of_memory": Remedy(
         "the card's memory does not suffice",
         ("batch too large", "rows too long", "no gradient checkpointing"),
-        ("lower train.per_device_train_batch_size and raise train.gradient_accumulation_steps",
+        ("set train.tokens_per_batch, or halve it",
+         "lower train.per_device_train_batch_size and raise train.gradient_accumulation_steps",
          "set train.gradient_checkpointing = true", "lower train.max_length", "set train.bf16 = true",
          "use --preset l4-qlora"),
     ),

@@ -86,6 +86,35 @@ def test_parts_of_a_model_left_to_trl_count_their_padding(tmp_path):
     assert len(parts) > 2 and all(ids.numel() <= 60 or len(ids) == 2 for ids in parts)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_weights_in_4_bits_come_to_what_trl_comes_to(tmp_path, checkpointing):
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from dpo_cli.dpo import _restore_precision
+    from dpo_cli.settings import TrainSection
+    from dpo_cli.training.trainer import keep_differentiable, load_base
+
+    config = configuration("Llama", intermediate_size=128)  # a multiple of the 64 weights of a block
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+
+    def load():
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32, quantization_config=bits)
+
+    arguments = {"load": load, "gradient_checkpointing": checkpointing}
+    theirs, ours = (make(kind, tmp_path, config, **arguments) for kind in (Plain, Packed))
+    for trainer in (theirs, ours):
+        _restore_precision(trainer.model, None)
+        keep_differentiable(trainer.model)
+    assert type(ours.model.get_base_model().model.layers[0].mlp.up_proj.base_layer).__name__ == "Linear4bit"
+    assert packed.enable(ours) is None  # its forwards take no gradient, as an evaluation's don't
+    assert_equal(outcome(ours), outcome(theirs))
+    loaded = load_base(tmp_path / "base", TrainSection(load_in_4bit=True)).modules()
+    assert not any(getattr(module, "support_avx512bf16_for_cpu", False) for module in loaded)
+
+
 @pytest.mark.parametrize("loss", ["aot", "aot_unpaired", "sft"])
 def test_a_loss_over_the_whole_batch_is_not_divided(tmp_path, loss):
     with pytest.raises(UserError, match="no mean over pairs"):

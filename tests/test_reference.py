@@ -73,6 +73,29 @@ def test_a_torn_line_is_computed_again(tmp_path):
     assert sorted(set(file.read_bytes().splitlines())) == sorted(set(whole.splitlines()))
 
 
+@pytest.mark.parametrize("fit", [3, 1, 0])
+def test_where_memory_lacks_smaller_groups_come_to_the_same(tmp_path, monkeypatch, fit):
+    whole, _ = kept(tmp_path / "whole", wanted=True)
+    compute, sizes = reference._compute, []
+
+    def lacking(trainer, examples):
+        if len(examples) > fit:
+            raise torch.OutOfMemoryError("out of memory")
+        sizes.append(len(examples))
+        yield from compute(trainer, examples)
+
+    monkeypatch.setattr(reference, "_compute", lacking)
+    if fit == 0:
+        with pytest.raises(UserError, match="one pair"):
+            kept(tmp_path, wanted=True)
+        return
+    trainer, _ = kept(tmp_path, wanted=True)
+    assert max(sizes) <= fit and sum(sizes) == len(PAIRS)
+    assert trainer.data_collator.reference.keys() == whole.data_collator.reference.keys()
+    for key, log_probs in whole.data_collator.reference.items():
+        assert torch.allclose(trainer.data_collator.reference[key], log_probs, atol=1e-6)
+
+
 @pytest.mark.parametrize("change", ["weights", "adapter", "alpha", "precision", "rope"])
 def test_another_reference_is_another_file(tmp_path, change):
     trainer = make(Packed, tmp_path, configuration("Llama"))

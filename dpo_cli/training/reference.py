@@ -50,7 +50,7 @@ def keep_reference(trainer: Any, folder: Path, progress: Progress, wanted: bool 
         wanted: keep them for all rows or for none; None: where it saves work.
 
     Raises:
-        UserError: what is kept is not what the reference computes.
+        UserError: what is kept is not what the reference computes, or memory does not suffice for one pair.
     """
     collator: Collator = trainer.data_collator
     if wanted is False or not collator.pack:
@@ -79,7 +79,7 @@ def keep_reference(trainer: Any, folder: Path, progress: Progress, wanted: bool 
         for group in _groups(pairs):
             if missing.isdisjoint(id for pair in group for id in pair):
                 continue
-            for id, log_probs in _compute(trainer, [pairs[pair] for pair in group]):
+            for id, log_probs in _compute_what_fits(trainer, [pairs[pair] for pair in group]):
                 if id in missing:
                     known[id] = log_probs
                     journal.append(Known(id, log_probs.numpy().tobytes()))
@@ -147,6 +147,20 @@ def _groups(pairs: dict[tuple[str, str], dict[str, Any]]) -> Iterator[list[tuple
 
 def _tokens(example: dict[str, Any]) -> int:
     return sum(len(example[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+
+
+def _compute_what_fits(trainer: Any, examples: list[dict[str, Any]]) -> list[tuple[str, Tensor]]:
+    """As `_compute`, in halves where memory lacks."""
+    try:
+        return list(_compute(trainer, examples))
+    except torch.OutOfMemoryError:
+        if len(examples) == 1:
+            raise UserError(
+                "memory does not suffice for the reference's forward of one pair",
+                hint="lower train.max_length, or set train.load_in_4bit = true", code=Exit.FAILED,
+            ) from None  # fmt: skip
+    half = len(examples) // 2  # outside of `except`, where the failed forward's memory is free
+    return _compute_what_fits(trainer, examples[:half]) + _compute_what_fits(trainer, examples[half:])
 
 
 def _compute(trainer: Any, examples: list[dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:

@@ -242,9 +242,22 @@ def load_base(folder: Path, section: TrainingSection) -> Any:
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )  # fmt: skip
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=quantization)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=quantization)
+        keep_differentiable(model)
+        return model
     dtype = torch.bfloat16 if uses_bf16(section) and torch.cuda.is_available() else torch.float32
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def keep_differentiable(model: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights in an evaluation on a CPU with AVX512-BF16.
+
+    The product with repacked weights has no backward (seen in 0.50.2), and training would go on without the gradient
+    that flows through the base.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def load_encoder(folder: Path, model: ModelSection, max_length: int) -> Encoder:
