@@ -23,6 +23,7 @@ from aiohttp import web
 from google.protobuf.empty_pb2 import Empty
 from grpclib import GRPCError, Status
 from grpclib.server import Server
+from modal.client import _Client
 from modal_proto import api_grpc, api_pb2
 
 TOKEN = ("ak-test", "as-test")
@@ -93,6 +94,7 @@ class ModalServer(api_grpc.ModalClientBase):
         self.url = asyncio.run_coroutine_threadsafe(self._start(), self.loop).result()
         self._before = {name: os.environ.get(name) for name in self.environment}
         os.environ.update(self.environment)
+        _Client._set_env_client(None)  # it would keep its connection to a server that is gone
         return self
 
     @property

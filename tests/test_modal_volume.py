@@ -20,7 +20,7 @@ DEST = "modal://shelf/some/path"
 
 @pytest.fixture(scope="module")
 def modal(tmp_path_factory):
-    """One server for all tests, since the client keeps its first connection."""
+    """One server for all tests."""
     folder = tmp_path_factory.mktemp("modal")
     with ModalServer(folder, folder / "vol") as served:
         yield served
