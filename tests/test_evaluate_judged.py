@@ -12,7 +12,9 @@ from typing import Any
 
 import msgspec
 import pytest
+from batch_server import BatchServer
 from judging import Log, reply, scripted
+from msgspec.structs import replace
 from openai_server import Call, Server, first, longest
 from test_injection import HOSTILE, gullible
 
@@ -427,6 +429,27 @@ def test_the_exit_code_is_the_gates(folder):
                    "judge.seed=7"]  # fmt: skip
         assert subprocess.run(command, capture_output=True, check=False, cwd=folder).returncode == Exit.GATE
     assert list(codes.values()) == [0, 2, 2]
+
+
+def test_batches_give_the_result_of_the_live_judge_and_no_gate_is_passed_before_it_is_whole(folder, monkeypatch):
+    monkeypatch.setattr("dpo_cli.endpoint.batch.FIRST_POLL_SECONDS", 0.02)
+    with Server(quality=likes_stars, fault=starred) as server:
+        live = run(config(folder / "live", server.url, evaluate_prompts=str(folder / "heldout.jsonl")))
+    with BatchServer(quality=likes_stars, fault=starred, seconds=3600) as server:
+        settings = config(folder, server.url, judge_batch=True, judge_wait=False, evaluate_gate="win-rate>0.5")
+        early = run(settings)
+        assert (early.n, early.failed, early.waiting) == (1, 11, 22)  # one is compared live, the rest in two orders
+        assert (early.win_rate, early.gates["win-rate"].ok) == (1, False)
+        two = {"evaluate_samples": 2, "evaluate_prompts": str(folder / "heldout.jsonl")}
+        with pytest.raises(UserError, match="no prompt has a result yet: 22 requests"):  # one of a prompt's two is live
+            run(config(folder / "two", server.url, judge_batch=True, judge_wait=False, **two), limit=6)
+        for made in server.batches.values():
+            made["due"] = 0
+        server.seconds = 0
+        result = run(replace(settings, judge=replace(settings.judge, wait=True)))
+        assert (len(server.batches), server.paid_twice, result.waiting) == (3, 0, 0)
+    assert result.gates["win-rate"].ok
+    assert (result.win_rate, result.scores, result.n) == (live.win_rate, live.scores, 12)
 
 
 def test_long_waits_and_failures_are_logged(folder):

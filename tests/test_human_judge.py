@@ -1,5 +1,6 @@
 """A person as judge, in a real terminal."""
 
+import json
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import unicodedata
 
 import pytest
 from judging import config, judgments, run, write
+from openai_server import Server
 from screen import FORBIDDEN, HOSTILE, Terminal
 
 from dpo_cli.errors import UserError
@@ -29,10 +31,10 @@ def row(question, *texts, **fields):
 
 
 class Session(Terminal):
-    """`judge --judge human` on a folder, and what it shows."""
+    """`judge --judge human`, or another command, on a folder, and what it shows."""
 
-    def __init__(self, folder, *options, **size):
-        super().__init__(COMMAND, "judge", "--judge", "human", "--data", str(folder), *options, **size)
+    def __init__(self, folder, *options, command="judge", **size):
+        super().__init__(COMMAND, command, "--judge", "human", "--data", str(folder), *options, **size)
 
     def wait(self, number, total, ranking=""):
         """Wait until a prompt is shown with a ranking."""
@@ -243,6 +245,29 @@ def test_a_person_needs_a_terminal_and_few_candidates(tmp_path):
 def judged(key, scores, order=None, texts="same"):
     orders = [Order(order, {}, "")] if order else None
     return Judgment(id=key, completions_id=texts, scores=scores, ranking=[], orders=orders)
+
+
+def test_a_person_compares_two_adapters_blind_and_goes_on_later(tmp_path):
+    write_rows(tmp_path / "heldout.jsonl", [{"prompt": f"[MABEL] Umbrella {number}?"} for number in range(3)])
+
+    def sampled(call):
+        return f"reply!{'better' if call.body['model'] == 'tuned' else 'worse'} {call.body['messages'][-1]['content']}"
+
+    with Server(fault=sampled) as server:
+        options = ["--prompts", str(tmp_path / "heldout.jsonl"), "--engine", "endpoint", "--url", server.url,
+                   "--model", "plain", "--dpo-name", "tuned", "--json"]  # fmt: skip
+        for numbers, total in (((1, 2), 3), ((1,), 1)):
+            session = Session(tmp_path, *options, command="evaluate", columns=140)
+            for number in numbers:
+                session.wait(number, total)
+                assert not any(name in line for line in session.lines for name in ("plain", "tuned", "reference"))
+                best = next(place for place, text in enumerate(session.candidates, 1) if text.startswith("better"))
+                session.type(f"{best}\r")
+            session.wait(3, 3) if total == 3 else session.wait_for("All done")
+            assert session.leave()[0] == 0
+            result = json.loads((tmp_path / "evaluation.json").read_text())
+            assert (result["wins"], result["losses"]) == ((2, 0) if total == 3 else (3, 0))
+    assert (result["judge"], result["failed"], result["scores"]) == ({"judge": "human"}, 0, None)
 
 
 def test_agreement_by_hand():

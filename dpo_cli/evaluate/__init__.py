@@ -134,7 +134,7 @@ def run(config: Config, progress: Progress, limit: int | None = None, fresh: boo
         lengths=Sides(*(fmean(map(len, _texts(rows, name))) for name in (REFERENCE, POLICY))),
         distinct={n: Sides(*(distinct(_texts(rows, name), n) for name in (REFERENCE, POLICY))) for n in (1, 2)},
         position=_positions(bench), kl=kl, no_kl=no_kl,
-        gates=check_gates(gates, rates),
+        gates=check_gates(gates, rates, whole=not bench.waiting),
         failed=len(prompts) - len(rows),
         skipped=reasons(one.skipped for one in bench.heard.values()),
         errors=reasons([reason for answer in answers for reason in answer.failed])
@@ -279,6 +279,9 @@ def _positions(bench: Bench) -> dict[str, Position]:
 
 
 def _nothing(answers: Sequence[Answers], bench: Bench) -> UserError:
+    if bench.waiting:
+        message = f"no prompt has a result yet: {bench.waiting:,} requests wait in batches"
+        return UserError(message, hint="the same command takes the results in", code=Exit.FAILED)
     failed = [reason for answer in answers for reason in answer.failed]
     why = failed + [one.error or one.skipped or "" for one in bench.heard.values()]
     first = next(filter(None, why), "nothing was answered")

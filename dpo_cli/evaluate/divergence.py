@@ -121,7 +121,8 @@ def _compute(config: Config, groups: Sequence[Prompts], deliver: Callable[[str, 
         if not fitting:
             continue
         with warnings.catch_warnings(action="ignore"):  # of transformers, about itself
-            seed, prompts = config.evaluate.seed, list(fitting.values())
+            prompts = list(fitting.values())
+            seed = int(content_id("kl", config.evaluate.seed, list(group)), 16)  # draws shared by groups share errors
             completions = sample(model.network, prompts, most, pad, set(model.ends), seed, *how)
         for (key, ids), completion in zip(fitting.items(), completions, strict=True):
             _, nats = kl(model.network, as_reference, [ids], [completion], *how)

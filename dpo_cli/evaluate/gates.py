@@ -39,7 +39,7 @@ def read_gates(texts: Sequence[str]) -> dict[str, float]:
     return gates
 
 
-def check_gates(gates: Mapping[str, float], rates: Sequence[Rate]) -> dict[str, Gated]:
-    """Each gate against the rates, which are in the order of `NAMES`."""
+def check_gates(gates: Mapping[str, float], rates: Sequence[Rate], whole: bool) -> dict[str, Gated]:
+    """Each gate against the rates, which are in the order of `NAMES`; none is passed before the result is whole."""
     low = {name: rate.low for name, rate in zip(NAMES, rates, strict=True)}
-    return {name: Gated(low[name], limit, low[name] > limit) for name, limit in gates.items()}
+    return {name: Gated(low[name], limit, whole and low[name] > limit) for name, limit in gates.items()}

@@ -126,7 +126,7 @@ class Bench:
                     self.progress.end()
                 journal.compact()
             self.purse.add(receipt)
-            self.waiting += receipt.waiting if receipt else 0
+            self.waiting = receipt.waiting if receipt else 0  # of all open batches: both kinds share their journal
         everything = read_latest(path, Judgment)
         found = {task.id: everything[task.id] for task in tasks if task.id in everything}
         if kind == "compare" and (settle := getattr(self.judge, "settle", None)) is not None:
