@@ -440,16 +440,20 @@ def test_batches_give_the_result_of_the_live_judge_and_no_gate_is_passed_before_
         early = run(settings)
         assert (early.n, early.failed, early.waiting) == (1, 11, 22)  # one is compared live, the rest in two orders
         assert (early.win_rate, early.gates["win-rate"].ok) == (1, False)
-        two = {"evaluate_samples": 2, "evaluate_prompts": str(folder / "heldout.jsonl")}
-        with pytest.raises(UserError, match="no prompt has a result yet: 22 requests"):  # one of a prompt's two is live
-            run(config(folder / "two", server.url, judge_batch=True, judge_wait=False, **two), limit=6)
         for made in server.batches.values():
             made["due"] = 0
         server.seconds = 0
         result = run(replace(settings, judge=replace(settings.judge, wait=True)))
-        assert (len(server.batches), server.paid_twice, result.waiting) == (3, 0, 0)
+        assert (len(server.batches), server.paid_twice, result.waiting) == (2, 0, 0)
     assert result.gates["win-rate"].ok
     assert (result.win_rate, result.scores, result.n) == (live.win_rate, live.scores, 12)
+
+
+def test_nothing_but_open_batches_is_no_result_yet(folder):
+    with BatchServer(quality=vowels, seconds=3600) as server:
+        settings = config(folder, server.url, judge_batch=True, judge_wait=False, evaluate_samples=2)
+        with pytest.raises(UserError, match="no prompt has a result yet: 46 requests wait"):
+            run(settings)  # of 24 comparisons, two a prompt, one is asked live
 
 
 def test_long_waits_and_failures_are_logged(folder):
