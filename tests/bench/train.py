@@ -8,7 +8,8 @@ Every variant starts from the same weights and takes the same steps in turns, so
 `TRL, compact` scores completions only, as TRL does on a GPU by itself; `kept` variants have their reference's
 log-probabilities at hand, TRL's by its own `precompute_ref_log_probs`. `3 epochs` includes computing those once.
 Memory is the peak of one step over what was held before, in a process of its own on a CPU. A time is the median of
-the steps. With a GPU: bfloat16, a 3B-shaped model, gradient checkpointing, and MFU.
+the steps; of one thread it is the time on the processor, to which the machine's other work counts little. With a GPU:
+bfloat16, a 3B-shaped model, gradient checkpointing, and MFU.
 """
 
 import argparse
@@ -54,6 +55,10 @@ CUDA = torch.cuda.is_available()
 COMPACT = trl.trainer.utils._use_triton
 
 
+def _clock() -> float:
+    return time.perf_counter() if CUDA or torch.get_num_threads() > 1 else time.process_time()
+
+
 class Variant:
     """One trainer and its steps so far."""
 
@@ -72,7 +77,7 @@ class Variant:
             precompute_ref_log_probs=self.kept and not self.ours,
         )  # fmt: skip
         self._be_compact()
-        began = time.perf_counter()
+        began = _clock()
         self.trainer = (Packed if self.ours else Plain)(
             model=model, args=arguments, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer()
         )
@@ -85,10 +90,10 @@ class Variant:
         if self.ours:
             reason = packed.enable(self.trainer)
             assert reason is None, reason
-            began = time.perf_counter()
+            began = _clock()
             if self.kept:
                 reference.keep_reference(self.trainer, folder / "reference", Silent(), wanted=True)
-        self.fill = time.perf_counter() - began if self.kept else 0.0
+        self.fill = _clock() - began if self.kept else 0.0
         self.trainer.current_gradient_accumulation_steps = 1
         self.trainer.create_optimizer()
         self.data = self.trainer.train_dataset.to_list()
@@ -96,7 +101,7 @@ class Variant:
     def step(self, first: int, count: int) -> None:
         """One optimizer step on some pairs."""
         self._be_compact()
-        began = time.perf_counter()
+        began = _clock()
         batch = self.trainer._prepare_inputs(self.trainer.data_collator(self.data[first : first + count]))
         loss = self.trainer.training_step(self.trainer.model, batch)
         self.trainer.optimizer.step()
@@ -104,7 +109,7 @@ class Variant:
         self.losses.append(loss.item())
         if CUDA:
             torch.cuda.synchronize()
-        self.seconds.append(time.perf_counter() - began)
+        self.seconds.append(_clock() - began)
 
     def _be_compact(self) -> None:
         trl.trainer.utils._use_triton = (lambda device: True) if self.compact else COMPACT
