@@ -4,6 +4,7 @@ Everything that can go wrong in a way that a user can mend is a `UserError`: wha
 (`completions.jsonl:412`) and the next command to type. `cli.main` turns it into one line and an exit code.
 """
 
+import os
 from enum import IntEnum
 from importlib.util import find_spec
 
@@ -58,3 +59,12 @@ def require(extra: str, purpose: str) -> None:
     """
     if find_spec(EXTRAS[extra]) is None:
         raise UserError(f"{purpose} needs the extra '{extra}'", hint=f"pip install 'nothing-dpo[{extra}]'")
+    _settle_libraries()
+
+
+def _settle_libraries() -> None:
+    """What must be set before the optional libraries load."""
+    import logging
+
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a kernel for CPUs is missing, it says at every start

@@ -268,9 +268,10 @@ def _multiplications(shape: Shape, rows: Sequence[Lengths], packs: bool) -> int:
 
 def line(plan: Plan) -> str:
     """The plan in one line."""
+    evaluations = f"{plan.evaluations} evaluation{'s' * (plan.evaluations != 1)}"
     return (
         f"plan: {plan.steps} steps on {plan.pairs} pairs ({plan.held_out} held out), {plan.tokens:,} tokens, "
-        f"{plan.forward}, {plan.evaluations} evaluations; on a GPU about {plan.total_gb:.1f} of {plan.card_gb:g} GB "
+        f"{plan.forward}, {evaluations}; on a GPU about {plan.total_gb:.1f} of {plan.card_gb:g} GB "
         f"and {plan.hours:.2f} hours, ${plan.usd['modal']:.2f}"
     )
 

@@ -116,7 +116,6 @@ def run(
     if Path(name).name != name:
         raise UserError(f"'{name}' is no name for a run", hint="--name takes a folder name without '/'")
     errors.require("train", "training")
-    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # read when huggingface_hub is first imported
     folder = RunFolder(Path(config.runs) / name, after_save)
     inputs = read_inputs(config, stage, data, limit)
     base = base_folder(config.model.base)
