@@ -18,7 +18,7 @@ WIDTH, HEIGHT = 480, 250
 LEFT, RIGHT, TOP, FLOOR = 46, 14, 28, 210  # margins, and where the x axis is
 SERIES = 4  # colours there are
 TICKS, NAME = 5, 24  # labels of an axis, characters of a curve's name
-LETTER = 5.6  # width of a letter, about
+LETTER, LINE = 5.6, 10  # width of a letter, about, and height of a line
 DOTS = 40  # points of a curve that are still drawn one by one
 
 T = TypeVar("T", bound=tuple[float, ...])
@@ -189,15 +189,29 @@ def against(
         drawn.append(f'<rect class="fill-{place % SERIES}" x="{left:.1f}" y="{TOP - 10}" width="12" height="4"/>')
         drawn.append(_text(left + 17, TOP - 5, name[:NAME], "start"))
         left += 34 + LETTER * len(name[:NAME])
+    names: list[tuple[float, float, str]] = []
     for place, group in enumerate(points.values(), 1):
         for x, y, name in group:
             drawn.append(
                 f'<circle class="fill-{place % SERIES}" cx="{axes.across(x):.1f}" cy="{axes.down(y):.1f}" r="4">'
                 f"<title>{escaped(name)}: {x:.3g}, {y:.3g}</title></circle>"
             )
-            drawn.append(_text(axes.across(x) + 7, axes.down(y) + 4, name[:NAME], "start"))
+            names.append((axes.across(x) + 7, axes.down(y) + 4, name[:NAME]))
+    drawn += [_text(x, y, name, "start") for x, y, name in _apart(names)]
     said = "; ".join(f"{name} {x:.3g}, {y:.3g}" for group in points.values() for x, y, name in group)
     return _svg(title, said, "".join(drawn) + _below(x_label) + _beside(y_label))
+
+
+def _apart(names: list[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
+    """Names at (x, y), from the top down, each moved down as far as those above need."""
+    placed: list[tuple[float, float, str]] = []
+    for x, y, name in sorted(names, key=lambda one: one[1]):
+        for left, top, other in sorted(placed, key=lambda one: one[1]):
+            beside = x + LETTER * len(name) < left or left + LETTER * len(other) < x
+            if not beside and abs(y - top) < LINE:
+                y = top + LINE
+        placed.append((x, y, name))
+    return placed
 
 
 def _curve(axes: _Axes, place: int, name: str, points: Sequence[tuple[float, float]], joined: bool) -> str:

@@ -2,9 +2,11 @@
 
 from html.parser import HTMLParser
 
+import re
 import pytest
 from test_audit import audited, judged, order, row, simulated
 
+from dpo_cli import svg
 from dpo_cli import guards, report, stats, svg
 from dpo_cli.schema import Judgment
 from dpo_cli.sweep import Point, Swept
@@ -200,3 +202,13 @@ def test_a_sweeps_page_shows_its_runs_side_by_side_and_says_when_the_best_is_not
     assert "the intervals overlap, so the held-out pairs are too few to tell" in Page(report.sweep(swept, {})).text
     swept.best = None
     assert "no run stayed within 0.1 nats a token" in Page(report.sweep(swept, {})).text
+
+
+def test_names_of_points_that_lie_together_are_drawn_apart():
+    points = {"runs": [(0.1, 0.5, "one"), (0.1, 0.501, "two"), (0.12, 0.502, "three"), (0.9, 0.5, "far")]}
+    drawn = svg.against("wins", ("curve", [(0.0, 0.5), (1.0, 1.0)]), points, "KL", "win rate")
+    heights = {name: float(y) for y, name in re.findall(r'y="([\d.]+)"[^>]*>(one|two|three|far)<', drawn)}
+    assert len(heights) == 4
+    near = sorted(heights[name] for name in ("one", "two", "three"))
+    assert near[1] - near[0] >= svg.LINE and near[2] - near[1] >= svg.LINE
+    assert heights["far"] <= near[1], "only what lies beside others moves"

@@ -61,11 +61,13 @@ def frontier(points: dict[str, Point]) -> str:
         "flipped labels": [name for name in points if name.endswith("flipped")],
     }
     dots = {
-        group: [(points[name].kl, points[name].win_rate, name) for name in names] for group, names in groups.items()
+        group: [(points[name].kl ** 0.5, points[name].win_rate, name) for name in names]
+        for group, names in groups.items()
     }
     drawn = svg.against(
-        "Win rate against KL: DPO and best-of-N", ("best of N", [(0.0, 0.5), *curve]), dots,
-        "KL(policy || SFT adapter), nats an answer", "win rate by the true reward",
+        "Win rate against KL: DPO and best-of-N",
+        ("best of N", [(0.0, 0.5), *((kl**0.5, rate) for kl, rate in curve)]), dots,
+        "root of KL(policy || SFT adapter), nats an answer", "win rate by the true reward",
     )  # fmt: skip
     return drawn.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(
         "<title>", f"<style>{COLOURS}{svg.STYLE}</style><title>", 1
