@@ -1,12 +1,11 @@
 """The page: whole, closed to the outside, and deaf to what completions say."""
 
+import re
 from html.parser import HTMLParser
 
-import re
 import pytest
 from test_audit import audited, judged, order, row, simulated
 
-from dpo_cli import svg
 from dpo_cli import guards, report, stats, svg
 from dpo_cli.schema import Judgment
 from dpo_cli.sweep import Point, Swept
