@@ -8,7 +8,6 @@ that `generate.keep_lines` asks for) never. Making pairs is `pair`'s work.
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable
-from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from dpo_cli.endpoint import Estimate, Receipt
 from dpo_cli.errors import UserError
 from dpo_cli.judges import Task, make_task
 from dpo_cli.judges._suspicion import suspicious
-from dpo_cli.progress import Progress, Silent
+from dpo_cli.progress import After, Progress
 from dpo_cli.schema import Completions, Judgment, Usage, completions_id
 from dpo_cli.settings import Config
 from dpo_cli.store import Journal, read_latest
@@ -99,7 +98,7 @@ def run(config: Config, progress: Progress, limit: int | None = None, dry_run: b
                 fresh[skip.id] = skip
             progress.begin("judge", len(rows), before + len(skips))
             try:
-                result.receipt = judge.judge(tasks, config, deliver, _After(progress, before + len(skips)))
+                result.receipt = judge.judge(tasks, config, deliver, After(progress, before + len(skips)))
             finally:
                 progress.end()
             journal.compact()
@@ -201,20 +200,3 @@ def _count(result: Judged, fresh: dict[str, Judgment], everything: dict[str, Jud
     result.weights = next((row.weights for row in everything.values() if row.weights), {})
     result.usage = sum((row.usage for row in everything.values()), Usage())
     result.usd = sum(row.usd for row in everything.values())
-
-
-class _After(Silent):
-    """Progress of this run, counted on from what was done before it."""
-
-    def __init__(self, progress: Progress, before: int) -> None:
-        self._progress = progress
-        self._before = before
-
-    def update(self, done: int, **counters: float) -> None:
-        self._progress.update(self._before + done, **counters)
-
-    def log(self, text: str) -> None:
-        self._progress.log(text)
-
-    def aside(self) -> AbstractContextManager[None]:
-        return self._progress.aside()

@@ -6,7 +6,6 @@ texts: nothing is asked twice, and what was said of other texts, or by another j
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -21,7 +20,7 @@ from dpo_cli.evaluate.numbers import Point, win_rate
 from dpo_cli.evaluate.sampling import FOLDER, Purse
 from dpo_cli.judges import Task, label_of, make_task
 from dpo_cli.judges._wire import LOWEST
-from dpo_cli.progress import Progress, Silent
+from dpo_cli.progress import After, Progress
 from dpo_cli.schema import Completions, Judgment, Message, Order, canonical, content_id
 from dpo_cli.settings import Config
 from dpo_cli.store import Journal, read_latest
@@ -121,7 +120,7 @@ class Bench:
                 done = len({task.id for task in tasks}) - len(missing)
                 self.progress.begin(kind, done + len(missing), done)
                 try:
-                    receipt = ask(missing, self._within_budget(), deliver, _After(self.progress, done))
+                    receipt = ask(missing, self._within_budget(), deliver, After(self.progress, done))
                 finally:
                     self.progress.end()
                 journal.compact()
@@ -261,20 +260,3 @@ def _won(judgment: Judgment) -> float:
         total += weight * win_rate([by_index[0]], [by_index[1]])
         whole += weight
     return total / whole if whole else 0.5
-
-
-class _After(Silent):
-    """Progress of this run, counted on from what was done before it."""
-
-    def __init__(self, progress: Progress, before: int) -> None:
-        self._progress = progress
-        self._before = before
-
-    def update(self, done: int, **counters: float) -> None:
-        self._progress.update(self._before + done, **counters)
-
-    def log(self, text: str) -> None:
-        self._progress.log(text)
-
-    def aside(self) -> AbstractContextManager[None]:
-        return self._progress.aside()
