@@ -9,7 +9,6 @@ end vLLM 0.32 on a CPU. Elsewhere there is none, and the result says why. Measur
 
 import asyncio
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -93,7 +92,7 @@ def measure(
                     left = {key: chosen[key] for group in owed for key in group}
                     asyncio.run(_ask(reference, policy, left, config, progress, purse, deliver))
                 else:
-                    _compute(config, [{key: chosen[key] for key in group} for group in missing], deliver)
+                    _compute(config, [{key: chosen[key] for key in group} for group in missing], deliver, progress)
             finally:
                 progress.end()
     rows = [known[keys[key]] for key in chosen if keys[key] in known]
@@ -107,26 +106,29 @@ def measure(
     )  # fmt: skip
 
 
-def _compute(config: Config, groups: Sequence[Prompts], deliver: Callable[[str, float, int], None]) -> None:
+def _compute(
+    config: Config, groups: Sequence[Prompts], deliver: Callable[[str, float, int], None], progress: Progress
+) -> None:
     """In this process, with both adapters on one base."""
     from dpo_cli.evaluate.adapters import load_both
     from dpo_cli.training.sampled_kl import kl, sample
+    from dpo_cli.training.trainer import hushed
 
-    model, as_reference = load_both(config)
-    pad = min(model.ends) if model.tokenizer.pad_token_id is None else model.tokenizer.pad_token_id
-    most, how = config.generate.max_tokens, (nullcontext, lambda *_: False)  # no autocast, and no stop on the way
-    for group in groups:
-        encoded = {key: model.encode(prompt) for key, prompt in group.items()}
-        fitting = {key: ids for key, ids in encoded.items() if len(ids) + most <= model.context}
-        if not fitting:
-            continue
-        with warnings.catch_warnings(action="ignore"):  # of transformers, about itself
+    with hushed(progress):
+        model, as_reference = load_both(config)
+        pad = min(model.ends) if model.tokenizer.pad_token_id is None else model.tokenizer.pad_token_id
+        most, how = config.generate.max_tokens, (nullcontext, lambda *_: False)  # no autocast, and no stop on the way
+        for group in groups:
+            encoded = {key: model.encode(prompt) for key, prompt in group.items()}
+            fitting = {key: ids for key, ids in encoded.items() if len(ids) + most <= model.context}
+            if not fitting:
+                continue
             prompts = list(fitting.values())
             seed = int(content_id("kl", config.evaluate.seed, list(group)), 16)  # draws shared by groups share errors
             completions = sample(model.network, prompts, most, pad, set(model.ends), seed, *how)
-        for (key, ids), completion in zip(fitting.items(), completions, strict=True):
-            _, nats = kl(model.network, as_reference, [ids], [completion], *how)
-            deliver(key, nats, len(completion))
+            for (key, ids), completion in zip(fitting.items(), completions, strict=True):
+                _, nats = kl(model.network, as_reference, [ids], [completion], *how)
+                deliver(key, nats, len(completion))
 
 
 async def _ask(

@@ -267,10 +267,10 @@ def plot(lines: list[dict[str, Any]]) -> str:
         )
     depth = 40 + (len(lines) + len(lines) // len(variants())) * height
     style = 'font-family="sans-serif" font-size="11"'
+    paper = '<rect width="100%" height="100%" fill="#fff"/>'  # where the page around it is dark
     title = '<text x="306" y="14">steps a second, TRL as it comes = 1</text>'
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="980" height="{depth}" {style}>{title}{"".join(parts)}</svg>\n'
-    )
+    size = f'width="980" height="{depth}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>{paper}{title}{"".join(parts)}</svg>\n'
 
 
 def main() -> None:
