@@ -16,7 +16,7 @@ from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Silent
 from dpo_cli.serve_config.check import BASE, check
 from dpo_cli.serve_config.scored import log_probs
-from dpo_cli.serve_config.server import load
+from dpo_cli.serve_config.server import ensure_served, load
 
 
 @pytest.fixture(scope="module")
@@ -198,3 +198,19 @@ def test_loading_replaces_and_says_what_is_in_the_way(server, saved):
     server.answers["load_lora_adapter"] = lambda body: (400, {"error": {"message": "rank 64 is\ntoo large"}})
     with pytest.raises(UserError, match="seinfeld: rank 64 is too large"):
         load(plan, server.url)
+
+
+def test_what_is_served_is_loaded_only_if_it_is_newer_here(server, saved):
+    loaded = []
+    server.answers["load_lora_adapter"] = lambda body: loaded.append(body["lora_name"]) or (200, {})
+    assert ensure_served(server.url, "seinfeld", saved / "sft", anew=False) == "served"
+    assert loaded == []
+    ensure_served(server.url, "seinfeld", saved / "sft", anew=True)
+    ensure_served(server.url, "seinfeld-new", saved / "sft", anew=False)
+    assert loaded == ["seinfeld", "seinfeld-new"]
+    with pytest.raises(UserError, match=r"'seinfeld' is .*sft there, not .*dpo"):
+        ensure_served(server.url, "seinfeld", saved / "dpo", anew=False)
+    server.answers["load_lora_adapter"] = lambda body: (404, {"detail": "Not Found"})
+    with pytest.raises(UserError, match="what it serves as 'seinfeld' is older") as caught:
+        ensure_served(server.url, "seinfeld", saved / "sft", anew=True)
+    assert "--runtime-loading" in caught.value.hint
