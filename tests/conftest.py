@@ -1,7 +1,23 @@
-"""What every test needs: that Ctrl-C is heard."""
+"""What every test needs: that Ctrl-C is heard; and what training's tests start from."""
 
 import signal
+
+import pytest
+from adapters import base_model, save_adapter
+from training import write_data
 
 # A shell that starts pytest in the background has it, and all that it starts, ignore Ctrl-C.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A tiny base, an SFT adapter on it, and pairs."""
+    import torch
+
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("start")
+    save_adapter(folder / "sft", base_model(folder / "base"))
+    write_data(folder)
+    return folder

@@ -6,8 +6,7 @@ import shutil
 import signal
 
 import pytest
-from adapters import base_model, save_adapter
-from training import AtStep, Lines, metrics, pair, read_rows, settings, write_data, write_rows
+from training import AtStep, Lines, config_of, metrics, pair, read_rows, write_rows
 
 from dpo_cli import config as configuration
 from dpo_cli import train
@@ -15,22 +14,6 @@ from dpo_cli.errors import UserError
 from dpo_cli.progress import Silent
 
 PRESETS = ["l4", "l4-qlora", "rank1", "lora16", "full", "conservative"]
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    import torch
-
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("start")
-    save_adapter(folder / "sft", base_model(folder / "base"))
-    write_data(folder)
-    return folder
-
-
-def config_of(start, folder, *sets):
-    places = [f"runs={folder / 'runs'}", f"model.dpo_adapter={folder / 'out'}"]
-    return settings(start, start / "base", "gate.kl_limit=100", *places, *sets)
 
 
 def events(folder):

@@ -7,8 +7,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
-from adapters import base_model, save_adapter
-from training import Lines, settings, write_data
+from adapters import save_adapter
+from training import Lines, settings
 
 from dpo_cli import plan, remedies, sweep, train
 from dpo_cli.errors import Exit, UserError
@@ -16,17 +16,6 @@ from dpo_cli.plan import Lengths
 from dpo_cli.progress import Silent
 from dpo_cli.settings import PlanSection, TrainSection
 from dpo_cli.training import preflight
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    import torch
-
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("start")
-    save_adapter(folder / "sft", base_model(folder / "base"))
-    write_data(folder)
-    return folder
 
 
 def made(lengths, **section):

@@ -5,28 +5,11 @@ import os
 import signal
 
 import pytest
-from adapters import base_model, save_adapter
-from training import AtStep, Lines, exit_code_of, kill_this_process, metrics, read_rows, settings, write_data
+from training import AtStep, Lines, config_of, exit_code_of, kill_this_process, metrics, read_rows
 
 from dpo_cli import sweep, train
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Silent
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    import torch
-
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("start")
-    save_adapter(folder / "sft", base_model(folder / "base"))
-    write_data(folder)
-    return folder
-
-
-def config_of(start, folder, *sets):
-    places = [f"runs={folder / 'runs'}", f"model.dpo_adapter={folder / 'out'}"]
-    return settings(start, start / "base", "gate.kl_limit=100", *places, *sets)
 
 
 def run(start, folder, *sets, progress=None):

@@ -6,8 +6,7 @@ import sqlite3
 import sys
 
 import pytest
-from adapters import base_model, save_adapter
-from training import Lines, settings, write_data
+from training import Lines, settings
 
 from dpo_cli import train
 from dpo_cli.errors import Exit, UserError
@@ -18,17 +17,6 @@ WANTED = {
     "train/loss", "train/kl", "train/rewards/margins", "train/logps/chosen", "train/learning_rate", "eval/loss",
     "eval/rewards/accuracies", "eval/kl_nats_per_token", "eval/kl_nats_per_sequence",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    import torch
-
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("start")
-    save_adapter(folder / "sft", base_model(folder / "base"))
-    write_data(folder)
-    return folder
 
 
 @pytest.fixture

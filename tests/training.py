@@ -98,3 +98,9 @@ def exit_code_of(work: Callable[[], Any]) -> int:
     process.join(120)
     assert process.exitcode is not None
     return process.exitcode
+
+
+def config_of(start, folder, *sets):
+    """Settings of a run in a folder of its own, from the fixture `start`, that no KL stops."""
+    places = [f"runs={folder / 'runs'}", f"model.dpo_adapter={folder / 'out'}"]
+    return settings(start, start / "base", "gate.kl_limit=100", *places, *sets)
