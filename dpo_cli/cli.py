@@ -14,12 +14,15 @@ from typing import Annotated, Any, Literal, get_args
 import msgspec
 import typer
 
-from dpo_cli import __version__, backends, config, engines, judges, settings
-from dpo_cli.config import Resolved
+from dpo_cli import __version__, engines, judges
+from dpo_cli.config import resolve, settings
+from dpo_cli.config.presets import PRESETS
+from dpo_cli.config.resolve import Resolved
+from dpo_cli.config.settings import Config
 from dpo_cli.errors import Exit, UserError
+from dpo_cli.jobs import backends
 from dpo_cli.progress import Progress, Silent
-from dpo_cli.settings import Config
-from dpo_cli.terminal import plain
+from dpo_cli.safe_text import plain
 
 app = typer.Typer(
     name="nothing-dpo",
@@ -47,14 +50,14 @@ FLAGS = {"model.name": "--model", "judge.model": "--model"}
 
 def _help(key: str) -> str:
     """Description and default of a setting."""
-    value = config.default(key)
-    text = config.describe(key)
+    value = resolve.default(key)
+    text = resolve.describe(key)
     return text if value is None else f"{text} [default: {str(value).lower() if value in (True, False) else value}]"
 
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="Settings file, TOML or YAML.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="One setting; repeatable.")]
-Preset = Annotated[str | None, typer.Option(help=f"One of: {', '.join(config.PRESETS)}.")]
+Preset = Annotated[str | None, typer.Option(help=f"One of: {', '.join(PRESETS)}.")]
 Data = Annotated[str | None, typer.Option(help=_help("data"))]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
@@ -91,7 +94,7 @@ class Session:
     def progress(self) -> Progress:
         """A live panel in a terminal, plain lines in a log, nothing with --quiet."""
         if not self._quiet:
-            from dpo_cli.view import make_progress
+            from dpo_cli.view.progress import make_progress
 
             self._progress = make_progress()
         return self._progress
@@ -105,7 +108,7 @@ class Session:
         if self.json:
             typer.echo(msgspec.json.encode(result))
             return
-        from dpo_cli.view import paged, stdout_console
+        from dpo_cli.view.console import paged, stdout_console
 
         console = stdout_console()
         with paged(console):
@@ -135,7 +138,7 @@ def command(
             flags["data"] = given.pop("data")
             debug = given.pop("debug")
             try:
-                resolved = config.resolve(flags, given.pop("sets"), given.pop("config_file"), given.pop("preset"))
+                resolved = resolve.resolve(flags, given.pop("sets"), given.pop("config_file"), given.pop("preset"))
                 _check_choices(resolved)
                 session = Session(resolved, given.pop("json"), given.pop("quiet"))
                 with closing(session):
@@ -171,7 +174,7 @@ def command(
 
 def _flag(key: str, name: str | None = None) -> Any:
     """A typer option for one setting: name, type, help and default as `config.py` has them."""
-    kind = config.plain_type(key)
+    kind = resolve.plain_type(key)
     name = name or FLAGS.get(key, "--" + key.rpartition(".")[2].replace("_", "-"))
     names = (f"{name}/--no-{name[2:]}",) if kind is bool else (name,)
     choices = "|".join(CHOICES[key]) if key in CHOICES else "<str>" if kind == list[str] else None
@@ -185,7 +188,7 @@ def _of_stage(key: str, given: dict[str, Any]) -> str:
 
 def _check_choices(resolved: Resolved) -> None:
     for key, choices in CHOICES.items():
-        value = config.get(resolved.config, key)
+        value = resolve.get(resolved.config, key)
         if value not in choices:
             raise UserError(f"{key} = '{value}' (from {resolved.sources[key]})", hint=f"one of: {', '.join(choices)}")
 
@@ -229,8 +232,9 @@ def generate(
     limit: Limit = None, dry_run: DryRun = False,
 ) -> Exit | None:  # fmt: skip
     """Prompts to completions: sample the SFT adapter until every prompt has n."""
-    from dpo_cli import generate as stage
-    from dpo_cli import launch, view
+    from dpo_cli import view
+    from dpo_cli.jobs import launch
+    from dpo_cli.stages import generate as stage
 
     if backend != "local" or detach:
         spec = launch.spec(backend, session.config, "generate", limit=limit)
@@ -256,8 +260,10 @@ def judge(
     limit: Limit = None, dry_run: DryRun = False,
 ) -> Exit | None:  # fmt: skip
     """Completions to judgments to preference pairs."""
-    from dpo_cli import judge as stage
-    from dpo_cli import launch, pair, view
+    from dpo_cli import view
+    from dpo_cli.jobs import launch
+    from dpo_cli.stages import judge as stage
+    from dpo_cli.stages.pair.run import run as make_pairs
 
     if backend != "local" or detach:
         spec = launch.spec(backend, session.config, "judge", limit=limit)
@@ -271,7 +277,7 @@ def judge(
         session.show(result, view.judged)
         session.suggest("nothing-dpo judge --batch, which takes the results in; a batch ends within a day")
         return None
-    pairs = pair.run(session.config)
+    pairs = make_pairs(session.config)
     session.show({"judged": result, "paired": pairs}, view.judged_and_paired)
     if result.errors:
         session.suggest("nothing-dpo judge, which asks again where the judge failed")
@@ -302,13 +308,13 @@ def pair(
     dry_run: DryRun = False,
 ) -> None:
     """Judgments to pairs again, by other rules: free."""
-    from dpo_cli import pair as stage
     from dpo_cli import view
+    from dpo_cli.stages.pair import run as stage
 
     if sum(given is not None for given in (rollouts, other, to)) > 1:
         raise UserError("--rollouts, --import and --to are different commands", hint="one after the other")
     if to:
-        from dpo_cli.formats.export import export_split
+        from dpo_cli.data.formats.export import export_split
 
         session.show(export_split(session.data, to, out, session.config, dry_run=dry_run), view.exported)
         return
@@ -344,13 +350,14 @@ def train(
     dry_run: DryRun = False,
 ) -> Exit | None:
     """Preference pairs to the DPO adapter, against the frozen SFT adapter."""
-    from dpo_cli import launch, view
-    from dpo_cli import train as entry
+    from dpo_cli import view
+    from dpo_cli.jobs import launch
+    from dpo_cli.stages import train as entry
 
     given = session.data if session.resolved.sources["data"] == "flag" else None
     if sweep is not None:
-        from dpo_cli import report
-        from dpo_cli import sweep as several
+        from dpo_cli import html as report
+        from dpo_cli.workflows import sweep as several
 
         swept = several.run(
             session.config, session.progress(), sweep, name or stage, data=given, fresh=fresh, limit=limit,
@@ -376,7 +383,7 @@ def train(
 
 def _launch(session: Session, backend: str, spec: Any, detach: bool, no_fetch: bool, dry_run: bool) -> Exit | None:
     """Run a command elsewhere, or show what would be submitted."""
-    from dpo_cli import launch
+    from dpo_cli.jobs import launch
 
     if dry_run:
         typer.echo(launch.render(backend, spec, session.config))
@@ -409,12 +416,13 @@ def jobs(
     no_fetch: NoFetch = False,
 ) -> Exit | None:
     """What was launched elsewhere: follow it, read its log, end it."""
-    from dpo_cli import backends, job, launch, view
+    from dpo_cli import view
+    from dpo_cli.jobs import backends, launch, registry
 
     if action == "list":
         session.show(launch.listed(session.config), view.jobs)
         return None
-    found = job.get(identity, session.config)
+    found = registry.get(identity, session.config)
     if action == "attach":
         return _show_launched(session, launch.attach(found, session.config, session.progress(), not no_fetch))
     if action == "logs":
@@ -453,18 +461,20 @@ def evaluate(
     dry_run: DryRun = False,
 ) -> Exit | None:
     """Is the DPO adapter better than the SFT adapter? Both answer held-out prompts, a judge compares them blind."""
-    from dpo_cli import evaluate as stage
     from dpo_cli import view
+    from dpo_cli.stages.evaluate import harness as harness_tasks
+    from dpo_cli.stages.evaluate import quiz as questions
+    from dpo_cli.stages.evaluate import run as stage
 
     if sum((dry_run, quiz is not None, harness is not None)) > 1:
         raise UserError("--dry-run is of the comparison, --quiz and --harness are in its place", hint="one of them")
     if harness is not None:
-        measured = stage.harness(session.config, session.progress(), harness.split(","), limit)
+        measured = harness_tasks.harness(session.config, session.progress(), harness.split(","), limit)
         session.show(measured, view.harnessed)
         return None
     if quiz is not None:
         names = ("reference", "policy") if of == "both" else (of,)
-        quizzed = stage.quiz(session.config, session.progress(), quiz, names, limit)
+        quizzed = questions.quiz(session.config, session.progress(), quiz, names, limit)
         session.show(quizzed, view.quizzed)
         return Exit.FAILED if quizzed.errors else None
     if dry_run:
@@ -497,7 +507,8 @@ def run(
     dry_run: DryRun = False,
 ) -> Exit | None:
     """The whole chain, once or in rounds: generate, judge, pair, train, evaluate, and what serves the result."""
-    from dpo_cli import rounds, view
+    from dpo_cli import view
+    from dpo_cli.workflows import rounds
 
     if dry_run:
         session.show(rounds.plan(session.config, session.progress(), limit), view.steps)
@@ -515,8 +526,8 @@ def protocol(
     session: Session, file: Annotated[Path, typer.Argument(metavar="FILE", help="The topics, a TOML file.")]
 ) -> Exit | None:
     """Topic by topic: SFT, a quiz, DPO where the voice needs it, the quiz again; the better adapter stays."""
-    from dpo_cli import protocol as stage
     from dpo_cli import view
+    from dpo_cli.workflows import protocol as stage
 
     result = stage.run(stage.read(file), session.config, session.progress())
     session.show(result, view.followed)
@@ -534,8 +545,8 @@ def push(
     dry_run: DryRun = False,
 ) -> None:
     """Data, the adapter or a run to a Modal volume, Cloud Storage, the Hub or a folder: what is not there yet."""
-    from dpo_cli import push as stage
     from dpo_cli import view
+    from dpo_cli.stages.push import run as stage
 
     result = stage.run(
         session.config, session.progress(), what, dest, name=name, merge=merge, force=force, dry_run=dry_run
@@ -559,22 +570,22 @@ def serve_config(
     ] = None,
 ) -> Exit | None:
     """The vLLM configuration that serves the SFT adapter, and the DPO adapter where there is one."""
-    from dpo_cli import serve_config as stage
     from dpo_cli import view
+    from dpo_cli.stages import serve_config as stage
 
     plan = stage.plan(session.config)
     for note in plan.notes:
         typer.echo(note, err=True)
     if run:
-        from dpo_cli.serve_config.server import start
+        from dpo_cli.stages.serve_config.server import start
 
         start(plan)
     if load:
-        from dpo_cli.serve_config.server import load as load_into
+        from dpo_cli.stages.serve_config.server import load as load_into
 
         typer.echo(f"loaded: {', '.join(load_into(plan, load))}", err=True)
     if check:
-        from dpo_cli.serve_config.check import check as compare
+        from dpo_cli.stages.serve_config.check import check as compare
 
         result = compare(plan, session.config, check, session.progress())
         session.show(result, view.checked)
@@ -615,12 +626,13 @@ def inspect_pairs(
     fix: Annotated[Path | None, typer.Option(metavar="DIR", help="Lint, and write a cleaned copy there.")] = None,
 ) -> Exit | None:  # fmt: skip
     """Preference pairs: a page of them, one side by side, their statistics, or what is wrong with them."""
-    from dpo_cli import pages, view
-    from dpo_cli import stats as numbers
-    from dpo_cli.schema import Preference
+    from dpo_cli import view
+    from dpo_cli.analysis import data_stats as numbers
+    from dpo_cli.data import row_index
+    from dpo_cli.data.records import Preference
 
     if lint or fix:
-        from dpo_cli.lint import run
+        from dpo_cli.analysis.lint.run import run
 
         linted = run(session.config, fix)
         session.show(linted, view.lint)
@@ -633,11 +645,11 @@ def inspect_pairs(
     if not files:
         raise UserError("no train.jsonl or val.jsonl there", where=str(session.data), hint="nothing-dpo judge")
     if stats:
-        session.show(numbers.pair_stats({file.stem: pages.read_pairs(file) for file in files}), view.pair_stats)
+        session.show(numbers.pair_stats({file.stem: row_index.read_pairs(file) for file in files}), view.pair_stats)
         return None
-    with pages.Rows.open(files) as rows:
+    with row_index.Rows.open(files) as rows:
         if identity:
-            row, pair = pages.find(rows, identity, Preference)
+            row, pair = row_index.find(rows, identity, Preference)
             session.show(pair, view.pair, rows.place(row))
         elif browse:
             view.browse(view.stdout_console(), rows, offset)
@@ -651,18 +663,19 @@ def inspect_completions(
     session: Session, identity: Identity = None, stats: Stats = False, limit: Page = 20, offset: Offset = 0
 ) -> None:
     """What the SFT adapter answered."""
-    from dpo_cli import pages, view
-    from dpo_cli import stats as numbers
-    from dpo_cli.schema import Completions
-    from dpo_cli.store import read_latest
+    from dpo_cli import view
+    from dpo_cli.analysis import data_stats as numbers
+    from dpo_cli.data import row_index
+    from dpo_cli.data.jsonl import read_latest
+    from dpo_cli.data.records import Completions
 
     path = session.data / "completions.jsonl"
     if stats:
         session.show(numbers.completion_stats(read_latest(path, Completions).values()), view.completion_stats)
         return
-    with pages.Rows.open([path]) as rows:
+    with row_index.Rows.open([path]) as rows:
         if identity:
-            row, found = pages.find(rows, identity, Completions)
+            row, found = row_index.find(rows, identity, Completions)
             session.show(found, view.completions, rows.place(row))
         else:
             _show_page(session, rows, Completions, view.completions_list, offset, limit)
@@ -675,23 +688,26 @@ def inspect_judgments(
     limit: Page = 20, offset: Offset = 0,
 ) -> None:  # fmt: skip
     """What the judge said, and whether to believe it."""
-    from dpo_cli import audit, pages, report, view
-    from dpo_cli.schema import Completions, Judgment
-    from dpo_cli.store import read_latest
+    from dpo_cli import html as report
+    from dpo_cli import view
+    from dpo_cli.analysis import judge_audit
+    from dpo_cli.data import row_index
+    from dpo_cli.data.jsonl import read_latest
+    from dpo_cli.data.records import Completions, Judgment
 
     path, texts = session.data / "judgments.jsonl", session.data / "completions.jsonl"
     if stats or html:
         judgments = read_latest(path, Judgment)
         if not judgments:
             raise UserError("no judgments", where=str(path), hint="nothing-dpo judge")
-        numbers = audit.audit(judgments, read_latest(texts, Completions))
+        numbers = judge_audit.audit(judgments, read_latest(texts, Completions))
         session.show(numbers, view.audit)
         if html:
             _write_page(session, html, report.audit(numbers))
         return
-    with pages.Rows.open([path]) as rows:
+    with row_index.Rows.open([path]) as rows:
         if identity:
-            row, found = pages.find(rows, identity, Judgment)
+            row, found = row_index.find(rows, identity, Judgment)
             session.show(found, view.judgment, read_latest(texts, Completions).get(found.id), rows.place(row))
         else:
             _show_page(session, rows, Judgment, view.judgments_list, offset, limit)
@@ -708,10 +724,13 @@ def inspect_evaluation(
     limit: Page = 20, offset: Offset = 0,
 ) -> None:  # fmt: skip
     """Wins and losses of the policy, side by side, and what the judge said of them."""
-    from dpo_cli import evaluate as stage
-    from dpo_cli import pages, report, view
-    from dpo_cli.schema import Compared
-    from dpo_cli.store import read_latest, write_file
+    from dpo_cli import html as report
+    from dpo_cli import view
+    from dpo_cli.data import row_index
+    from dpo_cli.data.files import write_file
+    from dpo_cli.data.jsonl import read_latest
+    from dpo_cli.data.records import Compared
+    from dpo_cli.stages.evaluate import run as stage
 
     path, result = session.data / stage.ROWS, stage.read_result(session.config)
     if html:
@@ -720,9 +739,9 @@ def inspect_evaluation(
         session.suggest(f"look at {html} in a browser")
         return
     offset += {"losses": 0, "ties": result.losses, "wins": result.losses + result.ties}[begin]
-    with pages.Rows.open([path]) as rows:
+    with row_index.Rows.open([path]) as rows:
         if identity:
-            row, found = pages.find(rows, identity, Compared)
+            row, found = row_index.find(rows, identity, Compared)
             session.show(found, view.comparison, rows.place(row))
         elif browse:
             view.browse(view.stdout_console(), rows, offset, view.COMPARISONS)
@@ -737,14 +756,16 @@ def inspect_run(
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="All of it as a page with plots.")] = None,
 ) -> None:  # fmt: skip
     """A training run: curves, guards, gates."""
-    from dpo_cli import remedies, report, stats, view
+    from dpo_cli import html as report
+    from dpo_cli import view
+    from dpo_cli.training import remedies, run_history
 
     if explain:
         folder = Path(session.config.runs) / name
-        events = stats.read_run(folder).events if folder.is_dir() else []
+        events = run_history.read_run(folder).events if folder.is_dir() else []
         session.show(remedies.shown_by(events), view.explain)
         return
-    found = stats.read_run(Path(session.config.runs) / name)
+    found = run_history.read_run(Path(session.config.runs) / name)
     session.show(found, view.run)
     if html:
         _write_page(session, html, report.run(found))
@@ -769,18 +790,19 @@ def inspect_config(
     presets: Annotated[bool, typer.Option("--presets", help="What each preset sets and costs.")] = False,
 ) -> None:
     """Every setting, its value, and where that came from."""
-    from dpo_cli import stats, view
+    from dpo_cli import view
+    from dpo_cli.config import resolve
     from dpo_cli.training import preflight
 
     if presets:
         session.show(preflight.presets(session.config), view.presets)
         return
-    session.show(stats.settings(session.resolved), view.settings)
+    session.show(resolve.settings(session.resolved), view.settings)
 
 
 def _write_page(session: Session, path: Path, text: str) -> None:
     """A page for a browser, and where it is."""
-    from dpo_cli.store import write_file
+    from dpo_cli.data.files import write_file
 
     write_file(path, text.encode())
     session.suggest(f"look at {path} in a browser")

@@ -5,11 +5,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dpo_cli import job as jobs
-from dpo_cli.backends import _gke_render as rendering
-from dpo_cli.config import resolve
-from dpo_cli.job import Spec
-from dpo_cli.settings import Config
+from dpo_cli.config.resolve import resolve
+from dpo_cli.config.settings import Config
+from dpo_cli.jobs import spec as jobs_spec
+from dpo_cli.jobs.backends import _gke_render as rendering
+from dpo_cli.jobs.spec import Spec
 
 IMAGE = f"us-central1-docker.pkg.dev/project/nothing-dpo/nothing-dpo@sha256:{'0123456789abcdef' * 4}"
 GKE = [f"gke.image={IMAGE}", "gke.bucket=runs", "gke.project=my-project"]
@@ -19,16 +19,16 @@ def settings(*sets: str) -> Config:
     return resolve(sets=[*GKE, *sets], environment={}).config
 
 
-def spec_of(config: Config, command: jobs.Command = "train", **given: Any) -> Spec:
-    return jobs.make(config, command, gpu=config.gke.gpu if command == "train" else None, **given)
+def spec_of(config: Config, command: jobs_spec.Command = "train", **given: Any) -> Spec:
+    return jobs_spec.make(config, command, gpu=config.gke.gpu if command == "train" else None, **given)
 
 
-def rendered(config: Config, command: jobs.Command = "train", **given: Any) -> list[dict[str, Any]]:
+def rendered(config: Config, command: jobs_spec.Command = "train", **given: Any) -> list[dict[str, Any]]:
     spec = spec_of(config, command, **given)
-    return rendering.render(jobs.identity("gke", spec), spec, config.gke)
+    return rendering.render(jobs_spec.identity("gke", spec), spec, config.gke)
 
 
-def pod(config: Config, command: jobs.Command = "train", **given: Any) -> dict[str, Any]:
+def pod(config: Config, command: jobs_spec.Command = "train", **given: Any) -> dict[str, Any]:
     found: dict[str, Any] = rendered(config, command, **given)[0]["spec"]["template"]["spec"]
     return found
 

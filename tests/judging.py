@@ -7,11 +7,11 @@ from typing import Any
 
 from openai_server import Call, candidates
 
-from dpo_cli import judge
+from dpo_cli.config.settings import Config, JudgeSection, PairSection
+from dpo_cli.data.jsonl import read_latest, write_rows
+from dpo_cli.data.records import Completions, Judgment, Message, prompt_id
 from dpo_cli.progress import Silent
-from dpo_cli.schema import Completions, Judgment, Message, prompt_id
-from dpo_cli.settings import Config, JudgeSection, PairSection
-from dpo_cli.store import read_latest, write_rows
+from dpo_cli.stages import judge
 
 SHORT, MIDDLE, LONG = "[OTIS] No.", "[OTIS] It was raining, so I took it.", "[OTIS] " + "I only borrowed it. " * 8
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerC
 from transformers import models as architectures
 from trl import DPOConfig, DPOTrainer
 
-from dpo_cli.training import packed
+from dpo_cli.training.forward import packed
 
 VOCABULARY = 300
 SIZES: dict[str, Any] = {

@@ -1,11 +1,13 @@
-"""The generated parts of the README: each command's help. `python tests/readme.py --write` renews them."""
+"""The generated list of commands: each one's help. `python tests/readme.py --write` renews it."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+COMMANDS = ROOT / ".github" / "commands.md"
 BLOCK = re.compile(r"(<!-- help: (.*?) -->\n```text\n)(.*?)(```\n)", re.DOTALL)
 
 
@@ -22,16 +24,16 @@ def help_of(command: str) -> str:
 
 
 def renewed(text: str) -> str:
-    """The README with its help texts as they are now."""
+    """The list with the help texts as they are now."""
     return BLOCK.sub(lambda match: match[1] + help_of(match[2]) + match[4], text)
 
 
 def main() -> None:
-    text = README.read_text("utf-8")
+    text = COMMANDS.read_text("utf-8")
     if "--write" in sys.argv:
-        README.write_text(renewed(text), "utf-8")
+        COMMANDS.write_text(renewed(text), "utf-8")
     elif renewed(text) != text:
-        sys.exit("the README's help texts are out of date: python tests/readme.py --write")
+        sys.exit("the help texts are out of date: python tests/readme.py --write")
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@ import random
 import pytest
 from judging import config, write
 
-from dpo_cli import audit, pair
-from dpo_cli.judges import conclude, label_of, make_task
-from dpo_cli.length import length_controlled, length_slope, within
-from dpo_cli.schema import Completions, Judgment, Order, Preference, Usage, completions_id, prompt_id
-from dpo_cli.settings import PairSection
-from dpo_cli.store import read_latest, write_rows
+from dpo_cli.analysis import judge_audit
+from dpo_cli.analysis.length_bias import length_controlled, length_slope, within
+from dpo_cli.config.settings import PairSection
+from dpo_cli.data.jsonl import read_latest, write_rows
+from dpo_cli.data.records import Completions, Judgment, Order, Preference, Usage, completions_id, prompt_id
+from dpo_cli.judges import make_task
+from dpo_cli.judges._ranking import conclude, label_of
+from dpo_cli.stages.pair import run
 
 
 def row(number, *texts):
@@ -37,7 +39,7 @@ def judged(completions, *orders, **fields):
 
 def audited(*rows):
     """The audit of (completions, judgment) pairs."""
-    return audit.audit({j.id: j for _, j in rows}, {c.id: c for c, _ in rows})
+    return judge_audit.audit({j.id: j for _, j in rows}, {c.id: c for c, _ in rows})
 
 
 def simulated(prompts, primacy=0.0, per_character=0.0, seed=2):
@@ -65,15 +67,15 @@ def test_krippendorffs_own_example():
         [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, None],
     ]
     units = [[value for value in unit if value is not None] for unit in zip(*observers, strict=True)]
-    assert audit.krippendorff_alpha(units) == pytest.approx(0.849, abs=5e-4)
+    assert judge_audit.krippendorff_alpha(units) == pytest.approx(0.849, abs=5e-4)
 
 
 def test_alpha_by_hand():
     # Values 1 2 | 4 4 | 7, the last one alone and unpaired. Observed (1/4)(2·1) = 0.5.
     # Expected: squared differences of 1 2 4 4: 1 9 9 4 4 0, twice their sum over 4·3 = 54/12 = 4.5. α = 1 − 0.5/4.5.
-    assert audit.krippendorff_alpha([[1, 2], [4, 4], [7]]) == pytest.approx(8 / 9)
-    assert audit.krippendorff_alpha([[3, 3], [3, 3]]) is None
-    assert audit.krippendorff_alpha([]) is None
+    assert judge_audit.krippendorff_alpha([[1, 2], [4, 4], [7]]) == pytest.approx(8 / 9)
+    assert judge_audit.krippendorff_alpha([[3, 3], [3, 3]]) is None
+    assert judge_audit.krippendorff_alpha([]) is None
 
 
 def test_flips_and_tau_by_hand():
@@ -137,7 +139,7 @@ def test_counts_skips_errors_and_cost():
         "3": Judgment(id="3", completions_id="", skipped="refused: never", **spent),
         "4": Judgment(id="4", completions_id="", error="timeout", **spent),
     }
-    found = audit.audit(rows, {"1": one})
+    found = judge_audit.audit(rows, {"1": one})
     assert (found.total, found.judged, found.skipped, found.errors) == (4, 1, {"refused": 2}, {"timeout": 1})
     assert (found.skipped_share.count, found.skipped_share.n) == (2, 4)
     assert (found.consistent.count, found.consistent.n) == (0, 1)  # the second order prefers 1, the mean 0
@@ -237,7 +239,7 @@ def test_pair_length_control_changes_the_pair(tmp_path):
     write_rows(tmp_path / "judgments.jsonl", [judgment for _, judgment in rows])
     longer = {}
     for control in (False, True):
-        pair.run(config(tmp_path, pair=PairSection(length_control=control, min_gap=0, val_share=0)))
+        run.run(config(tmp_path, pair=PairSection(length_control=control, min_gap=0, val_share=0)))
         made = read_latest(tmp_path / "train.jsonl", Preference).values()
         longer[control] = sum(len(p.chosen[0]["content"]) > len(p.rejected[0]["content"]) for p in made) / len(made)
     assert longer[False] > 0.8
@@ -246,4 +248,4 @@ def test_pair_length_control_changes_the_pair(tmp_path):
 
 def test_many_completions_are_few_points_in_the_plot():
     found = audited(*simulated(150))
-    assert 200 < len(found.length.points) <= audit.POINTS
+    assert 200 < len(found.length.points) <= judge_audit.POINTS

@@ -12,9 +12,9 @@ from batch_server import BatchServer
 from judging import Log, config, judgments, rows, run, write
 from openai_server import Server, shares
 
-from dpo_cli import judge
 from dpo_cli.endpoint import batch
 from dpo_cli.errors import Exit, UserError
+from dpo_cli.stages import judge
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def test_a_batch_gives_the_verdicts_of_the_live_judge_for_its_own_price(tmp_path
     assert sorted(file.name for file in tmp_path.glob("judge.*")) == ["judge.batches.jsonl", "judge.replies.jsonl"]
 
 
-RUN = "import msgspec, sys; from dpo_cli import judge; from dpo_cli.config import Config; "
+RUN = "import msgspec, sys; from dpo_cli.stages import judge; from dpo_cli.config.settings import Config; "
 RUN += "from dpo_cli.progress import Silent; judge.run(msgspec.json.decode(sys.argv[1], type=Config), Silent())"
 
 

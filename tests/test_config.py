@@ -5,24 +5,24 @@ from pathlib import Path
 
 import pytest
 
-from dpo_cli import config
+from dpo_cli.config import presets, resolve
 from dpo_cli.errors import UserError
 
-PACKAGE = Path(config.__file__).parent
+PACKAGE = Path(resolve.__file__).parent
 
 
 def test_each_layer_beats_the_ones_below_it(tmp_path, monkeypatch):
-    monkeypatch.setitem(config.PRESETS, "p", {"generate.n": 2, "model.name": "preset", "model.base": "preset"})
+    monkeypatch.setitem(presets.PRESETS, "p", {"generate.n": 2, "model.name": "preset", "model.base": "preset"})
     file = tmp_path / "c.toml"
     file.write_text('preset = "p"\n[generate]\nn = 3\n[model]\nname = "file"\n')
-    resolved = config.resolve(
+    resolved = resolve.resolve(
         flags={"generate.n": 5, "generate.seed": None}, sets=["generate.n=4", "model.name=set"], file=file,
         environment={"SERVE_MODEL": "env", "ADAPTER_PATH": "env"},
     )  # fmt: skip
     keys = ["generate.n", "model.name", "model.adapter", "model.base", "generate.seed"]
-    assert [config.get(resolved.config, key) for key in keys] == [5, "set", "env", "preset", 42]
+    assert [resolve.get(resolved.config, key) for key in keys] == [5, "set", "env", "preset", 42]
     assert [resolved.sources[key] for key in keys] == ["flag", "--set", "env ADAPTER_PATH", "preset p", "default"]
-    without = config.resolve(file=file, environment={"SERVE_MODEL": "env"})
+    without = resolve.resolve(file=file, environment={"SERVE_MODEL": "env"})
     assert (without.config.generate.n, without.config.model.name) == (3, "env")
     assert without.sources["generate.n"] == str(file)
 
@@ -34,15 +34,15 @@ def test_toml_and_yaml_mean_the_same(tmp_path, name):
         file.write_text('[train]\nlearning_rate = 5e-6\ntarget_modules = ["q_proj"]\nbf16 = true\n')
     else:
         file.write_text("train:\n  learning_rate: 5e-6\n  target_modules: [q_proj]\n  bf16: yes\n")
-    train = config.resolve(file=file, environment={}).config.train
+    train = resolve.resolve(file=file, environment={}).config.train
     assert (train.learning_rate, train.target_modules, train.bf16) == (5e-6, ["q_proj"], True)
 
 
-@pytest.mark.parametrize("variable", config.ENVIRONMENT)
+@pytest.mark.parametrize("variable", resolve.ENVIRONMENT)
 def test_each_environment_variable_sets_its_key(variable):
-    key = config.ENVIRONMENT[variable]
-    resolved = config.resolve(environment={variable: "/somewhere/else"})
-    assert config.get(resolved.config, key) == "/somewhere/else"
+    key = resolve.ENVIRONMENT[variable]
+    resolved = resolve.resolve(environment={variable: "/somewhere/else"})
+    assert resolve.get(resolved.config, key) == "/somewhere/else"
     assert resolved.sources[key] == f"env {variable}"
 
 
@@ -57,7 +57,7 @@ def test_each_environment_variable_sets_its_key(variable):
 )
 def test_unknown_keys_are_refused_with_a_suggestion(text, hint):
     with pytest.raises(UserError) as caught:
-        config.resolve(sets=[text], environment={})
+        resolve.resolve(sets=[text], environment={})
     assert hint in str(caught.value.hint)
     assert caught.value.code == 2
 
@@ -65,7 +65,7 @@ def test_unknown_keys_are_refused_with_a_suggestion(text, hint):
 @pytest.mark.parametrize("text", ["generate.n=0", "generate.n=three", "generate.top_p=1.5", "train.beta=-1"])
 def test_values_out_of_bounds_are_refused_by_name(text):
     with pytest.raises(UserError, match=text.partition("=")[0]):
-        config.resolve(sets=[text], environment={})
+        resolve.resolve(sets=[text], environment={})
 
 
 @pytest.mark.parametrize("content", ["[generate\n", "generate = 3\n", '[generate]\nn = "x"\n', "a = 1\n"])
@@ -73,11 +73,13 @@ def test_a_broken_file_is_named(tmp_path, content):
     file = tmp_path / "broken.toml"
     file.write_text(content)
     with pytest.raises(UserError, match=r"broken\.toml"):
-        config.resolve(file=file, environment={})
+        resolve.resolve(file=file, environment={})
 
 
 def test_none_unsets_an_optional_value():
-    assert config.resolve(sets=["generate.url=none"], environment={"SERVE_URL": "http://x"}).config.generate.url is None
+    assert (
+        resolve.resolve(sets=["generate.url=none"], environment={"SERVE_URL": "http://x"}).config.generate.url is None
+    )
 
 
 def test_every_setting_is_documented_and_read():
@@ -85,6 +87,6 @@ def test_every_setting_is_documented_and_read():
     for file in PACKAGE.rglob("*.py"):
         if file.name not in ("config.py", "cli.py"):
             read |= {node.attr for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)}
-    for key in config.fields():
-        assert config.describe(key).endswith("."), key
+    for key in resolve.fields():
+        assert resolve.describe(key).endswith("."), key
         assert key.rpartition(".")[2] in read, f"no room reads {key}"

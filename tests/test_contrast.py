@@ -5,12 +5,14 @@ from judging import config as judge_config
 from openai_server import Server, first, scene
 from test_generate import SYSTEM, folder, messages, rows, run, short_backoff
 
-from dpo_cli import judge, pair
-from dpo_cli.engines import Request, split
+from dpo_cli.config.settings import GenerateSection
+from dpo_cli.data.records import prompt_id
+from dpo_cli.engines import Request
+from dpo_cli.engines._contrast import split
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Silent
-from dpo_cli.schema import prompt_id
-from dpo_cli.settings import GenerateSection
+from dpo_cli.stages import judge
+from dpo_cli.stages.pair import run as pair
 
 __all__ = ["folder", "short_backoff"]
 
@@ -112,7 +114,7 @@ def test_the_judge_decides_which_is_chosen(folder):
 
 
 def _pairs(path):
-    from dpo_cli.schema import Preference
-    from dpo_cli.store import read_rows
+    from dpo_cli.data.jsonl import read_rows
+    from dpo_cli.data.records import Preference
 
     return [row for _, row in read_rows(path, Preference)]

@@ -10,14 +10,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dpo_cli.config.settings import Config, EvaluateSection, GenerateSection
+from dpo_cli.data.jsonl import read_rows
 from dpo_cli.engines.transformers import Model
-from dpo_cli.evaluate import divergence
-from dpo_cli.evaluate.divergence import Measured, measure
-from dpo_cli.evaluate.sampling import Purse, Side
 from dpo_cli.progress import Silent
-from dpo_cli.settings import Config, EvaluateSection, GenerateSection
-from dpo_cli.store import read_rows
-from dpo_cli.training import sampled_kl
+from dpo_cli.stages.evaluate import divergence
+from dpo_cli.stages.evaluate.divergence import Measured, measure
+from dpo_cli.stages.evaluate.sampling import Purse, Side
+from dpo_cli.training import kl as sampled_kl
 
 END, A, B, PAD, PROMPT = range(5)
 POLICY = [0.2, 0.3, 0.5, 0.0, 0.0]
@@ -58,7 +58,7 @@ def found(pair: tuple[Any, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) 
         yield other
 
     model = Model(policy, tokenizer, frozenset({END}), 256)
-    monkeypatch.setattr("dpo_cli.evaluate.adapters.load_both", lambda config: (model, as_reference))
+    monkeypatch.setattr("dpo_cli.stages.evaluate.adapters.load_both", lambda config: (model, as_reference))
     seen: list[list[int]] = []
     sample = sampled_kl.sample
 

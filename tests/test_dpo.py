@@ -6,7 +6,7 @@ import pytest
 from adapters import base_model, save_adapter
 from training import Lines, pair, settings, write_data
 
-from dpo_cli import store
+from dpo_cli.data import jsonl
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Silent
 from dpo_cli.training.run_folder import RunFolder
@@ -31,10 +31,10 @@ def trainer_of(start, tmp_path):
     from peft import PeftModel
     from trl import DPOConfig
 
-    from dpo_cli import dpo
+    from dpo_cli.training import dpo
     from dpo_cli.training.trainer import arguments, fresh_lora, load_base, load_encoder
 
-    with store.Journal(tmp_path / "events.jsonl") as events:
+    with jsonl.Journal(tmp_path / "events.jsonl") as events:
 
         def make(*sets, adapter="sft"):
             config = settings(start, start / "base", *sets)
@@ -71,7 +71,7 @@ def test_the_first_loss_is_ln_2(trainer_of):
     trainer = trainer_of("train.max_steps=1")
     trainer.train()
     assert abs(trainer.state.log_history[0]["loss"] - math.log(2)) < 1e-6
-    [event] = [row for _, row in store.read_rows(trainer.events.path, dict)]
+    [event] = [row for _, row in jsonl.read_rows(trainer.events.path, dict)]
     assert event["ok"] and event["margin"] == 0 and abs(event["loss"] - math.log(2)) < 1e-6
 
 
@@ -132,7 +132,7 @@ def imprecise_reference(trainer):
     ],
 )
 def test_a_wrong_step_zero_stops_with_its_cause_before_anything_is_trained(trainer_of, mistake, cause):
-    from dpo_cli.dpo import adapter_weights
+    from dpo_cli.training.reference_check import adapter_weights
 
     trainer = trainer_of()
     mistake(trainer)
@@ -141,12 +141,13 @@ def test_a_wrong_step_zero_stops_with_its_cause_before_anything_is_trained(train
         trainer.train()
     assert stopped.value.code == Exit.FAILED
     assert all(value.equal(before[name]) for name, value in adapter_weights(trainer.model, "default").items())
-    [event] = [row for _, row in store.read_rows(trainer.events.path, dict)]
+    [event] = [row for _, row in jsonl.read_rows(trainer.events.path, dict)]
     assert not event["ok"]
 
 
 def test_the_tolerance_of_step_zero_is_a_setting(start, tmp_path, monkeypatch):
-    from dpo_cli import dpo, train
+    from dpo_cli.stages import train
+    from dpo_cli.training import dpo
 
     places = (f"runs={tmp_path / 'runs'}", f"model.dpo_adapter={tmp_path / 'out'}", "train.max_steps=1")
     config = settings(start, start / "base", *places, "gate.step_zero_tolerance=100")
@@ -157,7 +158,8 @@ def test_the_tolerance_of_step_zero_is_a_setting(start, tmp_path, monkeypatch):
 def test_a_failed_step_zero_is_reported_and_no_result(start, tmp_path, monkeypatch):
     import json
 
-    from dpo_cli import dpo, train
+    from dpo_cli.stages import train
+    from dpo_cli.training import dpo
 
     config = settings(start, start / "base", f"runs={tmp_path / 'runs'}", f"model.dpo_adapter={tmp_path / 'out'}")
     monkeypatch.setattr(dpo, "check_reference", lambda model, adapter: shift(model, "ref", 0.05))
@@ -169,7 +171,7 @@ def test_a_failed_step_zero_is_reported_and_no_result(start, tmp_path, monkeypat
 
 
 def test_the_reference_must_hold_the_sft_adapter(start, trainer_of):
-    from dpo_cli.dpo import check_reference
+    from dpo_cli.training.reference_check import check_reference
 
     trainer = trainer_of()
     check_reference(trainer.model, start / "sft")
@@ -192,7 +194,7 @@ def test_loss_margin_and_kl_of_one_batch_by_hand(trainer_of):
         logits = trainer.model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
         return logits.log_softmax(-1)[range(len(completion)), completion]
 
-    from dpo_cli.dpo import reference_of
+    from dpo_cli.training.dpo import reference_of
 
     losses, margins, k3 = [], [], []
     with torch.no_grad():
@@ -220,7 +222,7 @@ def test_kl_is_that_of_the_two_distributions(trainer_of):
     """KL is 0 for equal models; else what torch's own kl_div says on the same completions, always positive."""
     import torch
 
-    from dpo_cli.dpo import reference_of
+    from dpo_cli.training.dpo import reference_of
 
     trainer = trainer_of()
     trainer.model.eval()
@@ -277,7 +279,7 @@ def test_the_libraries_keep_off_the_terminal(start, tmp_path, capfd):
     import logging
     import warnings
 
-    from dpo_cli import train
+    from dpo_cli.stages import train
 
     config = settings(start, start / "base", f"runs={tmp_path / 'runs'}", f"model.dpo_adapter={tmp_path / 'out'}")
     config.train.max_steps = 1

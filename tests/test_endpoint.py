@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 from openai_server import Server, first
 
-from dpo_cli import endpoint
-from dpo_cli.endpoint import Endpoint, Price, Rejected, price_of
-from dpo_cli.endpoint.pace import Pace
-from dpo_cli.endpoint.wire import read_error, read_reply, retry_after
+from dpo_cli.data.records import Usage
+from dpo_cli.endpoint import client as endpoint
+from dpo_cli.endpoint.client import Endpoint
+from dpo_cli.endpoint.concurrency import Pace
+from dpo_cli.endpoint.http import Rejected
+from dpo_cli.endpoint.prices import Price, price_of
+from dpo_cli.endpoint.responses import read_error, read_reply, retry_after
 from dpo_cli.errors import Exit, UserError
-from dpo_cli.schema import Usage
 
 
 def body(number=0, **more):

@@ -7,16 +7,18 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from dpo_cli import config, evaluate
+from dpo_cli.config import resolve
+from dpo_cli.config.settings import Config
+from dpo_cli.data.jsonl import read_rows, write_rows
+from dpo_cli.data.records import Compared
 from dpo_cli.demo.tiny import make_base
 from dpo_cli.engines import Request, Sampled
 from dpo_cli.engines.transformers import load, run
 from dpo_cli.errors import UserError
-from dpo_cli.evaluate import Compared
-from dpo_cli.evaluate.numbers import Rate, bootstrap, win_rate
 from dpo_cli.progress import Silent
-from dpo_cli.settings import Config
-from dpo_cli.store import read_rows, write_rows
+from dpo_cli.stages.evaluate import run as evaluate
+from dpo_cli.stages.evaluate.win_rate import win_rate
+from dpo_cli.statistics import Rate, bootstrap
 
 
 def test_win_rate_by_hand() -> None:
@@ -68,7 +70,7 @@ def two_adapters(folder: Path) -> Config:
         "judge.judge": "function", "judge.function": f"{__file__}:score", "evaluate.prompts": folder / "heldout.jsonl",
         "generate.engine": "transformers", "generate.max_tokens": 12, "evaluate.samples": 2,
     }  # fmt: skip
-    return config.resolve({key: str(value) for key, value in keys.items()}, environment={}).config
+    return resolve.resolve({key: str(value) for key, value in keys.items()}, environment={}).config
 
 
 def test_identical_adapters_are_even(settings: Config) -> None:
@@ -115,8 +117,8 @@ def test_a_missing_prompt_file_is_named(settings: Config) -> None:
 def test_kl_is_nothing_between_equals_and_what_the_distributions_say_between_others(
     settings: Config, tmp_path: Path
 ) -> None:
-    from dpo_cli.evaluate.adapters import load_both
-    from dpo_cli.evaluate.divergence import Measured
+    from dpo_cli.stages.evaluate.adapters import load_both
+    from dpo_cli.stages.evaluate.divergence import Measured
 
     settings = replace(settings, data=str(tmp_path), evaluate=replace(settings.evaluate, kl_prompts=10))
     same = replace(settings, model=replace(settings.model, dpo_adapter=settings.model.adapter))

@@ -18,13 +18,14 @@ from msgspec.structs import replace
 from openai_server import Call, Server, first, longest
 from test_injection import HOSTILE, gullible
 
-from dpo_cli import evaluate
+from dpo_cli.config.settings import Config, EvaluateSection, GenerateSection, JudgeSection, ModelSection
+from dpo_cli.data.jsonl import read_rows, write_rows
+from dpo_cli.data.records import Compared
 from dpo_cli.errors import Exit, UserError
-from dpo_cli.evaluate import Compared, Evaluation
-from dpo_cli.judges._wire import GRADE, RATING, read_verdict
+from dpo_cli.judges._prompt import GRADE, RATING, read_verdict
 from dpo_cli.progress import Silent
-from dpo_cli.settings import Config, EvaluateSection, GenerateSection, JudgeSection, ModelSection
-from dpo_cli.store import read_rows, write_rows
+from dpo_cli.stages.evaluate import run as evaluate
+from dpo_cli.stages.evaluate.results import Evaluation
 
 STAR = "★"
 
@@ -171,7 +172,7 @@ def test_several_samples_meet_one_by_one(folder):
 
 @pytest.mark.parametrize("fault", ["429:0", "503", "malformed", "drop"])
 def test_passing_faults_change_nothing(folder, fault, monkeypatch):
-    monkeypatch.setattr("dpo_cli.endpoint.MAX_BACKOFF_SECONDS", 0.05)
+    monkeypatch.setattr("dpo_cli.endpoint.client.MAX_BACKOFF_SECONDS", 0.05)
     with Server(quality=vowels, fault=first(1, fault)) as server:
         struck = run(config(folder, server.url))
     expected = rows(folder)
@@ -334,8 +335,8 @@ def test_a_dry_run_says_what_is_owed_and_sends_nothing(folder):
         assert server.calls.total() == 30
 
 
-RUN = "import msgspec, sys; from dpo_cli import evaluate; from dpo_cli.settings import Config; "
-RUN += "from dpo_cli.progress import Silent; evaluate.run(msgspec.json.decode(sys.argv[1], type=Config), Silent())"
+RUN = "import msgspec, sys; from dpo_cli.stages.evaluate import run; from dpo_cli.config.settings import Config; "
+RUN += "from dpo_cli.progress import Silent; run.run(msgspec.json.decode(sys.argv[1], type=Config), Silent())"
 
 
 def test_killed_twice_it_ends_as_if_never_killed(tmp_path):

@@ -6,7 +6,8 @@ from statistics import fmean
 
 import pytest
 
-from dpo_cli.evaluate.numbers import PRIOR_SD, Rate, distinct, length_controlled
+from dpo_cli.stages.evaluate.win_rate import PRIOR_SD, distinct, length_controlled
+from dpo_cli.statistics import Rate
 
 
 def logistic(x: float) -> float:

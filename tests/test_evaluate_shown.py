@@ -11,8 +11,8 @@ from screen import HOSTILE, Terminal
 from test_evaluate_judged import STAR, config, likes_stars, run
 from test_report import Page
 
-from dpo_cli.schema import Compared
-from dpo_cli.store import read_latest, write_rows
+from dpo_cli.data.jsonl import read_latest, write_rows
+from dpo_cli.data.records import Compared
 
 EVIL = "</p><script>alert(1)</script>\x1b[31m\u202e" + " ".join(HOSTILE).replace(
     "\ud800", ""

@@ -9,12 +9,12 @@ import nemo_rl as schema
 import pytest
 import yaml
 
+from dpo_cli.config.settings import Config
+from dpo_cli.data.formats.export import export
+from dpo_cli.data.formats.nemo_rl import batches, launch_lines
+from dpo_cli.data.formats.preferences import read_preferences
+from dpo_cli.data.records import Preference, preference_id
 from dpo_cli.errors import UserError
-from dpo_cli.formats.export import export
-from dpo_cli.formats.nemo_rl import batches, launch_lines
-from dpo_cli.formats.preferences import read_preferences
-from dpo_cli.schema import Preference, preference_id
-from dpo_cli.settings import Config
 
 
 def user(text):

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from judging import config, judgments, row, rows, run, write
 
+from dpo_cli.config.settings import GenerateSection
 from dpo_cli.errors import UserError
-from dpo_cli.settings import GenerateSection
 
 WORDS = "def score(prompt, completion):\n    return len(completion.split())\n"
 

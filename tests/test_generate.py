@@ -9,11 +9,13 @@ import time
 import pytest
 from openai_server import Server, first, scene
 
-from dpo_cli import config, endpoint, generate
+from dpo_cli.config import resolve
+from dpo_cli.data.jsonl import Journal, read_latest
+from dpo_cli.data.records import Completions, canonical, prompt_id
+from dpo_cli.endpoint import client
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Silent
-from dpo_cli.schema import Completions, canonical, prompt_id
-from dpo_cli.store import Journal, read_latest
+from dpo_cli.stages import generate
 
 SYSTEM = {"role": "system", "content": "Write the next lines."}
 
@@ -30,7 +32,7 @@ class Lines(Silent):
 
 @pytest.fixture(autouse=True)
 def short_backoff(monkeypatch):
-    monkeypatch.setattr(endpoint, "MAX_BACKOFF_SECONDS", 0.05)
+    monkeypatch.setattr(client, "MAX_BACKOFF_SECONDS", 0.05)
 
 
 @pytest.fixture
@@ -53,7 +55,7 @@ def write_prompts(path, rows):
 def run(server, progress=None, limit=None, dry_run=False, **settings):
     flags = {"generate.url": server and server.url, "model.name": "writer", "generate.timeout": 5.0}
     flags |= {key.replace("__", "."): value for key, value in settings.items()}
-    resolved = config.resolve(flags, environment={}).config
+    resolved = resolve.resolve(flags, environment={}).config
     return generate.run(resolved, progress or Silent(), limit=limit, dry_run=dry_run)
 
 

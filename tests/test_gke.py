@@ -11,13 +11,13 @@ from gke_jobs import bucket_server, settings
 from kube_server import Life
 from training import Lines
 
-from dpo_cli import job as jobs
-from dpo_cli import launch
-from dpo_cli.backends import gke
-from dpo_cli.backends._gke_cluster import Cluster
 from dpo_cli.errors import Exit, UserError
-from dpo_cli.relay import PREFIX, Line, Outcome
-from dpo_cli.train import Trained
+from dpo_cli.jobs import launch
+from dpo_cli.jobs import registry as jobs
+from dpo_cli.jobs.backends import gke
+from dpo_cli.jobs.backends._gke_cluster import Cluster
+from dpo_cli.jobs.progress_lines import PREFIX, Line, Outcome
+from dpo_cli.stages.train import Trained
 
 NAME = "nothing-dpo-train-dpo"
 PAIR = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'

@@ -8,9 +8,9 @@ import yaml
 from gke_jobs import spec_of
 from kube_rules import faults
 
-from dpo_cli.backends import gke
-from dpo_cli.backends._gke_render import USER
-from dpo_cli.config import resolve
+from dpo_cli.config.resolve import resolve
+from dpo_cli.jobs.backends import gke
+from dpo_cli.jobs.backends._gke_render import USER
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = ROOT / "examples" / "gke" / "Dockerfile"

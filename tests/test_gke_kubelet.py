@@ -12,10 +12,10 @@ from kube_server import Life
 from openai_server import Server
 from training import Lines, metrics, settings, write_data, write_rows
 
-from dpo_cli import launch
 from dpo_cli.adapter import check_adapter
-from dpo_cli.backends import gke
 from dpo_cli.errors import Exit
+from dpo_cli.jobs import launch
+from dpo_cli.jobs.backends import gke
 
 
 @pytest.fixture

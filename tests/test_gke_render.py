@@ -12,9 +12,9 @@ import yaml
 from gke_jobs import IMAGE, pod, rendered, settings, spec_of
 from kube_rules import amount, faults, restricted_pod, unknown_fields
 
-from dpo_cli import store
-from dpo_cli.backends import gke
+from dpo_cli.data import jsonl
 from dpo_cli.errors import UserError
+from dpo_cli.jobs.backends import gke
 
 KINDS = {
     "train on spot": ([], {}),
@@ -126,7 +126,7 @@ def test_the_first_rule_forgives_preemption_and_the_others_end_the_job():
 
 def test_our_process_is_the_first_one_and_no_shell_stands_before_it():
     container = pod(settings())["containers"][0]
-    assert container["command"] == ["python", "-m", "dpo_cli.entry"]
+    assert container["command"] == ["python", "-m", "dpo_cli.jobs.worker"]
     assert "args" not in container
 
 
@@ -169,9 +169,9 @@ def test_caches_are_on_the_nodes_disk_and_shared_memory_is_within_the_memory():
 
 def test_a_mounted_file_is_synced_no_more_often_than_its_object_may_change():
     given = {one["name"]: one.get("value") for one in pod(settings(), command="judge")["containers"][0]["env"]}
-    code = "from dpo_cli import store; print(store.SYNC_SECONDS)"
+    code = "from dpo_cli.data import jsonl; print(jsonl.SYNC_SECONDS)"
     seen = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {store.SYNC: given[store.SYNC]}, capture_output=True, text=True
+        [sys.executable, "-c", code], env=os.environ | {jsonl.SYNC: given[jsonl.SYNC]}, capture_output=True, text=True
     ).stdout
     assert 1 < float(seen) <= 10  # a pod that is killed without a word loses so much
 

@@ -4,9 +4,9 @@ import math
 
 import pytest
 
-from dpo_cli import guards
-from dpo_cli.guards import State
-from dpo_cli.settings import GateSection
+from dpo_cli.config.settings import GateSection
+from dpo_cli.training import guards
+from dpo_cli.training.guards import State
 from dpo_cli.training.run_folder import RunFolder
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from test_evaluate import two_adapters
 
-from dpo_cli import errors, evaluate
+from dpo_cli import errors
+from dpo_cli.config.settings import Config
+from dpo_cli.data.jsonl import write_rows
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Silent
-from dpo_cli.settings import Config
-from dpo_cli.store import write_rows
+from dpo_cli.stages.evaluate import harness
 
 TASK = """
 task: kettles
@@ -30,7 +31,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 def test_without_the_extra_its_install_command_is_named(monkeypatch):
     monkeypatch.setitem(errors.EXTRAS, "harness", "no_such_module")
     with pytest.raises(UserError) as error:
-        evaluate.harness(Config(), Silent(), ["arc_easy"])
+        harness.harness(Config(), Silent(), ["arc_easy"])
     assert error.value.hint == "pip install 'nothing-dpo[harness]'"
 
 
@@ -38,7 +39,7 @@ def test_a_file_that_is_no_task_is_named(tmp_path):
     pytest.importorskip("lm_eval")
     (tmp_path / "bad.yaml").write_text("group: x")
     with pytest.raises(UserError, match="no task"):
-        evaluate.harness(Config(), Silent(), [str(tmp_path / "bad.yaml")])
+        harness.harness(Config(), Silent(), [str(tmp_path / "bad.yaml")])
 
 
 def test_both_adapters_are_scored_as_by_hand(tmp_path: Path):
@@ -53,7 +54,7 @@ def test_both_adapters_are_scored_as_by_hand(tmp_path: Path):
     write_rows(tmp_path / "rows.jsonl", rows)
     (tmp_path / "kettles.yaml").write_text(TASK.format(rows=tmp_path / "rows.jsonl"))
     settings = two_adapters(tmp_path)
-    result = evaluate.harness(settings, Silent(), [str(tmp_path / "kettles.yaml")])
+    result = harness.harness(settings, Silent(), [str(tmp_path / "kettles.yaml")])
     (score,) = [score for score in result.scores if score.metric == "acc"]
 
     def accuracy(adapter: str | None) -> float:

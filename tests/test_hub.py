@@ -5,9 +5,9 @@ import pytest
 from test_storage import AtMegabyte, on_disk, put
 from training import exit_code_of
 
-from dpo_cli import storage
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Silent
+from dpo_cli.storage import sync
 
 FILES = {"README.md": b"---\ntags: [x]\n---\n", "a.bin": b"a" * 2_000_000, "deep/b.bin": b"b" * 3_000_000}
 
@@ -34,7 +34,7 @@ def test_a_repository_is_made_private_and_filled_by_one_commit_and_not_again(hub
     assert put(FILES, "hf://me/model").sent == {}
     assert put(FILES | {"c.json": b"{}"}, "hf://me/model").sent == {"c.json": 2}
     assert hub.commits == [sorted(FILES), ["c.json"]]
-    assert storage.get("hf://me/model", tmp_path / "back", Silent()).bytes == 5_000_020
+    assert sync.get("hf://me/model", tmp_path / "back", Silent()).bytes == 5_000_020
     assert on_disk(tmp_path / "back") == FILES | {"c.json": b"{}"}
 
 
@@ -63,4 +63,4 @@ def test_without_a_token_the_login_command_is_named(hub, monkeypatch, token):
 
 def test_a_repository_that_is_not_there_has_nothing_to_fetch(hub, tmp_path):
     with pytest.raises(UserError, match="nothing is there"):
-        storage.get("hf://me/none", tmp_path / "back", Silent())
+        sync.get("hf://me/none", tmp_path / "back", Silent())

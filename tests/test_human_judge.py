@@ -13,10 +13,11 @@ from judging import config, judgments, run, write
 from openai_server import Server
 from screen import FORBIDDEN, HOSTILE, Terminal
 
+from dpo_cli.data.jsonl import write_rows
+from dpo_cli.data.records import Completions, Judgment, Order, completions_id, prompt_id
 from dpo_cli.errors import UserError
-from dpo_cli.judges._agreement import agree, wilson
-from dpo_cli.schema import Completions, Judgment, Order, completions_id, prompt_id
-from dpo_cli.store import write_rows
+from dpo_cli.judges._agreement import agree
+from dpo_cli.statistics import wilson
 
 COMMAND = "from dpo_cli.cli import main; main()"
 # All that the session itself writes besides text.

@@ -14,15 +14,16 @@ import pytest
 from judging import LONG, MIDDLE, SHORT, Log, config, judgments, reply, row, rows, run, scripted, write
 from openai_server import Server, first, shares
 
-from dpo_cli import judge
-from dpo_cli.endpoint import Rejected
+from dpo_cli.config.settings import Config, GenerateSection, JudgeSection
+from dpo_cli.data.records import Order
+from dpo_cli.endpoint.http import Rejected
 from dpo_cli.errors import UserError
-from dpo_cli.judges import Task, label_of, llm, make_task, names
-from dpo_cli.judges._endings import ENDINGS, ending_warning
+from dpo_cli.judges import Task, llm, make_task, names
+from dpo_cli.judges._deprecations import ENDINGS, ending_warning
 from dpo_cli.judges._orders import Heard, aggregate, cyclic_orders, preference
-from dpo_cli.judges._wire import Verdict, read_verdict
-from dpo_cli.schema import Order
-from dpo_cli.settings import Config, GenerateSection, JudgeSection
+from dpo_cli.judges._prompt import Verdict, read_verdict
+from dpo_cli.judges._ranking import label_of
+from dpo_cli.stages import judge
 
 OPENAI = "https://api.openai.com/v1"
 
@@ -385,7 +386,7 @@ def test_limit_and_dry_run(tmp_path):
         assert run(config(tmp_path, server.url)).judged == 2
 
 
-RUN = "import msgspec, sys; from dpo_cli import judge; from dpo_cli.config import Config; "
+RUN = "import msgspec, sys; from dpo_cli.stages import judge; from dpo_cli.config.settings import Config; "
 RUN += "from dpo_cli.progress import Silent; judge.run(msgspec.json.decode(sys.argv[1], type=Config), Silent())"
 
 

@@ -10,10 +10,11 @@ import pytest
 from adapters import base_model, save_adapter
 from training import Lines, read_rows, settings, write_data, write_rows
 
-from dpo_cli import entry, job, launch
-from dpo_cli.backends import local
 from dpo_cli.errors import Exit, UserError
-from dpo_cli.job import Job
+from dpo_cli.jobs import launch, registry, worker
+from dpo_cli.jobs import spec as jobs_spec
+from dpo_cli.jobs.backends import local
+from dpo_cli.jobs.registry import Job
 from dpo_cli.progress import Silent
 
 
@@ -39,7 +40,7 @@ def test_a_detached_run_is_found_again_and_ends_as_it_would_here(work):
     with pytest.raises(UserError, match=r"config\.train\.beta is 0\.3, was 0\.1"):
         launch.submit("local", launch.spec("local", config, "train"), config, Silent())
 
-    launched = launch.attach(job.get("local", config), config, progress)
+    launched = launch.attach(registry.get("local", config), config, progress)
     report = json.loads((folder / "runs/dpo/report.json").read_text())
     assert (launched.status.state, launched.status.exit_code) == ("succeeded", Exit.OK)
     assert launched.result["policy_sha256"] == report["policy_sha256"]
@@ -83,12 +84,12 @@ def test_a_card_that_is_not_here_and_more_machines_are_refused(work):
 
 def test_a_second_attempt_of_a_fresh_start_does_not_start_over_again(work):
     folder, config = work
-    fresh = job.make(config, "train", volume=None, fresh=True)
-    assert entry.outcome(fresh, Silent()).result["resumed_from"] is None
+    fresh = jobs_spec.make(config, "train", volume=None, fresh=True)
+    assert worker.outcome(fresh, Silent()).result["resumed_from"] is None
     (folder / "runs/dpo/report.json").unlink()  # as if it had been preempted before its end
-    assert entry.outcome(fresh, Silent()).result["resumed_from"] == 8
-    another = job.make(config, "train", volume=None, fresh=True)
-    assert entry.outcome(another, Silent()).result["resumed_from"] is None
+    assert worker.outcome(fresh, Silent()).result["resumed_from"] == 8
+    another = jobs_spec.make(config, "train", volume=None, fresh=True)
+    assert worker.outcome(another, Silent()).result["resumed_from"] is None
 
 
 class Elsewhere:
@@ -113,7 +114,7 @@ def test_results_replace_what_is_here_but_rows_made_here_meanwhile_stay(work, mo
     write_rows(data / "completions.jsonl", rows)
     there = {"data/completions.jsonl": '{"id": "1", "completions": ["new", "newer"]}\n'}
     monkeypatch.setattr(launch.backends, "load", lambda name: Elsewhere(there))
-    spec = job.make(config, "generate")
+    spec = jobs_spec.make(config, "generate")
     launch.bring_home(Job(id="x", backend="x", spec=spec), config, Silent())
     rows = {row["id"]: row["completions"] for row in read_rows(data / "completions.jsonl")}
     assert rows == {"1": ["new", "newer"], "2": ["paid"]}
@@ -124,7 +125,7 @@ def test_results_replace_what_is_here_but_rows_made_here_meanwhile_stay(work, mo
     there.clear()
     there["out/adapter_config.json"] = '{"base_model_name_or_path": "/vol/uploads/1/base", "r": 4}'
     there["runs/dpo/report.json"] = "{}"
-    launched = launch.bring_home(Job(id="x", backend="x", spec=job.make(config, "train")), config, Silent())
+    launched = launch.bring_home(Job(id="x", backend="x", spec=jobs_spec.make(config, "train")), config, Silent())
     assert launched == ["runs/dpo", "out"]
     assert json.loads(Path("out/adapter_config.json").read_text())["base_model_name_or_path"] == config.model.base
     assert not Path("out/left.txt").exists() and (folder / "runs/dpo/checkpoints").exists()

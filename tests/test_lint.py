@@ -8,13 +8,13 @@ import sys
 import msgspec
 import pytest
 
+from dpo_cli.analysis.lint.findings import make_pair
+from dpo_cli.analysis.lint.rules import estimate_tokens
+from dpo_cli.analysis.lint.run import check, fix, lint, read_split, write_fixed
+from dpo_cli.analysis.lint.similar import near_duplicates
+from dpo_cli.data.jsonl import write_rows
+from dpo_cli.data.records import Preference, preference_id
 from dpo_cli.errors import UserError
-from dpo_cli.lint import check, fix, lint, read_split, write_fixed
-from dpo_cli.lint.findings import make_pair
-from dpo_cli.lint.rules import estimate_tokens
-from dpo_cli.lint.similar import near_duplicates
-from dpo_cli.schema import Preference, preference_id
-from dpo_cli.store import write_rows
 
 WORDS = [
     start + end for start in re.findall("..", "bakolimuneparisotuve") for end in re.findall("...", "bardokfingulkemlop")
@@ -324,7 +324,8 @@ def test_findings_are_the_same_in_every_process(tmp_path):
     rows = [*SOUND, pair(*LONG), pair(LONG[0], changed(LONG[1], 1), LONG[2])]
     train, val = files(tmp_path, rows, [pair(changed(LONG[0], 2), "a", "b")])
     code = (
-        "import sys, msgspec; from pathlib import Path; from dpo_cli.lint import lint, similar; "
+        "import sys, msgspec; from pathlib import Path\n"
+        "from dpo_cli.analysis.lint import similar; from dpo_cli.analysis.lint.run import lint; "
         "print([similar.Shingler().shingles(text) for text in ('one', 'one two three')], flush=True); "
         f"sys.stdout.buffer.write(msgspec.json.encode(lint(Path({str(train)!r}), Path({str(val)!r}), {MAX_LENGTH})))"
     )

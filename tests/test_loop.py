@@ -8,10 +8,10 @@ import signal
 import pytest
 from training import AtStep, Lines, config_of, metrics, pair, read_rows, write_rows
 
-from dpo_cli import config as configuration
-from dpo_cli import train
+from dpo_cli.config import resolve as configuration
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Silent
+from dpo_cli.stages import train
 
 PRESETS = ["l4", "l4-qlora", "rank1", "lora16", "full", "conservative"]
 
@@ -72,7 +72,7 @@ def test_a_loss_that_is_no_number_ends_the_run_and_names_what_to_change(start, t
 def test_out_of_memory_halves_the_forward_and_keeps_the_step(start, tmp_path, monkeypatch):
     import torch
 
-    from dpo_cli import dpo
+    from dpo_cli.training import dpo
 
     whole = config_of(start, tmp_path / "whole", "train.max_steps=5", "train.save_steps=2")
     train.run(whole, Silent())
@@ -99,7 +99,7 @@ def test_out_of_memory_halves_the_forward_and_keeps_the_step(start, tmp_path, mo
 def test_where_the_batch_must_stay_a_lack_of_memory_ends_the_run(start, tmp_path, monkeypatch):
     import torch
 
-    from dpo_cli import dpo
+    from dpo_cli.training import dpo
 
     def lacking(*_, **__):
         raise torch.OutOfMemoryError("out of memory")
@@ -112,7 +112,7 @@ def test_where_the_batch_must_stay_a_lack_of_memory_ends_the_run(start, tmp_path
 
 
 def test_the_curriculum_begins_with_the_largest_gap_and_resumes_exactly(start, tmp_path):
-    from dpo_cli.dpo import EasyFirst
+    from dpo_cli.training.dpo import EasyFirst
     from dpo_cli.training.inputs import read_inputs
 
     rows = [pair(number) | {"score_gap": float(number % 5)} for number in range(12)]
@@ -142,8 +142,7 @@ def test_a_signal_in_an_evaluation_saves_the_step_and_the_evaluation_is_made_up_
 ):
     import torch
 
-    from dpo_cli import dpo
-    from dpo_cli.training import loop
+    from dpo_cli.training import dpo, loop
 
     sets = ("train.eval_steps=4", "train.save_steps=4")
     train.run(config_of(start, tmp_path / "whole", *sets), Silent())

@@ -14,13 +14,15 @@ from adapters import base_model, save_adapter
 from modal_server import OK, ModalServer
 from training import AtStep, Lines, metrics, pair, read_rows, settings, write_data, write_rows
 
-from dpo_cli import entry, job, judge, launch, relay, train
-from dpo_cli.backends import modal as backend
-from dpo_cli.config import resolve
+from dpo_cli.config.resolve import resolve
+from dpo_cli.data.records import prompt_id
 from dpo_cli.demo.scenes import cast
 from dpo_cli.errors import Exit, UserError
+from dpo_cli.jobs import launch, progress_lines, registry, worker
+from dpo_cli.jobs import spec as jobs_spec
+from dpo_cli.jobs.backends import modal as backend
 from dpo_cli.progress import Silent
-from dpo_cli.schema import prompt_id
+from dpo_cli.stages import judge, train
 
 api_pb2 = pytest.importorskip("modal_proto.api_pb2")
 SECRETS = {"hf-secret": {"HF_TOKEN": "hf-value"}, "wandb-secret": {}}
@@ -34,11 +36,11 @@ class Refuse:
         if name.partition(".")[0] in {"msgspec", "yaml", "genai_prices", "torch", "trl", "numpy", "kubernetes"}:
             raise ImportError(name)
 sys.meta_path.insert(0, Refuse())
-import dpo_cli.backends._modal_app as app
+import dpo_cli.jobs.backends._modal_app as app
 print(sorted(name for name in sys.modules if name.startswith("dpo_cli")), app.run.info().single_use_containers)
 """
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    ours = "['dpo_cli', 'dpo_cli.backends', 'dpo_cli.backends._modal_app', 'dpo_cli.errors']"
+    ours = "['dpo_cli', 'dpo_cli.errors', 'dpo_cli.jobs', 'dpo_cli.jobs.backends', 'dpo_cli.jobs.backends._modal_app']"
     assert printed.strip() == f"{ours} True"
 
 
@@ -50,7 +52,7 @@ def plain(tmp_path, monkeypatch):
 
 
 def test_the_function_is_what_the_settings_say(plain):
-    spec = job.make(plain, "train", gpu="l4")
+    spec = jobs_spec.make(plain, "train", gpu="l4")
     info = backend._app(backend.settings(spec, plain)).run.info()
     assert (info.gpus, info.timeout, info.max_retries) == ([("L4", 1)], 86400, 10)
     assert {path: volume.name for path, volume in info.volumes.items()} == {
@@ -59,11 +61,11 @@ def test_the_function_is_what_the_settings_say(plain):
     }
     assert [name.split("'")[1] for name in info.secrets] == ["hf-secret", "wandb-secret"]
     plain.modal.timeout, plain.modal.retries, plain.modal.wandb_secret = 60, 0, None
-    spec = job.make(plain, "train", gpu="A100-80GB", gpus=2)
+    spec = jobs_spec.make(plain, "train", gpu="A100-80GB", gpus=2)
     info = backend._app(backend.settings(spec, plain)).run.info()
     assert (info.gpus, info.timeout, info.max_retries) == ([("A100-80GB", 2)], 60, 0)
     assert len(info.secrets) == 2, "the container makes as many objects, whatever the settings are"
-    judging = backend.settings(job.make(plain, "judge"), plain)
+    judging = backend.settings(jobs_spec.make(plain, "judge"), plain)
     assert (judging["gpu"], judging["second_secret"]) == (None, "openai-secret")
     assert judging["app"] == "nothing-gpt-dpo-train-judge"
 
@@ -72,7 +74,7 @@ def test_the_image_holds_the_train_extra_as_pyproject_pins_it(plain):
     import tomllib
 
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    shown = json.loads(backend.render(job.make(plain, "train", gpu="L4"), plain))
+    shown = json.loads(backend.render(jobs_spec.make(plain, "train", gpu="L4"), plain))
     names = {line.split("<")[0].split(">")[0]: line for line in shown["image"]["uv_pip_install"]}
     assert shown["image"]["python"] == project["requires-python"].removeprefix(">=")
     for line in project["dependencies"] + project["optional-dependencies"]["train"]:
@@ -80,9 +82,9 @@ def test_the_image_holds_the_train_extra_as_pyproject_pins_it(plain):
         assert set(names[name].removeprefix(name).split(",")) == set(f">={bounds}".split(","))
     assert "bitsandbytes" not in names
     plain.train.load_in_4bit = True
-    shown = json.loads(backend.render(job.make(plain, "train", gpu="L4"), plain))
+    shown = json.loads(backend.render(jobs_spec.make(plain, "train", gpu="L4"), plain))
     assert any(line.startswith("bitsandbytes") for line in shown["image"]["uv_pip_install"])
-    shown = json.loads(backend.render(job.make(plain, "judge"), plain))
+    shown = json.loads(backend.render(jobs_spec.make(plain, "judge"), plain))
     assert not any(line.startswith("torch") for line in shown["image"]["uv_pip_install"])
 
 
@@ -216,14 +218,14 @@ def test_an_attempt_that_saved_nothing_is_not_tried_again(modal, whole):
 
 
 def test_an_attempt_that_saved_is_tried_again_and_its_fault_is_one_line(monkeypatch):
-    from dpo_cli.backends import _modal_app
+    from dpo_cli.jobs.backends import _modal_app
 
     def fails(spec, saved):
         saved()
         raise OSError("the card\nis gone")
 
     commits = []
-    monkeypatch.setattr(entry, "serve_json", fails)
+    monkeypatch.setattr(worker, "serve_json", fails)
     monkeypatch.setattr(_modal_app, "volume", SimpleNamespace(commit=lambda: commits.append(1)))
     with pytest.raises(RuntimeError, match="OSError: the card"):
         _modal_app.run.local("{}")
@@ -235,21 +237,21 @@ def test_a_submission_that_was_killed_before_it_knew_its_call_is_known_and_can_b
     server.lost_call = True
     with pytest.raises(UserError):
         launch.submit("modal", asked(config), config, Silent())
-    half = job.get("modal", config)
+    half = registry.get("modal", config)
     assert "call_id" not in half.handle and backend.status(half, config).state == "pending"
     with pytest.raises(UserError, match="cut short") as raised:
         launch.run("modal", asked(config), config, Silent())
     assert raised.value.hint == "nothing-dpo jobs cancel modal-train-dpo, then the same command"
     launch.cancel(half, config)
     assert server.stopped == [half.handle["app_id"]]
-    assert backend.status(job.get("modal", config), config).state == "cancelled"
+    assert backend.status(registry.get("modal", config), config).state == "cancelled"
 
 
 def test_cancelled_it_ends_and_is_not_tried_again(modal):
     server, config, _ = modal
     submitted = launch.submit("modal", asked(config), config, Silent())
     launch.cancel(submitted, config)
-    assert launch.attach(job.get("modal", config), config, Silent()).status.state == "cancelled"
+    assert launch.attach(registry.get("modal", config), config, Silent()).status.state == "cancelled"
     [call] = server.calls.values()
     assert call.cancelled and len(call.attempts) <= 1
 
@@ -269,7 +271,7 @@ def test_every_end_of_a_call_is_an_end(modal, case):
     server, config, _ = modal
     code, data, state, word = RESULTS[case]
     call = server.calls["fc-x"] = Call("fc-x", "fu-x", None)
-    known = job.Job(id="x", backend="modal", spec=asked(config), handle={"call_id": "fc-x"})
+    known = registry.Job(id="x", backend="modal", spec=asked(config), handle={"call_id": "fc-x"})
     assert backend.status(known, config).state == "running"
     if data is None:
         from modal._serialization import serialize
@@ -279,7 +281,7 @@ def test_every_end_of_a_call_is_an_end(modal, case):
     call.result = api_pb2.FunctionPutOutputsItem(result=result, data_format=api_pb2.DATA_FORMAT_PICKLE)
     found = backend.status(known, config)
     assert found.state == state and word in (found.reason or "")
-    gone = job.Job(id="y", backend="modal", spec=known.spec, handle={"call_id": "fc-gone"})
+    gone = registry.Job(id="y", backend="modal", spec=known.spec, handle={"call_id": "fc-gone"})
     with pytest.raises(UserError, match="no function call fc-gone"):
         backend.status(gone, config)
 
@@ -328,8 +330,8 @@ def test_a_preflight_that_fails_does_so_within_seconds(modal, case):
 
 
 PREFLIGHT = """
-from dpo_cli.backends import modal
-from dpo_cli.config import resolve
+from dpo_cli.jobs.backends import modal
+from dpo_cli.config.resolve import resolve
 from dpo_cli.errors import UserError
 modal.CONNECT_SECONDS = 0.5
 config = resolve(environment={}).config
@@ -345,7 +347,7 @@ def test_a_simulated_preemption_is_let_through_and_the_run_goes_on_from_its_chec
     from modal.exception import simulate_preemption
 
     config = settings(whole, whole / "base", f"runs={tmp_path / 'runs'}", f"model.dpo_adapter={tmp_path / 'out'}")
-    spec = job.make(config, "train", volume=None)
+    spec = jobs_spec.make(config, "train", volume=None)
     saves = []
 
     def preempted() -> None:
@@ -355,21 +357,21 @@ def test_a_simulated_preemption_is_let_through_and_the_run_goes_on_from_its_chec
     handler = signal.getsignal(signal.SIGALRM)
     try:
         with pytest.raises(KeyboardInterrupt, match="preemption"):
-            entry.run(spec, AtStep(5, preempted), lambda: saves.append(1))
+            worker.run(spec, AtStep(5, preempted), lambda: saves.append(1))
     finally:
         signal.alarm(0)  # the second interrupt, 30 s later, would end whatever runs then
         signal.signal(signal.SIGALRM, handler)
     assert saves == [1]
-    outcome = entry.serve(spec, lambda: saves.append(1))
+    outcome = worker.serve(spec, lambda: saves.append(1))
     assert outcome.exit_code == Exit.OK and outcome.result["resumed_from"] == 3 and len(saves) == 3
-    last = relay.parse(capsys.readouterr().out.splitlines()[-1])
+    last = progress_lines.parse(capsys.readouterr().out.splitlines()[-1])
     assert last is not None and last.outcome is not None and last.outcome.exit_code == Exit.OK
     assert metrics(tmp_path / "runs" / "dpo") == metrics(whole / "runs" / "dpo")
 
 
 COMMAND = """
 import sys
-from dpo_cli.backends import modal
+from dpo_cli.jobs.backends import modal
 modal.VOLUME = sys.argv.pop(1)
 from dpo_cli.cli import main
 main()
@@ -381,7 +383,7 @@ def test_ctrl_c_leaves_it_running_and_says_how_to_come_back(modal, whole):
     (work / "nothing-dpo.toml").write_text(
         f'data = "{whole}/data"\n[model]\nbase = "{whole}/base"\nadapter = "{whole}/sft"\ndpo_adapter = "out"\n'
     )
-    command = [sys.executable, "-c", COMMAND, backend.VOLUME, "train", "--backend", "modal"]
+    command = [sys.executable, "-c", COMMAND, jobs_spec.VOLUME, "train", "--backend", "modal"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
@@ -393,7 +395,7 @@ def test_ctrl_c_leaves_it_running_and_says_how_to_come_back(modal, whole):
     assert "nothing-dpo jobs attach modal-train-dpo" in left and "Traceback" not in left and "running" in printed
     here = resolve(file=Path("nothing-dpo.toml"), environment={}).config
     assert [one.status.state for one in launch.listed(here)] == ["running"]
-    launch.cancel(job.get("modal", here), here)
+    launch.cancel(registry.get("modal", here), here)
     assert launch.listed(here)[0].status.state == "cancelled"
 
 

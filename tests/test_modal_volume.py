@@ -10,9 +10,9 @@ import pytest
 from modal_server import ModalServer
 from test_storage import on_disk, put
 
-from dpo_cli import storage
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Silent
+from dpo_cli.storage import sync
 
 FILES = {"a.jsonl": b"one\n" * 100, "deep/b.bin": b"b" * 2_000_000}
 DEST = "modal://shelf/some/path"
@@ -47,7 +47,7 @@ def test_what_is_put_is_there_and_is_not_sent_again(server, tmp_path):
     assert put(FILES, DEST).sent == {}
     assert len(server.uploaded) == before
     assert set(put(FILES | {"a.jsonl": b"two\n" * 100}, DEST).sent) == {"a.jsonl", "COMPLETE"}
-    assert storage.get(DEST, tmp_path / "back", Silent()).skipped == {}
+    assert sync.get(DEST, tmp_path / "back", Silent()).skipped == {}
     assert on_disk(tmp_path / "back") == FILES | {"a.jsonl": b"two\n" * 100}
 
 

@@ -15,9 +15,9 @@ from judging import LONG, SHORT, config, judgments, row, rows, run, write
 from openai_server import Server, first
 from test_endpoint import ask, body
 
-from dpo_cli import endpoint
-from dpo_cli.endpoint import Price, price_of
+from dpo_cli.endpoint import client
 from dpo_cli.endpoint.budget import Budget, output_cap
+from dpo_cli.endpoint.prices import Price, price_of
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.judges import llm
 
@@ -33,7 +33,7 @@ def ledger(tmp_path):
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-    monkeypatch.setattr(endpoint, "MAX_BACKOFF_SECONDS", 0.05)
+    monkeypatch.setattr(client, "MAX_BACKOFF_SECONDS", 0.05)
 
 
 def lines(path: Path) -> list[dict]:

@@ -9,7 +9,8 @@ from packing import PAIRS, Packed, Plain, assert_equal, configuration, make, out
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_cli.errors import UserError
-from dpo_cli.training import attention, batches, head, lora, packed
+from dpo_cli.training.forward import attention, collator, fused_lora, packed
+from dpo_cli.training.forward import log_probs as head
 
 torch.set_num_threads(1)
 
@@ -72,7 +73,7 @@ def test_a_divided_batch_comes_to_what_trls_undivided_one_does(tmp_path, budget)
     trainer, ours, theirs = both(tmp_path, configuration("Llama"), budget)
     assert_equal(ours, theirs)
     batch = trainer.data_collator(PAIRS)
-    divided = [part for _, part in batches.parts(batch)]
+    divided = [part for _, part in collator.parts(batch)]
     assert all(len(part["packing"]["tokens"]) <= budget or len(part["input_ids"]) == 2 for part in divided)
     assert len(divided) in {1: [len(PAIRS)], 40: range(3, 7), 10_000: [1]}[budget]
 
@@ -82,7 +83,7 @@ def test_parts_of_a_model_left_to_trl_count_their_padding(tmp_path):
     trainer = make(Packed, tmp_path, configuration("Granite", logits_scaling=8.0))
     assert "differ" in packed.enable(trainer, 60)
     assert_equal(outcome(trainer), theirs)
-    parts = [part["input_ids"] for _, part in batches.parts(trainer.data_collator(PAIRS))]
+    parts = [part["input_ids"] for _, part in collator.parts(trainer.data_collator(PAIRS))]
     assert len(parts) > 2 and all(ids.numel() <= 60 or len(ids) == 2 for ids in parts)
 
 
@@ -91,8 +92,8 @@ def test_weights_in_4_bits_come_to_what_trl_comes_to(tmp_path, checkpointing):
     pytest.importorskip("bitsandbytes")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    from dpo_cli.dpo import _restore_precision
-    from dpo_cli.settings import TrainSection
+    from dpo_cli.config.settings import TrainSection
+    from dpo_cli.training.dpo import restore_precision
     from dpo_cli.training.trainer import keep_differentiable, load_base
 
     config = configuration("Llama", intermediate_size=128)  # a multiple of the 64 weights of a block
@@ -106,7 +107,7 @@ def test_weights_in_4_bits_come_to_what_trl_comes_to(tmp_path, checkpointing):
     arguments = {"load": load, "gradient_checkpointing": checkpointing}
     theirs, ours = (make(kind, tmp_path, config, **arguments) for kind in (Plain, Packed))
     for trainer in (theirs, ours):
-        _restore_precision(trainer.model, None)
+        restore_precision(trainer.model, None)
         keep_differentiable(trainer.model)
     assert type(ours.model.get_base_model().model.layers[0].mlp.up_proj.base_layer).__name__ == "Linear4bit"
     assert packed.enable(ours) is None  # its forwards take no gradient, as an evaluation's don't
@@ -208,7 +209,7 @@ def dense_mask(segments):
 
 def test_a_plan_shows_each_token_what_stands_before_it_in_its_row(tmp_path):
     batch = make(Plain, tmp_path, configuration("Llama")).data_collator(PAIRS)
-    plan = batches.plan(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
+    plan = collator.plan(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
     ids, mask = batch["input_ids"].flatten()[plan["tokens"]], dense_mask(plan["segments"])
     width = batch["input_ids"].shape[1]
     scored = {}
@@ -373,11 +374,11 @@ def test_fused_lora_layers_come_to_what_pefts_come_to(change):
         return [out, *(value.grad for value in model.parameters() if value.grad is not None)]
 
     theirs = outcome()
-    lora.fuse(model)
+    fused_lora.fuse(model)
     ours = outcome()
     most = 2e-2 if change == "autocast" else 1e-6
     assert len(theirs) == (1 if change == "no adapter" else 9 if change == "two adapters" else 5)
     for one, other in zip(ours, theirs, strict=True):
         assert one.dtype == other.dtype and (one - other).norm() <= most * other.norm()
-    lora.restore(model)
+    fused_lora.restore(model)
     assert all(torch.equal(one, other) for one, other in zip(outcome(), theirs, strict=True))

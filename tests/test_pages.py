@@ -3,10 +3,10 @@ import io
 import msgspec
 import pytest
 
-from dpo_cli import pages
+from dpo_cli.data import row_index
+from dpo_cli.data.records import Completions, Preference, preference_id
+from dpo_cli.data.row_index import Rows
 from dpo_cli.errors import UserError
-from dpo_cli.pages import Rows
-from dpo_cli.schema import Completions, Preference, preference_id
 
 
 def line(number, identity=None, **fields):
@@ -72,19 +72,19 @@ def test_an_unfinished_last_line_is_a_row_if_it_is_whole(tmp_path):
 def test_a_row_is_found_by_a_unique_beginning_of_its_id(tmp_path):
     path = write(tmp_path / "a.jsonl", line(1, "aa11"), line(2, "ab22"), line(3, "ab23", note={"id": "cc"}))
     with Rows.open([path]) as rows:
-        row, pair = pages.find(rows, "ab22", Preference)
+        row, pair = row_index.find(rows, "ab22", Preference)
         assert (rows.place(row), pair.id) == (f"{path}:2", "ab22")
-        assert pages.find(rows, "aa", Preference)[1].id == "aa11"
+        assert row_index.find(rows, "aa", Preference)[1].id == "aa11"
         with pytest.raises(UserError, match="several ids begin with 'ab': ab22, ab23"):
-            pages.find(rows, "ab", Preference)
+            row_index.find(rows, "ab", Preference)
         with pytest.raises(UserError, match="no row has an id that begins with 'cc'"):
-            pages.find(rows, "cc", Preference)
+            row_index.find(rows, "cc", Preference)
 
 
 def test_an_id_that_begins_another_names_its_own_row_and_the_last_line_wins(tmp_path):
     path = write(tmp_path / "a.jsonl", line(1, "ab"), line(2, "abc"), line(3, "ab"))
     with Rows.open([path]) as rows:
-        assert pages.find(rows, "ab", Preference)[1].prompt[0]["content"] == "prompt 3"
+        assert row_index.find(rows, "ab", Preference)[1].prompt[0]["content"] == "prompt 3"
 
 
 def test_pairs_of_other_tools_get_an_id_from_their_content(tmp_path):
@@ -96,9 +96,9 @@ def test_pairs_of_other_tools_get_an_id_from_their_content(tmp_path):
         [{"role": "assistant", "content": "no"}],
     )
     with Rows.open([path]) as rows:
-        _, pair = pages.find(rows, expected[:8], Preference)
+        _, pair = row_index.find(rows, expected[:8], Preference)
     assert pair.id == expected
-    assert [found.id for found in pages.read_pairs(path)][1] == expected
+    assert [found.id for found in row_index.read_pairs(path)][1] == expected
 
 
 def test_a_bad_row_is_named_by_file_and_line(tmp_path):

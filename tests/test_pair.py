@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from judging import config, row, write
 
-from dpo_cli import pair
+from dpo_cli.config.settings import PairSection
+from dpo_cli.data.jsonl import read_latest, write_rows
+from dpo_cli.data.records import Completions, Judgment, Order, Preference, completions_id
 from dpo_cli.errors import UserError
-from dpo_cli.schema import Completions, Judgment, Order, Preference, completions_id
-from dpo_cli.settings import PairSection
-from dpo_cli.store import read_latest, write_rows
+from dpo_cli.stages.pair import run
 
 
 def judged(completions: Completions, *scores: float, **fields) -> Judgment:
@@ -21,10 +21,10 @@ def judged(completions: Completions, *scores: float, **fields) -> Judgment:
     )  # fmt: skip
 
 
-def make(folder: Path, pairs: list[tuple[Completions, Judgment]], **settings) -> pair.Paired:
+def make(folder: Path, pairs: list[tuple[Completions, Judgment]], **settings) -> run.Paired:
     write(folder, [completions for completions, _ in pairs])
     write_rows(folder / "judgments.jsonl", [judgment for _, judgment in pairs])
-    return pair.run(config(folder, pair=PairSection(**settings)))
+    return run.run(config(folder, pair=PairSection(**settings)))
 
 
 def made(folder: Path) -> tuple[dict[str, Preference], dict[str, Preference]]:
@@ -115,7 +115,7 @@ def test_no_pair_at_all_is_an_error_that_counts_the_reasons_and_keeps_the_old_fi
 
 def test_no_judgments_names_the_command_that_makes_them(tmp_path):
     with pytest.raises(UserError, match=r"judgments\.jsonl: no judgments") as error:
-        pair.run(config(tmp_path))
+        run.run(config(tmp_path))
     assert error.value.hint == "nothing-dpo judge"
 
 
@@ -123,7 +123,7 @@ def test_unjudged_prompts_are_counted(tmp_path):
     pairs = many(2)
     write(tmp_path, [*(completions for completions, _ in pairs), row(99, "a", "b")])
     write_rows(tmp_path / "judgments.jsonl", [judgment for _, judgment in pairs])
-    assert pair.run(config(tmp_path)).skipped == {"not judged yet": 1}
+    assert run.run(config(tmp_path)).skipped == {"not judged yet": 1}
 
 
 def test_the_order_of_the_input_changes_no_byte(tmp_path):
@@ -168,6 +168,6 @@ def test_a_dry_run_counts_and_writes_nothing(tmp_path):
     pairs = many(30)
     write(tmp_path, [completions for completions, _ in pairs])
     write_rows(tmp_path / "judgments.jsonl", [judgment for _, judgment in pairs])
-    result = pair.run(config(tmp_path), dry_run=True)
+    result = run.run(config(tmp_path), dry_run=True)
     assert result.train + result.val == 30
     assert not (tmp_path / "train.jsonl").exists()

@@ -12,7 +12,7 @@ from test_rollouts import write as write_rollouts
 from typer.testing import CliRunner
 
 from dpo_cli.cli import app
-from dpo_cli.store import write_rows
+from dpo_cli.data.jsonl import write_rows
 
 
 @pytest.fixture(autouse=True)

@@ -6,11 +6,11 @@ import pytest
 from judging import config, row
 from test_pair import judged, made, make, many
 
-from dpo_cli import pair
+from dpo_cli.config.settings import PairSection, Strategy
+from dpo_cli.data.jsonl import write_rows
+from dpo_cli.data.records import Completions, Judgment, Message, Order, prompt_id
 from dpo_cli.errors import UserError
-from dpo_cli.schema import Completions, Judgment, Message, Order, prompt_id
-from dpo_cli.settings import PairSection, Strategy
-from dpo_cli.store import write_rows
+from dpo_cli.stages.pair import run
 
 STRATEGIES = Strategy.__args__
 
@@ -132,20 +132,18 @@ def test_imported_rows_are_filtered_and_counted(tmp_path):
         {"prompt": ask, "chosen": "r", "rejected": "s", "score_gap": 2.0},
     ]
     write_rows(tmp_path / "other.jsonl", rows)
-    result = pair.run_import(tmp_path / "other.jsonl", config(tmp_path))
+    result = run.run_import(tmp_path / "other.jsonl", config(tmp_path))
     assert result.format == "trl-plain"
     assert texts(tmp_path) == [("good", "bad"), ("p", "q"), ("r", "s")]
     assert result.skipped == {"a copy of another pair": 1, "both sides say the same": 1, "a tie": 1}
     settings = PairSection(min_gap=1.0, margin_column=True)
-    assert pair.run_import(tmp_path / "other.jsonl", config(tmp_path, pair=settings)).skipped[
-        "the gap is below min_gap"
-    ]
+    assert run.run_import(tmp_path / "other.jsonl", config(tmp_path, pair=settings)).skipped["the gap is below min_gap"]
     assert texts(tmp_path) == [("good", "bad"), ("r", "s")]
-    pair.run_import(tmp_path / "other.jsonl", config(tmp_path, pair=PairSection(max_pairs_per_prompt=1)))
+    run.run_import(tmp_path / "other.jsonl", config(tmp_path, pair=PairSection(max_pairs_per_prompt=1)))
     assert texts(tmp_path) == [("r", "s")], "the largest gap, not the first row"
     write_rows(tmp_path / "other.jsonl", rows[2:4])
     with pytest.raises(UserError, match="no row is a pair: 1 x both sides say the same, 1 x a tie"):
-        pair.run_import(tmp_path / "other.jsonl", config(tmp_path))
+        run.run_import(tmp_path / "other.jsonl", config(tmp_path))
 
 
 def test_the_split_of_an_import_is_the_split_of_judgments(tmp_path):
@@ -153,5 +151,5 @@ def test_the_split_of_an_import_is_the_split_of_judgments(tmp_path):
     make(tmp_path / "a", pairs)
     rows = [{"prompt": c.prompt, "chosen": c.completions[0], "rejected": c.completions[1]} for c, _ in pairs]
     write_rows(tmp_path / "b.jsonl", rows)
-    pair.run_import(tmp_path / "b.jsonl", config(tmp_path / "b"))
+    run.run_import(tmp_path / "b.jsonl", config(tmp_path / "b"))
     assert [set(side) for side in made(tmp_path / "a")] == [set(side) for side in made(tmp_path / "b")]

@@ -9,15 +9,17 @@ from judging import config, judgments, reply, row, rows, run, write
 from openai_server import Call, Server, candidates
 from typer.testing import CliRunner
 
-from dpo_cli import config as configuration
-from dpo_cli import judge, settings
 from dpo_cli.cli import app
+from dpo_cli.config import resolve as configuration
+from dpo_cli.config import settings
+from dpo_cli.data.records import Judgment, Order
 from dpo_cli.endpoint import batch
 from dpo_cli.errors import UserError
-from dpo_cli.judges import any_inverts, llm, make_task
+from dpo_cli.judges import llm, make_task
 from dpo_cli.judges._orders import Heard, cyclic_orders, is_enough
 from dpo_cli.judges._panel import agreement_weights, decide
-from dpo_cli.schema import Judgment, Order
+from dpo_cli.judges._ranking import any_inverts
+from dpo_cli.stages import judge
 
 PANEL = ["judge-a", "judge-b", "judge-c"]
 

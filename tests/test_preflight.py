@@ -10,12 +10,13 @@ import pytest
 from adapters import save_adapter
 from training import Lines, settings
 
-from dpo_cli import plan, remedies, sweep, train
+from dpo_cli.config.settings import PlanSection, TrainSection
 from dpo_cli.errors import Exit, UserError
-from dpo_cli.plan import Lengths
 from dpo_cli.progress import Silent
-from dpo_cli.settings import PlanSection, TrainSection
-from dpo_cli.training import preflight
+from dpo_cli.stages import train
+from dpo_cli.training import plan, preflight, remedies
+from dpo_cli.training.plan import Lengths
+from dpo_cli.workflows import sweep
 
 
 def made(lengths, **section):
@@ -152,7 +153,7 @@ def test_the_plan_of_files_counts_with_the_bases_tokenizer(start):
 def test_a_difference_of_tokens_is_named(start, ours, theirs, answer_next, said):
     from transformers import AutoTokenizer
 
-    from dpo_cli.training.served_tokens import difference
+    from dpo_cli.training.template_check import difference
 
     tokenizer = AutoTokenizer.from_pretrained(start / "base")
     assert said in difference(ours, theirs, tokenizer, "the server", answer_next)

@@ -4,11 +4,11 @@ import pytest
 from adapters import base_model, save_adapter
 from training import Lines, metrics, pair, read_rows, settings, write_rows
 
-from dpo_cli import launch
-from dpo_cli.backends import local
 from dpo_cli.errors import Exit
+from dpo_cli.jobs import launch
+from dpo_cli.jobs.backends import local
 from dpo_cli.progress import Silent
-from dpo_cli.train import run
+from dpo_cli.stages.train import run
 
 SAME = (
     "loss",

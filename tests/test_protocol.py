@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import pytest
 from adapters import base_model, save_adapter
 
-from dpo_cli import config, protocol
+from dpo_cli.config import resolve
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Silent
-from dpo_cli.protocol import Mark, Protocol, Topic
+from dpo_cli.workflows import protocol
+from dpo_cli.workflows.protocol import Mark, Protocol, Topic
 
 FILE = """
 accuracy = 0.6
@@ -76,7 +77,7 @@ def test_what_is_done_and_what_is_kept(monkeypatch, sft, dpo, gates, kept, why):
 
     monkeypatch.setattr(protocol.train, "run", train)
     monkeypatch.setattr(protocol, "_mark", lambda topic, file, config, side, progress: (marks[side], 1.0))
-    mine = protocol.of_topic(config.resolve({"model.dpo_adapter": "adapters/x"}, environment={}).config, TOPIC, "base")
+    mine = protocol.of_topic(resolve.resolve({"model.dpo_adapter": "adapters/x"}, environment={}).config, TOPIC, "base")
     found = protocol._learn(TOPIC, Protocol(topics=[TOPIC]), mine, Silent())
     assert found.kept == f"adapters/one-{kept}" and why in found.why
     assert trained == ["one-sft"] + ["one-dpo"] * (dpo is not None or gates == "fail")
@@ -89,7 +90,7 @@ def test_a_stacked_adapter_does_what_its_parts_do_together(tmp_path):
     from transformers import AutoModelForCausalLM
 
     from dpo_cli.adapter import check_adapter
-    from dpo_cli.training.stack import stack
+    from dpo_cli.training.stack_adapters import stack
 
     base = base_model(tmp_path / "base")
     parts = [
@@ -110,6 +111,6 @@ def test_a_stacked_adapter_does_what_its_parts_do_together(tmp_path):
 
 
 def test_an_endpoint_is_refused():
-    mine = config.resolve({"generate.url": "http://127.0.0.1:1/v1"}, environment={}).config
+    mine = resolve.resolve({"generate.url": "http://127.0.0.1:1/v1"}, environment={}).config
     with pytest.raises(UserError, match="adapters change at every stage"):
         protocol.run(Protocol(topics=[TOPIC]), mine, Silent())

@@ -9,13 +9,14 @@ import yaml
 from adapters import base_model, save_adapter
 from training import read_rows, settings, write_data
 
-from dpo_cli import push, train
 from dpo_cli.adapter import fingerprint
 from dpo_cli.cli import main
+from dpo_cli.data.files import write_json
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Silent
-from dpo_cli.push import leaks
-from dpo_cli.store import write_json
+from dpo_cli.stages import train
+from dpo_cli.stages.push import run as push
+from dpo_cli.stages.push import secrets
 
 ADAPTER = {"README.md", "adapter_config.json", "adapter_model.safetensors", "COMPLETE"}
 
@@ -229,7 +230,7 @@ def test_a_secret_in_a_setting_or_in_a_text_is_refused_and_not_shown(work, name)
 def test_the_environments_own_secrets_are_found_by_their_value():
     environment = {"WANDB_API_KEY": "0123456789abcdef", "HOME": "/home/somebody", "TOKENIZERS_PARALLELISM": "false"}
     files = {"a.json": b'{"home": "/home/somebody",\n"is": "false", "key": "0123456789abcdef"}'}
-    assert leaks.find(files, environment) == [("a.json:2", "the value of WANDB_API_KEY")]
+    assert secrets.find(files, environment) == [("a.json:2", "the value of WANDB_API_KEY")]
 
 
 def test_the_command_pushes_and_its_exit_code_says_when_a_gate_says_no(work, capsys, monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 import worlds
 from worlds import Sizes, best_of_rate, zest
 
-from dpo_cli.pages import read_pairs
+from dpo_cli.data.row_index import read_pairs
 
 SMALL = Sizes(base=1500, hidden=64, steps=200, demonstrations=256, prompts=384, measured=64)
 BETAS = (0.05, 1.0)

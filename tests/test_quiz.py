@@ -9,12 +9,12 @@ import pytest
 from openai_server import Call, Server
 from test_evaluate_judged import config
 
-from dpo_cli import evaluate
+from dpo_cli.data.jsonl import write_rows
 from dpo_cli.errors import UserError
-from dpo_cli.evaluate.quiz import is_exact, normalised
-from dpo_cli.judges._agreement import wilson
 from dpo_cli.progress import Silent
-from dpo_cli.store import write_rows
+from dpo_cli.stages.evaluate import quiz as evaluate_quiz
+from dpo_cli.stages.evaluate.quiz import is_exact, normalised
+from dpo_cli.statistics import wilson
 
 FRUITS = ["a mango", "the plum", "an apple", "a pear"]
 
@@ -40,8 +40,8 @@ def right(text: str) -> float:
     return 9 if "plum" in text else 2
 
 
-def run(folder: Path, url: str, *options, **changes) -> evaluate.Quizzed:
-    return evaluate.quiz(config(folder, url, **changes), Silent(), folder / "quiz.jsonl", *options)
+def run(folder: Path, url: str, *options, **changes) -> evaluate_quiz.Quizzed:
+    return evaluate_quiz.quiz(config(folder, url, **changes), Silent(), folder / "quiz.jsonl", *options)
 
 
 def test_exact_answers_count_with_their_interval(quiz):

@@ -5,9 +5,9 @@ import torch
 from packing import PAIRS, Packed, Plain, assert_equal, configuration, make, outcome
 from training import Lines
 
-from dpo_cli import store
+from dpo_cli.data import jsonl
 from dpo_cli.errors import UserError
-from dpo_cli.training import batches, packed, reference
+from dpo_cli.training.forward import collator, packed, reference_cache
 
 torch.set_num_threads(1)
 
@@ -17,7 +17,7 @@ def kept(folder, trainer=None, pairs=PAIRS, wanted=None, **arguments):
     trainer = trainer or make(Packed, folder / "run", configuration("Llama"), pairs, **arguments)
     assert packed.enable(trainer) is None
     said = Lines()
-    reference.keep_reference(trainer, folder / "reference", said, wanted)
+    reference_cache.keep_reference(trainer, folder / "reference", said, wanted)
     return trainer, said.lines[-1]
 
 
@@ -76,7 +76,7 @@ def test_a_torn_line_is_computed_again(tmp_path):
 @pytest.mark.parametrize("fit", [3, 1, 0])
 def test_where_memory_lacks_smaller_groups_come_to_the_same(tmp_path, monkeypatch, fit):
     whole, _ = kept(tmp_path / "whole", wanted=True)
-    compute, sizes = reference._compute, []
+    compute, sizes = reference_cache._compute, []
 
     def lacking(trainer, examples):
         if len(examples) > fit:
@@ -84,7 +84,7 @@ def test_where_memory_lacks_smaller_groups_come_to_the_same(tmp_path, monkeypatc
         sizes.append(len(examples))
         yield from compute(trainer, examples)
 
-    monkeypatch.setattr(reference, "_compute", lacking)
+    monkeypatch.setattr(reference_cache, "_compute", lacking)
     if fit == 0:
         with pytest.raises(UserError, match="one pair"):
             kept(tmp_path, wanted=True)
@@ -99,7 +99,7 @@ def test_where_memory_lacks_smaller_groups_come_to_the_same(tmp_path, monkeypatc
 @pytest.mark.parametrize("change", ["weights", "adapter", "alpha", "precision", "rope"])
 def test_another_reference_is_another_file(tmp_path, change):
     trainer = make(Packed, tmp_path, configuration("Llama"))
-    before = reference.fingerprint(trainer)
+    before = reference_cache.fingerprint(trainer)
     with torch.no_grad():
         if change == "weights":
             trainer.model.get_base_model().model.layers[1].mlp.up_proj.base_layer.weight[0, 0] += 1e-6
@@ -111,28 +111,28 @@ def test_another_reference_is_another_file(tmp_path, change):
             trainer.args.bf16 = True
         else:
             trainer.model.config.rope_parameters = {"rope_type": "default", "rope_theta": 5e5}
-    assert reference.fingerprint(trainer) != before
+    assert reference_cache.fingerprint(trainer) != before
 
 
 def test_the_policy_is_no_part_of_the_reference(tmp_path):
     trainer = make(Packed, tmp_path, configuration("Llama"))
-    before = reference.fingerprint(trainer)
+    before = reference_cache.fingerprint(trainer)
     with torch.no_grad():
         next(value for name, value in trainer.model.named_parameters() if ".default." in name).add_(1)
-    assert reference.fingerprint(trainer) == before
+    assert reference_cache.fingerprint(trainer) == before
 
 
 def test_where_a_completion_begins_is_part_of_a_row(tmp_path):
     ids, completion = torch.tensor([5, 6, 7]), torch.tensor([0, 0, 1])
-    assert batches.row_key(ids, completion) != batches.row_key(ids, torch.tensor([0, 1, 1]))
-    assert batches.row_key(ids, completion) != batches.row_key(torch.tensor([5, 6, 8]), completion)
+    assert collator.row_key(ids, completion) != collator.row_key(ids, torch.tensor([0, 1, 1]))
+    assert collator.row_key(ids, completion) != collator.row_key(torch.tensor([5, 6, 8]), completion)
 
 
 def test_values_that_this_reference_does_not_compute_are_refused(tmp_path):
     trainer, _ = kept(tmp_path, wanted=True)
     [file] = (tmp_path / "reference").glob("*.jsonl")
     values = trainer.data_collator.reference.items()
-    store.write_rows(file, [reference.Known(key, (value + 0.1).numpy().tobytes()) for key, value in values])
+    jsonl.write_rows(file, [reference_cache.Known(key, (value + 0.1).numpy().tobytes()) for key, value in values])
     with pytest.raises(UserError, match="does not hold what this reference computes"):
         kept(tmp_path, wanted=True)
 
@@ -161,5 +161,5 @@ def test_it_is_not_kept_for_a_forward_that_is_trls(tmp_path):
     trainer = make(Packed, tmp_path, configuration("Granite", logits_scaling=8.0), max_steps=5)
     assert packed.enable(trainer) is not None
     said = Lines()
-    reference.keep_reference(trainer, tmp_path / "reference", said)
+    reference_cache.keep_reference(trainer, tmp_path / "reference", said)
     assert "live" in said.lines[0] and not (tmp_path / "reference").exists()

@@ -6,9 +6,11 @@ from html.parser import HTMLParser
 import pytest
 from test_audit import audited, judged, order, row, simulated
 
-from dpo_cli import guards, report, stats, svg
-from dpo_cli.schema import Judgment
-from dpo_cli.sweep import Point, Swept
+from dpo_cli import html
+from dpo_cli.data.records import Judgment
+from dpo_cli.html import svg
+from dpo_cli.training import guards, run_history
+from dpo_cli.workflows.sweep import Point, Swept
 
 HOSTILE = "</p></svg><script>alert(1)</script><img src=https://evil.example/x onerror='go()'>\u202e\x1b[31m &amp;"
 VOID = {"meta", "!doctype"}
@@ -51,7 +53,7 @@ def hostile():
 
 
 def test_hostile_text_is_shown_and_stays_text():
-    text = report.audit(hostile())
+    text = html.audit(hostile())
     found = Page(text)
     assert {"script", "img", "iframe", "link", "a", "object"}.isdisjoint(found.tags)
     assert not [name for name, _ in found.attributes if name.startswith("on") or name in ("src", "href")]
@@ -62,7 +64,7 @@ def test_hostile_text_is_shown_and_stays_text():
 
 
 def test_the_page_loads_nothing():
-    text = report.audit(audited(*simulated(20)))
+    text = html.audit(audited(*simulated(20)))
     assert "://" not in text
     assert "url(" not in text
     assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in Page(text).attributes
@@ -70,18 +72,18 @@ def test_the_page_loads_nothing():
 
 def test_the_page_has_every_part():
     found = audited(*simulated(60, primacy=3.0, per_character=0.01))
-    text = Page(report.audit(found)).text
+    text = Page(html.audit(found)).text
     for part in ("Does it prefer what it sees first?", "How it uses its scale", "Krippendorff", "Scores as given",
                  "Scores with --length-control", "Largest gap", "prefers what it is shown first"):  # fmt: skip
         assert part in text
     assert f"{found.judges['m'].first_wins.share:.1%}" in text
-    assert Page(report.audit(found)).tags.count("svg") == 7
+    assert Page(html.audit(found)).tags.count("svg") == 7
 
 
 def test_a_page_of_little_is_a_page():
-    assert "Nothing stands out" in Page(report.audit(audited())).text
+    assert "Nothing stands out" in Page(html.audit(audited())).text
     single = row(1, "a", "b")
-    assert "How it uses its scale" in Page(report.audit(audited((single, judged(single, order([0, 1], 5, 5)))))).text
+    assert "How it uses its scale" in Page(html.audit(audited((single, judged(single, order([0, 1], 5, 5)))))).text
 
 
 @pytest.mark.parametrize(
@@ -137,11 +139,11 @@ def measured(**more):
                    "config": {"train": {"beta": 0.1}, "gate": {"kl_limit": 0.1}}, "versions": {"trl": "1.2.3"}},
     }  # fmt: skip
     last = {name: points[-1][1] for name, points in series.items()}
-    return stats.Run(name="dpo", series=series, last=last, events=events, **found | more)
+    return run_history.Run(name="dpo", series=series, last=last, events=events, **found | more)
 
 
 def test_a_runs_page_has_its_curves_gates_guards_settings_and_hashes():
-    drawn = Page(report.run(measured()))
+    drawn = Page(html.run(measured()))
     for part in ("Loss, nats", "Margins", "KL, nats a token", "Log-probabilities", "Learning rate", "Beta", "rollback",
                  "kl nats per token 0.25", "kl_limit: the policy's own text", "kl_nats_per_token fails",
                  "0.52 – 0.7", "ab12", "cd34", "1.2.3", "beta"):  # fmt: skip
@@ -150,7 +152,7 @@ def test_a_runs_page_has_its_curves_gates_guards_settings_and_hashes():
 
 
 def test_guards_are_marked_where_they_acted_on_every_curve_and_the_kl_that_was_rolled_back_is_shown():
-    text = report.run(measured())
+    text = html.run(measured())
     drawn = Page(text)
     plots = drawn.tags.count("svg") - 1  # the accuracy's interval has no steps
     marks = [value for name, value in drawn.attributes if name == "class" and value == "event"]
@@ -161,16 +163,16 @@ def test_guards_are_marked_where_they_acted_on_every_curve_and_the_kl_that_was_r
 
 
 def test_a_run_in_progress_and_a_hostile_one_are_pages():
-    drawn = Page(report.run(measured(report=None, config=None)))
+    drawn = Page(html.run(measured(report=None, config=None)))
     assert "not finished" in drawn.text
     bad = {"event": HOSTILE, "step": 3, "action": HOSTILE, HOSTILE: HOSTILE}
     gates = {HOSTILE: {"value": HOSTILE, "limit": HOSTILE}}
-    wild = stats.Run(
+    wild = run_history.Run(
         name=HOSTILE, series={HOSTILE: [(1, 1.0)]}, last={}, events=[bad, {"event": HOSTILE, "step": HOSTILE}],
         report={"verdict": HOSTILE, "reasons": [HOSTILE], "gates": gates},
         config={"config": {"train": {HOSTILE: HOSTILE}}, "versions": {HOSTILE: HOSTILE}},
     )  # fmt: skip
-    found = Page(report.run(wild))
+    found = Page(html.run(wild))
     assert {"script", "img"}.isdisjoint(found.tags)
     assert not [name for name, _ in found.attributes if name.startswith("on") or name in ("src", "href")]
 
@@ -194,13 +196,13 @@ def test_a_sweeps_page_shows_its_runs_side_by_side_and_says_when_the_best_is_not
         return Point(value, f"runs/dpo-beta-{value}", "", "pass", accuracy, 0.2, 0.6, 0.02, reach, (0.1, 0.3))
 
     swept = Swept("beta", [point(0.1, 0.6, (0.5, 0.7)), point(0.5, 0.9, (0.85, 0.95))], 0.1, 0.5)
-    drawn = Page(report.sweep(swept, {point.run: measured() for point in swept.points}))
+    drawn = Page(html.sweep(swept, {point.run: measured() for point in swept.points}))
     assert "best: beta = 0.5, the most accurate of those that pass" in drawn.text and "★ 0.5" in drawn.text
     assert drawn.tags.count("svg") == 6 and "overlap, so" not in drawn.text
     swept.points[1].accuracy_interval = (0.65, 0.95)
-    assert "the intervals overlap, so the held-out pairs are too few to tell" in Page(report.sweep(swept, {})).text
+    assert "the intervals overlap, so the held-out pairs are too few to tell" in Page(html.sweep(swept, {})).text
     swept.best = None
-    assert "no run stayed within 0.1 nats a token" in Page(report.sweep(swept, {})).text
+    assert "no run stayed within 0.1 nats a token" in Page(html.sweep(swept, {})).text
 
 
 def test_names_of_points_that_lie_together_are_drawn_apart():

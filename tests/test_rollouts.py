@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from dpo_cli.errors import UserError
-from dpo_cli.rollouts import Rollout, pair_rollouts, read_rollout, same_prompt, stratified
+from dpo_cli.stages.pair.rollouts import Rollout, pair_rollouts, read_rollout, same_prompt, stratified
 
 GUIDE = {"min_gap": 0.2, "high": 0.7, "low": 0.4, "max_pairs": 100, "seed": 1}
 

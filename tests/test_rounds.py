@@ -12,10 +12,11 @@ from aiohttp import web
 from openai_server import Server
 from training import write_rows
 
-from dpo_cli import config, rounds
+from dpo_cli.config import resolve
+from dpo_cli.data.files import sha256
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Silent
-from dpo_cli.training.run_folder import sha256
+from dpo_cli.workflows import rounds
 
 SETTINGS = {
     "model.base": "base", "model.adapter": "sft", "model.dpo_adapter": "dpo", "model.name": "writer",
@@ -81,13 +82,14 @@ def folder(models, tmp_path, monkeypatch):
 def settings(server, **changes):
     flags = SETTINGS | {"generate.url": server.url, "judge.url": server.url}
     flags |= {key.replace("__", "."): value for key, value in changes.items()}
-    return config.resolve(flags, environment={}).config
+    return resolve.resolve(flags, environment={}).config
 
 
 # A process that a signal ends while it trains, after so many steps, where that is asked for.
 KILLED = """
 import os, signal, sys
-from dpo_cli import config, rounds
+from dpo_cli.config import resolve
+from dpo_cli.workflows import rounds
 from dpo_cli.progress import Silent
 
 class Until(Silent):
@@ -98,7 +100,7 @@ class Until(Silent):
         if [self.stage, str(done)] == ["train", sys.argv[2]]:
             os.kill(os.getpid(), signal.SIGKILL)
 
-rounds.run(config.resolve(sets=sys.argv[1].splitlines(), environment={}).config, Until())
+rounds.run(resolve.resolve(sets=sys.argv[1].splitlines(), environment={}).config, Until())
 """
 
 
@@ -148,7 +150,7 @@ def test_a_run_that_is_killed_at_every_stage_ends_where_another_does(folder):
     """kill -9 while it samples, judges, trains, samples for the evaluation and compares; at most that call is lost."""
     with Vllm() as server:
         mine = settings(server, run__rounds=1)
-        sets = "\n".join(f"{key}={config.get(mine, key)}" for key in [*SETTINGS, "generate.url", "judge.url"])
+        sets = "\n".join(f"{key}={resolve.get(mine, key)}" for key in [*SETTINGS, "generate.url", "judge.url"])
         kills = [("writer", 5), ("judge", 5), ("train", 7), ("writer-dpo-round-1", 3), ("judge", 4)]
         for model, count in kills:
             step = str(count) if model == "train" else "never"

@@ -9,14 +9,14 @@ import pytest
 from adapters import base_model, save_adapter
 from training import pair, write_rows
 
-from dpo_cli import serve_config
 from dpo_cli.cli import main
-from dpo_cli.config import resolve
+from dpo_cli.config.resolve import resolve
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Silent
-from dpo_cli.serve_config.check import BASE, check
-from dpo_cli.serve_config.scored import log_probs
-from dpo_cli.serve_config.server import ensure_served, load
+from dpo_cli.stages import serve_config
+from dpo_cli.stages.serve_config.check import BASE, check
+from dpo_cli.stages.serve_config.log_probs import log_probs
+from dpo_cli.stages.serve_config.server import ensure_served, load
 
 
 @pytest.fixture(scope="module")

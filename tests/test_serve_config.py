@@ -9,12 +9,12 @@ import pytest
 import yaml
 from adapters import BROKEN, WRONG, base_model, edit_settings, edit_weights, save_adapter
 
-from dpo_cli import serve_config
 from dpo_cli.adapter import check_adapter
-from dpo_cli.config import resolve
+from dpo_cli.config.resolve import resolve
 from dpo_cli.errors import Exit, UserError
-from dpo_cli.serve_config import plan
-from dpo_cli.serve_config.server import start
+from dpo_cli.stages import serve_config
+from dpo_cli.stages.serve_config.plan import plan
+from dpo_cli.stages.serve_config.server import start
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ import pytest
 import yaml
 from adapters import base_model, save_adapter
 
-from dpo_cli import serve_config
-from dpo_cli.config import resolve
+from dpo_cli.config.resolve import resolve
 from dpo_cli.errors import UserError
+from dpo_cli.stages import serve_config
 
 CONTAINERS = ["k8s", "modal", "compose"]
 

@@ -7,9 +7,10 @@ import signal
 import pytest
 from training import AtStep, Lines, config_of, exit_code_of, kill_this_process, metrics, read_rows
 
-from dpo_cli import sweep, train
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Silent
+from dpo_cli.stages import train
+from dpo_cli.workflows import sweep
 
 
 def run(start, folder, *sets, progress=None):
@@ -22,7 +23,7 @@ def run(start, folder, *sets, progress=None):
 @pytest.fixture(scope="module")
 def trls(start, tmp_path_factory):
     """What a run with these settings comes to with TRL's own forward."""
-    from dpo_cli.training import packed
+    from dpo_cli.training.forward import packed
 
     @functools.cache
     def rows_of(*sets):
@@ -75,12 +76,12 @@ def test_a_run_that_was_killed_or_stopped_goes_on_exactly(start, tmp_path, sets)
 
 
 def test_killed_while_the_reference_computes_it_comes_to_the_same_values(start, tmp_path, monkeypatch):
-    from dpo_cli import store
-    from dpo_cli.training import reference
+    from dpo_cli.data import jsonl
+    from dpo_cli.training.forward import reference_cache
 
-    monkeypatch.setattr(reference, "TOKENS", 300)
+    monkeypatch.setattr(reference_cache, "TOKENS", 300)
     whole, _ = run(start, tmp_path / "whole")
-    append, kept = store.Journal.append, []
+    append, kept = jsonl.Journal.append, []
 
     def killed(journal, row):
         append(journal, row)
@@ -89,7 +90,7 @@ def test_killed_while_the_reference_computes_it_comes_to_the_same_values(start, 
             kill_this_process()
 
     with monkeypatch.context() as patch:
-        patch.setattr(store.Journal, "append", killed)
+        patch.setattr(jsonl.Journal, "append", killed)
         assert exit_code_of(lambda: train.run(config_of(start, tmp_path), Silent())) == -signal.SIGKILL
     rows, said = run(start, tmp_path)
     assert any("11 of 27 pairs are known" in line for line in said)
@@ -99,7 +100,7 @@ def test_killed_while_the_reference_computes_it_comes_to_the_same_values(start, 
 def test_out_of_memory_lowers_the_tokens_and_keeps_the_step(start, tmp_path, monkeypatch):
     import torch
 
-    from dpo_cli import dpo
+    from dpo_cli.training import dpo
 
     sets = ("train.max_steps=5", "train.save_steps=2", "train.tokens_per_batch=400")
     whole, _ = run(start, tmp_path / "whole", *sets)
@@ -124,7 +125,7 @@ def test_out_of_memory_lowers_the_tokens_and_keeps_the_step(start, tmp_path, mon
 def test_memory_that_lacks_for_the_largest_pair_ends_the_run(start, tmp_path, monkeypatch):
     import torch
 
-    from dpo_cli import dpo
+    from dpo_cli.training import dpo
 
     def lacking(*_):
         raise torch.OutOfMemoryError("out of memory")
@@ -150,11 +151,11 @@ def test_a_model_that_can_not_be_packed_trains_and_says_why(start, tmp_path):
 
 @pytest.mark.parametrize("setting", ["beta=0.1,0.3", "r=2,4"])
 def test_the_runs_of_a_sweep_share_one_pass_of_the_reference(start, tmp_path, monkeypatch, setting):
-    from dpo_cli.training import packed
+    from dpo_cli.training.forward import log_probs, packed
 
     sets = ["train.max_steps=2", "train.kl_prompts=0", "train.eval_steps=2"]
     sets += ["model.adapter=none"] if setting.startswith("r") else []
-    score, runs = packed.score, []
+    score, runs = log_probs.score, []
 
     def counted(hidden, *arguments, metrics):
         if not metrics:

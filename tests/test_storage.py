@@ -10,6 +10,7 @@ from training import exit_code_of, kill_this_process
 from dpo_cli import storage
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Silent
+from dpo_cli.storage import sync
 
 FILES = {"a.jsonl": b"one\n" * 100, "deep/b.bin": os.urandom(3_000_000)}
 BIG = os.urandom(12_000_000)  # more than one part of a resumable upload
@@ -45,7 +46,7 @@ def dest(request, tmp_path):
 
 
 def put(files, dest, progress=None, **options):
-    return storage.put(files, dest, progress or Silent(), **options)
+    return sync.put(files, dest, progress or Silent(), **options)
 
 
 class AtMegabyte(Silent):
@@ -71,10 +72,10 @@ def test_what_is_put_is_what_is_got(dest, tmp_path):
     sent = put(FILES, dest)
     assert set(sent.sent) == {*FILES, "COMPLETE"}
     assert sent.bytes == sum(sent.sent.values())
-    assert storage.get(dest, tmp_path / "back", Silent()).fetched == {name: len(data) for name, data in FILES.items()}
+    assert sync.get(dest, tmp_path / "back", Silent()).fetched == {name: len(data) for name, data in FILES.items()}
     assert on_disk(tmp_path / "back") == FILES
     (tmp_path / "back/a.jsonl").write_text("mine")
-    again = storage.get(dest, tmp_path / "back", Silent())
+    again = sync.get(dest, tmp_path / "back", Silent())
     assert (set(again.fetched), set(again.skipped)) == ({"a.jsonl"}, {"deep/b.bin"})
     assert on_disk(tmp_path / "back") == FILES
 
@@ -104,7 +105,7 @@ def test_after_a_kill_only_the_rest_is_sent(dest, tmp_path):
     assert names_there(dest) == ["old", "one"]  # nothing torn, and no longer called complete
     rest = put(files, dest)
     assert (set(rest.sent), set(rest.skipped)) == ({"two", "three", "COMPLETE"}, {"one"})
-    storage.get(dest, tmp_path / "back", Silent())
+    sync.get(dest, tmp_path / "back", Silent())
     assert on_disk(tmp_path / "back") == {"one": files["one"], "two": BIG, "three": b"3"}
 
 
@@ -130,31 +131,31 @@ def test_what_was_changed_since_is_refused(dest, tmp_path):
     storage.connect(dest).remove("a.jsonl")
     storage.connect(dest).send({"a.jsonl": b"two\n" * 100}, lambda size: None)
     with pytest.raises(UserError, match=r"a.jsonl is not what was sent") as caught:
-        storage.get(dest, tmp_path / "back", Silent())
+        sync.get(dest, tmp_path / "back", Silent())
     assert caught.value.code == Exit.FAILED
     assert "a.jsonl" not in on_disk(tmp_path / "back")
     storage.connect(dest).remove("a.jsonl")
     with pytest.raises(UserError, match=r"a.jsonl is gone"):
-        storage.get(dest, tmp_path / "back", Silent())
+        sync.get(dest, tmp_path / "back", Silent())
 
 
 def test_files_that_another_wrote_are_fetched_without_a_marker(dest, tmp_path):
     storage.connect(dest).send(FILES, lambda size: None)
-    storage.get(dest, tmp_path / "back", Silent())
+    sync.get(dest, tmp_path / "back", Silent())
     assert on_disk(tmp_path / "back") == FILES
 
 
 def test_nothing_to_fetch_is_said(dest, tmp_path):
     with pytest.raises(UserError, match="nothing is there"):
-        storage.get(dest, tmp_path / "back", Silent())
+        sync.get(dest, tmp_path / "back", Silent())
 
 
 @pytest.mark.parametrize("name", ["../evil", "/tmp/evil", "deep/../../evil"])
 def test_a_name_that_leads_out_of_the_folder_is_refused(tmp_path, name):
-    marker = storage.manifest({name: storage.hashed(b"x")})
+    marker = sync.manifest({name: sync.hashed(b"x")})
     storage.connect(str(tmp_path / "there")).send({"COMPLETE": marker}, lambda size: None)
     with pytest.raises(UserError, match="leads out"):
-        storage.get(str(tmp_path / "there"), tmp_path / "back", Silent())
+        sync.get(str(tmp_path / "there"), tmp_path / "back", Silent())
 
 
 def test_a_full_disk_is_said_and_leaves_no_torn_file(bucket, tmp_path):
@@ -165,7 +166,7 @@ def test_a_full_disk_is_said_and_leaves_no_torn_file(bucket, tmp_path):
     def fetch():
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
         try:
-            storage.get("gs://shelf/p", tmp_path / "back", Silent())
+            sync.get("gs://shelf/p", tmp_path / "back", Silent())
         except UserError as error:
             os._exit(40 + error.code)
 

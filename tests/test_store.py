@@ -10,8 +10,8 @@ import time
 import msgspec
 import pytest
 
+from dpo_cli.data.jsonl import BLOCK_BYTES, Journal, parse_rows, read_latest, read_rows, write_rows
 from dpo_cli.errors import Exit, UserError
-from dpo_cli.store import BLOCK_BYTES, Journal, parse_rows, read_latest, read_rows, write_rows
 
 
 class Row(msgspec.Struct):
@@ -137,7 +137,7 @@ def test_compaction_keeps_a_second_writer_out(path):
 
 def test_a_second_writer_is_refused_and_harms_nothing(path):
     code = (
-        "import sys, pathlib\nfrom dpo_cli.store import Journal\n"
+        "import sys, pathlib\nfrom dpo_cli.data.jsonl import Journal\n"
         "with Journal(pathlib.Path(sys.argv[1])) as journal: journal.append({'id': 'z', 'text': ''})"
     )
     with Journal(path) as journal:
@@ -152,7 +152,7 @@ def test_a_second_writer_is_refused_and_harms_nothing(path):
 
 WRITER = """
 import itertools, sys, pathlib
-from dpo_cli.store import Journal
+from dpo_cli.data.jsonl import Journal
 path = pathlib.Path(sys.argv[1])
 start = sum(1 for line in path.open("rb") if line.endswith(b"\\n")) if path.exists() else 0
 with Journal(path) as journal:
@@ -179,7 +179,7 @@ def test_kill_9_in_the_middle_of_appends_loses_nothing_that_was_reported(path):
 
 def test_compaction_that_is_killed_leaves_one_of_the_two_files(path):
     code = (
-        "import sys, pathlib\nfrom dpo_cli.store import Journal\n"
+        "import sys, pathlib\nfrom dpo_cli.data.jsonl import Journal\n"
         "with Journal(pathlib.Path(sys.argv[1])) as journal:\n  print('go', flush=True)\n  journal.compact()"
     )
     fill(path, *(str(number % 500) for number in range(4000)), text="x" * 500)
@@ -197,7 +197,7 @@ def test_compaction_that_is_killed_leaves_one_of_the_two_files(path):
 LIMITED = """
 import pathlib, resource, sys
 from dpo_cli.errors import UserError
-from dpo_cli.store import Journal
+from dpo_cli.data.jsonl import Journal
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 with Journal(pathlib.Path(sys.argv[1])) as journal:
     for number in range(1000):
@@ -221,7 +221,7 @@ def test_a_row_that_does_not_fit_is_taken_back_whole(path):
 FULL = """
 import pathlib, sys
 from dpo_cli.errors import UserError
-from dpo_cli.store import BLOCK_BYTES, Journal, write_rows
+from dpo_cli.data.jsonl import BLOCK_BYTES, Journal, write_rows
 folder = pathlib.Path(sys.argv[1])
 with Journal(folder / "rows.jsonl") as journal:
     journal.append({"id": "a", "text": "x"})

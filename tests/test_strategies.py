@@ -2,8 +2,8 @@
 
 import pytest
 
-from dpo_cli.settings import Strategy
-from dpo_cli.strategies import STRATEGIES
+from dpo_cli.config.settings import Strategy
+from dpo_cli.stages.pair.strategies import STRATEGIES
 
 SCORES = [5.0, 9.0, 6.0, 2.0]
 RANKING = [1, 2, 0, 3]

@@ -5,7 +5,8 @@ import unicodedata
 import pytest
 from screen import FORBIDDEN, HOSTILE
 
-from dpo_cli.terminal import cut, plain, side_by_side, width, wrap
+from dpo_cli.safe_text import plain
+from dpo_cli.terminal import cut, side_by_side, width, wrap
 
 
 def test_plain_text_acts_on_nothing():

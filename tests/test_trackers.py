@@ -8,9 +8,9 @@ import sys
 import pytest
 from training import Lines, settings
 
-from dpo_cli import train
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Silent
+from dpo_cli.stages import train
 
 BLOCK = 32768
 WANTED = {

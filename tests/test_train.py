@@ -21,11 +21,11 @@ from training import (
     write_rows,
 )  # fmt: skip
 
-from dpo_cli import train
+from dpo_cli.data.files import sha256
+from dpo_cli.data.records import split_side
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Silent
-from dpo_cli.schema import split_side
-from dpo_cli.training.run_folder import sha256
+from dpo_cli.stages import train
 
 
 @pytest.fixture(scope="module")
@@ -109,10 +109,10 @@ def test_killed_between_two_logs_it_goes_on_as_if_nothing_had_happened(start, wo
 
 
 def test_killed_while_it_saves_it_goes_on_from_the_checkpoint_before(start, work, monkeypatch):
-    from dpo_cli.training import trainer
+    from dpo_cli.training import run_folder, trainer
 
     folder, config = work
-    seal = trainer.seal
+    seal = run_folder.seal
 
     def killed(checkpoint):
         if checkpoint.name == "checkpoint-6":

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from dpo_cli.config.settings import Config, GenerateSection, ModelSection
+from dpo_cli.data.records import Message
 from dpo_cli.demo.tiny import make_base
 from dpo_cli.engines import Request, Sampled
 from dpo_cli.engines.transformers import Model, choose, load, run, sample
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Silent
-from dpo_cli.schema import Message
-from dpo_cli.settings import Config, GenerateSection, ModelSection
 
 SENTENCE = "the kettle sings and nobody in the whole laundromat asked it to sing so loudly again today"
 WORDS = SENTENCE.split()

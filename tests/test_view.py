@@ -10,12 +10,15 @@ import pytest
 from rich.console import Console
 from screen import FORBIDDEN, HOSTILE, Terminal
 
-from dpo_cli import audit, config, stats, view
+from dpo_cli import view
+from dpo_cli.analysis import data_stats, judge_audit
+from dpo_cli.config import resolve
+from dpo_cli.data.records import Completions, Judgment, Order, Preference
+from dpo_cli.data.row_index import Rows
 from dpo_cli.errors import UserError
-from dpo_cli.pages import Rows
-from dpo_cli.schema import Completions, Judgment, Order, Preference
-from dpo_cli.sweep import Point, Swept
-from dpo_cli.view import pairs, plot, progress, text
+from dpo_cli.training import run_history
+from dpo_cli.view import braille, pairs, progress, text
+from dpo_cli.workflows.sweep import Point, Swept
 
 # What rich itself writes: colours and styles.
 SGR = re.compile(r"\x1b\[[0-9;]*m")
@@ -72,7 +75,7 @@ def hostile_drawings(folder):
         )  # fmt: skip
         failed = Judgment(id=bad, completions_id="c", error=bad)
         gates = {wild: {"value": wild, "limit": wild, "ok": False}}
-        run = stats.Run(
+        run = run_history.Run(
             name=wild, series={wild: [(1, 2.0)], "loss": [(1, 2.0)]}, last={wild: 2.0, "loss": 2.0},
             events=[{"event": wild, "step": wild, wild: wild}],
             report={"verdict": wild, "adapter": wild, "gates": gates},
@@ -81,9 +84,9 @@ def hostile_drawings(folder):
             rows_of(folder / f"{number}-{len(records)}-{records[0].__class__.__name__}.jsonl", *records)
             for records in ([preference], [record], [judgment, failed])
         )
-        setting = stats.Setting("a.b", wild, wild, "")
+        setting = resolve.Setting("a.b", wild, wild, "")
         unnamed = Judgment(id=bad, completions_id="c", skipped=bad)
-        judged = audit.audit({"a": judgment, "b": failed, "c": unnamed}, {"a": record})
+        judged = judge_audit.audit({"a": judgment, "b": failed, "c": unnamed}, {"a": record})
         yield from (
             partial(view.pair, preference=preference, place=wild),
             partial(view.pair_list, rows=pair_file, first=0, count=9),
@@ -91,7 +94,7 @@ def hostile_drawings(folder):
             partial(view.judgments_list, rows=judgment_file, first=0, count=9),
             partial(view.completions, record=record, place=wild),
             partial(view.judgment, record=judgment, judged=record, place=wild),
-            partial(view.completion_stats, stats=stats.completion_stats([record])),
+            partial(view.completion_stats, stats=data_stats.completion_stats([record])),
             partial(view.audit, found=judged),
             partial(view.run, run=run),
             partial(view.settings, rows=[setting]),
@@ -172,7 +175,7 @@ def test_a_run_with_gaps_one_point_or_nothing_is_drawn():
     ):
         last = {name: points[-1][1] for name, points in series.items()}
         console = terminal(80)
-        view.run(console, stats.Run(name="dpo", series=series, last=last, events=[], report=None))
+        view.run(console, run_history.Run(name="dpo", series=series, last=last, events=[], report=None))
         assert ("loss" in unstyled(console)) == bool(series)
         assert ("no metrics yet" in unstyled(console)) == (not series)
 
@@ -199,24 +202,24 @@ def test_guards_are_marked_below_the_curves_where_they_acted():
     acted = [{"event": "kl_limit", "step": 20, "action": "stop"}, {"event": "encoded", "step": 0}]
     series = {"loss": [(0, 1.0), (40, 0.0)]}
     console = terminal(80)
-    view.run(console, stats.Run(name="dpo", series=series, last={"loss": 0.0}, events=acted, report=None))
+    view.run(console, run_history.Run(name="dpo", series=series, last={"loss": 0.0}, events=acted, report=None))
     [marks] = [line for line in unstyled(console).splitlines() if "▲" in line and "guards" not in line]
     assert marks.count("▲") == 1 and 20 < marks.index("▲") < 32, "half-way"
 
 
 def test_a_curve_goes_from_the_first_point_to_the_last():
     falling = [(0, 1.0), (1, 0.0)]
-    assert plot.braille(falling, plot.frame(falling, 2, 1)) == ["⠑⢄"]
+    assert braille.braille(falling, braille.frame(falling, 2, 1)) == ["⠑⢄"]
     broken = [(0, 1.0), (1, float("nan")), (2, 1.0), (3, 0.0)]
-    assert plot.braille(broken, plot.frame(broken, 2, 1)) == ["⠁⢣"]
-    assert plot.sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
-    assert plot.sparkline([1, float("nan"), 1], 3) == "▄ ▄"
-    assert plot.sparkline([0, 0, 7, 7], 2) == "▁█"
+    assert braille.braille(broken, braille.frame(broken, 2, 1)) == ["⠁⢣"]
+    assert braille.sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
+    assert braille.sparkline([1, float("nan"), 1], 3) == "▄ ▄"
+    assert braille.sparkline([0, 0, 7, 7], 2) == "▁█"
 
 
 def test_settings_that_are_no_default_stand_out():
     console = terminal(100)
-    view.settings(console, stats.settings(config.resolve({"train.beta": 0.2}, environment={})))
+    view.settings(console, resolve.settings(resolve.resolve({"train.beta": 0.2}, environment={})))
     rows = {row.split()[0]: row for row in drawn(console).split("\n") if len(row.split()) > 1}
     [changed] = [row for row in rows.values() if "train.beta" in row]
     [default] = [row for row in rows.values() if "train.loss_type" in row]
@@ -305,7 +308,7 @@ BROWSE = """
     import sys
     from pathlib import Path
     from dpo_cli import view
-    from dpo_cli.pages import Rows
+    from dpo_cli.data.row_index import Rows
 
     with Rows.open([Path(sys.argv[1])]) as rows:
         view.browse(view.stdout_console(), rows)

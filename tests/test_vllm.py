@@ -15,14 +15,14 @@ from adapters import BROKEN, WRONG, base_model, save_adapter
 from msgspec.structs import replace
 from training import pair
 
-from dpo_cli import generate, serve_config
-from dpo_cli.config import resolve
+from dpo_cli.config.resolve import resolve
+from dpo_cli.data.jsonl import write_rows
 from dpo_cli.engines import Request as Sampling
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Silent
-from dpo_cli.serve_config import check as checking
-from dpo_cli.serve_config.server import load
-from dpo_cli.store import write_rows
+from dpo_cli.stages import generate, serve_config
+from dpo_cli.stages.serve_config import check as checking
+from dpo_cli.stages.serve_config.server import load
 
 pytestmark = [
     pytest.mark.vllm,

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.config import resolve
+from dpo_cli.config.resolve import resolve
+from dpo_cli.config.settings import Config
 from dpo_cli.progress import Silent
-from dpo_cli.settings import Config
 
 SYSTEM = {"role": "system", "content": "You write the next lines of a scene. Each line is [NAME] text."}
 CLOCK_KEYS = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}

@@ -18,13 +18,15 @@ from typing import Any
 from msgspec import Struct
 from msgspec.structs import replace
 
-from dpo_cli import generate, judge, pair, train
-from dpo_cli.config import resolve
-from dpo_cli.evaluate.numbers import bootstrap, win_rate
+from dpo_cli.config.resolve import resolve
+from dpo_cli.config.settings import Config
+from dpo_cli.data.jsonl import parse_rows, write_rows
 from dpo_cli.progress import Silent
-from dpo_cli.settings import Config
-from dpo_cli.store import parse_rows, write_rows
-from dpo_cli.train import Trained
+from dpo_cli.stages import generate, judge, train
+from dpo_cli.stages.evaluate.win_rate import win_rate
+from dpo_cli.stages.pair import run
+from dpo_cli.stages.train import Trained
+from dpo_cli.statistics import bootstrap
 
 ZEST = ["crisp", "daring", "fizzy", "keen", "lively", "peppery", "sunny", "zippy"]
 PLAIN = ["again", "beside", "from", "later", "often", "quite", "still", "under"]
@@ -173,7 +175,7 @@ def align(
         train=replace(config.train, beta=beta, learning_rate=learning_rate or config.train.learning_rate),
     )  # fmt: skip
     judge.run(mine, Silent())
-    pair.run(mine)
+    run.run(mine)
     return mine, train.run(mine, Silent(), name=name)
 
 

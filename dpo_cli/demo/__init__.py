@@ -16,18 +16,23 @@ from typing import Literal
 
 from msgspec import Struct
 
-from dpo_cli import config, errors, evaluate, generate, judge, pair, serve_config, train
+from dpo_cli import errors
+from dpo_cli.config import resolve
+from dpo_cli.config.settings import Config
+from dpo_cli.data.files import write_file
+from dpo_cli.data.jsonl import read_rows, write_rows
+from dpo_cli.data.records import Compared, Message
 from dpo_cli.demo.scenes import Scene, make_scenes
 from dpo_cli.errors import UserError
-from dpo_cli.evaluate import Compared, Evaluation
-from dpo_cli.generate import Generated
-from dpo_cli.judge import Judged
-from dpo_cli.pair import Paired
 from dpo_cli.progress import Progress
-from dpo_cli.schema import Message
-from dpo_cli.settings import Config
-from dpo_cli.store import read_rows, write_file, write_rows
-from dpo_cli.train import Trained
+from dpo_cli.stages import generate, judge, serve_config, train
+from dpo_cli.stages.evaluate import run as evaluate
+from dpo_cli.stages.evaluate.results import Evaluation
+from dpo_cli.stages.generate import Generated
+from dpo_cli.stages.judge import Judged
+from dpo_cli.stages.pair import run as pair
+from dpo_cli.stages.pair.run import Paired
+from dpo_cli.stages.train import Trained
 
 SETTINGS = """\
 # Made by `nothing-dpo demo`. The preset holds all settings of the demo; `nothing-dpo inspect config` prints them,
@@ -99,7 +104,7 @@ def run(folder: Path, progress: Progress, fresh: bool = False, sizes: Sizes | No
     sizes = sizes or Sizes()
     seconds: dict[str, float] = {}
     with contextlib.chdir(folder):  # so that paths and results are those of the same commands typed there
-        settings = config.resolve(file=Path(config.DEFAULT_FILE), environment={}).config
+        settings = resolve.resolve(file=Path(resolve.DEFAULT_FILE), environment={}).config
         with _clock(seconds, "base"):
             _make_inputs(settings, sizes, progress)
         with _clock(seconds, "sft"):
@@ -130,7 +135,7 @@ def run(folder: Path, progress: Progress, fresh: bool = False, sizes: Sizes | No
 
 def _claim(folder: Path, fresh: bool) -> None:
     """Make the folder the demo's own, or refuse one that is somebody else's."""
-    file = folder / config.DEFAULT_FILE
+    file = folder / resolve.DEFAULT_FILE
     ours = file.exists() and 'preset = "demo"' in file.read_text("utf-8").splitlines()
     if folder.exists() and not ours and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError("this is no folder of the demo's", where=str(folder), hint="nothing-dpo demo --folder NEW")

@@ -5,8 +5,8 @@ It measures one thing that can be counted: do the people in the scene talk like 
 
 import re
 
+from dpo_cli.data.records import Message
 from dpo_cli.demo.scenes import cast
-from dpo_cli.schema import Message
 
 LINE = re.compile(r"\[([A-Z]+)\] (\S.*)")
 LINES = 3  # how many go on from an opening in scenes.py

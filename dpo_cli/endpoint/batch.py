@@ -16,8 +16,10 @@ from typing import Any, Self
 
 import msgspec
 
-from dpo_cli.endpoint import MAX_WAIT_SECONDS, RESTART_SECONDS, Endpoint, Price, Rejected, Reply
-from dpo_cli.endpoint.batch_wire import (
+from dpo_cli.data.files import write_file
+from dpo_cli.data.jsonl import Journal, read_latest
+from dpo_cli.data.records import content_id
+from dpo_cli.endpoint.batch_format import (  # fmt: skip
     ENDED,
     Counts,
     Item,
@@ -28,12 +30,12 @@ from dpo_cli.endpoint.batch_wire import (
     read_result,
     read_state,
     request_line,
-)  # fmt: skip
-from dpo_cli.endpoint.http import CHAT, JSON, Again, Down
-from dpo_cli.endpoint.wire import one_line, read_error, read_reply
+)
+from dpo_cli.endpoint.client import MAX_WAIT_SECONDS, RESTART_SECONDS, Endpoint
+from dpo_cli.endpoint.http import CHAT, JSON, Again, Down, Rejected
+from dpo_cli.endpoint.prices import Price
+from dpo_cli.endpoint.responses import Reply, one_line, read_error, read_reply
 from dpo_cli.errors import Exit, UserError
-from dpo_cli.schema import content_id
-from dpo_cli.store import Journal, read_latest, write_file
 
 # OpenAI's limits of one input file, with a margin.
 MAX_REQUESTS = 50_000

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from dpo_cli import __version__
 from dpo_cli.endpoint.prices import is_local
-from dpo_cli.endpoint.wire import Error, one_line, read_error, retry_after
+from dpo_cli.endpoint.responses import Error, one_line, read_error, retry_after
 from dpo_cli.errors import Exit, UserError
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from urllib.parse import urlsplit
 
 from msgspec import Struct
 
+from dpo_cli.data.records import Usage
 from dpo_cli.errors import UserError
-from dpo_cli.schema import Usage
 
 Tier: TypeAlias = Literal["batch", "flex"]
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 import msgspec
 from msgspec import Struct
 
+from dpo_cli.config.settings import Config
+from dpo_cli.data.records import Message, Usage
 from dpo_cli.errors import UserError, require
 from dpo_cli.progress import Progress
-from dpo_cli.schema import Message, Usage
-from dpo_cli.settings import Config
 
 if TYPE_CHECKING:  # the names of engines and judges are wanted for --help, asyncio is not
-    from dpo_cli.endpoint import Estimate, Receipt
+    from dpo_cli.endpoint.costs import Estimate, Receipt
 
 
 class Request(Struct, kw_only=True):
@@ -49,7 +49,7 @@ Sample: TypeAlias = "Callable[[list[Request], Config, Callable[[Sampled], None],
 
 def names() -> list[str]:
     """Every engine's name."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
 def load(name: str) -> Sample:
@@ -82,7 +82,8 @@ def choose(config: Config, progress: Progress) -> str:
 
 def estimate(requests: list[Request], config: Config) -> "Estimate":
     """What an endpoint would cost that answers these, in one request each."""
-    from dpo_cli.endpoint import estimate, price_of
+    from dpo_cli.endpoint.costs import estimate
+    from dpo_cli.endpoint.prices import price_of
 
     settings = config.generate
     size = sum(len(msgspec.json.encode(request.prompt)) for request in requests)
@@ -91,55 +92,3 @@ def estimate(requests: list[Request], config: Config) -> "Estimate":
     return estimate(
         len(requests), size, worst // 2, worst, price, given=settings.price is not None, typical="half of max_tokens"
     )
-
-
-def contrasted(sample: Sample, good: str, bad: str) -> Sample:
-    """An engine that answers from two system prompts: a prompt's first completion from `good`, later ones from `bad`.
-
-    Which of them is the better is for a judge to say.
-    """
-
-    def sample_both(
-        requests: list[Request], config: Config, deliver: Callable[[Sampled], None], progress: Progress
-    ) -> "Receipt | None":
-        parts = {request.id: split(request, good, bad) for request in requests}
-        owners = {part.id: key for key, split_ in parts.items() for part in split_}
-        answers: dict[str, Sampled] = {}
-
-        def take(sampled: Sampled) -> None:
-            answers[sampled.id] = sampled
-            key = owners[sampled.id]
-            if all(part.id in answers for part in parts[key]):
-                deliver(_join(key, [answers.pop(part.id) for part in parts[key]]))
-
-        return sample([part for split_ in parts.values() for part in split_], config, take, progress)
-
-    return sample_both
-
-
-def split(request: Request, good: str, bad: str) -> list[Request]:
-    """A request for each completion, with the system prompt that it is made from."""
-    first = len(request.have)
-    return [
-        Request(
-            id=f"{request.id}/{index}", prompt=_with_system(request.prompt, good if index == 0 else bad),
-            have=request.have, need=1,
-        )
-        for index in range(first, first + request.need)
-    ]  # fmt: skip
-
-
-def _with_system(prompt: list[Message], text: str) -> list[Message]:
-    """The prompt with a system text, which follows the prompt's own if it has one."""
-    own = [message["content"] for message in prompt if message["role"] == "system"]
-    rest = [message for message in prompt if message["role"] != "system"]
-    return [{"role": "system", "content": "\n\n".join([*own, text])}, *rest]
-
-
-def _join(key: str, parts: list[Sampled]) -> Sampled:
-    return Sampled(
-        id=key, texts=[text for part in parts for text in part.texts],
-        finish_reasons=[reason for part in parts for reason in part.finish_reasons],
-        usage=sum((part.usage for part in parts), Usage()),
-        error=next((part.error for part in parts if part.error is not None), None),
-    )  # fmt: skip

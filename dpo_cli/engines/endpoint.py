@@ -11,12 +11,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.endpoint import Endpoint, Receipt, Rejected, Reply, price_of
+from dpo_cli.config.settings import Config
+from dpo_cli.data.records import Usage, content_id
+from dpo_cli.endpoint.client import Endpoint
+from dpo_cli.endpoint.costs import Receipt
+from dpo_cli.endpoint.http import Rejected
+from dpo_cli.endpoint.prices import price_of
+from dpo_cli.endpoint.responses import Reply
 from dpo_cli.engines import Request, Sampled
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Progress
-from dpo_cli.schema import Usage, content_id
-from dpo_cli.settings import Config
 
 KEY_VARIABLE = "SERVE_API_KEY"  # vLLM asks for a key only if it was started with one
 EXTERNAL_KEY_VARIABLE = "OPENAI_API_KEY"  # of generate.contrast_url

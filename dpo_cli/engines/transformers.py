@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCach
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging
 
+from dpo_cli.config.settings import Config, GenerateSection
+from dpo_cli.data.records import Message, Usage, content_id
 from dpo_cli.engines import Request, Sampled
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Progress
-from dpo_cli.schema import Message, Usage, content_id
-from dpo_cli.settings import Config, GenerateSection
 
 GREEDY = 1e-5  # vLLM's: a lower temperature is zero
 REFILL = 4  # prompts join when a quarter of the batch is free: a prefill of few rows wastes its overhead

@@ -6,9 +6,8 @@ from itertools import combinations
 
 from msgspec import Struct
 
-from dpo_cli.schema import Judgment
-
-Z95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
+from dpo_cli.data.records import Judgment
+from dpo_cli.statistics import wilson
 
 
 class Agreement(Struct):
@@ -71,13 +70,3 @@ def agree(ours: Mapping[str, Judgment], theirs: Mapping[str, Judgment]) -> Agree
         share=alike / ordered if ordered else None,
         interval=wilson(alike, ordered),
     )  # fmt: skip
-
-
-def wilson(count: int, n: int) -> tuple[float, float]:
-    """95% score interval of a share (Wilson 1927, doi:10.1080/01621459.1927.10502953); all of it if n is 0."""
-    if n == 0:
-        return 0.0, 1.0
-    share, shrink = count / n, 1 + Z95**2 / n
-    centre = (share + Z95**2 / (2 * n)) / shrink
-    half = Z95 / shrink * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
-    return max(0.0, centre - half), min(1.0, centre + half)

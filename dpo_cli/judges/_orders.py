@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-from dpo_cli.judges import Task, conclude, label_of
-from dpo_cli.judges._wire import Verdict
-from dpo_cli.schema import Order, content_id
-from dpo_cli.settings import Orders
+from dpo_cli.config.settings import Orders
+from dpo_cli.data.records import Order, content_id
+from dpo_cli.judges import Task
+from dpo_cli.judges._prompt import Verdict
+from dpo_cli.judges._ranking import conclude, label_of
 
 MOST = 8  # orders of one prompt, whatever the number of candidates
 

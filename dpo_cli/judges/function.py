@@ -20,11 +20,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from dpo_cli.config.settings import Config
+from dpo_cli.data.records import Judgment, Message, content_id
 from dpo_cli.errors import Exit, UserError
-from dpo_cli.judges import Task, conclude
+from dpo_cli.judges import Task
+from dpo_cli.judges._ranking import conclude
 from dpo_cli.progress import Progress
-from dpo_cli.schema import Judgment, Message, content_id
-from dpo_cli.settings import Config
 
 Score = Callable[[list[Message], str], float]
 

@@ -16,14 +16,16 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from dpo_cli.config.settings import Config
+from dpo_cli.data.jsonl import read_latest
+from dpo_cli.data.records import Judgment, Order, content_id
 from dpo_cli.errors import UserError
-from dpo_cli.judges import Task, conclude, label_of
+from dpo_cli.judges import Task
 from dpo_cli.judges._agreement import agree
+from dpo_cli.judges._ranking import conclude, label_of
 from dpo_cli.progress import Progress
-from dpo_cli.schema import Judgment, Order, content_id
-from dpo_cli.settings import Config
-from dpo_cli.store import read_latest
-from dpo_cli.terminal import GUTTER, Screen, cut, full_screen, plain, side_by_side, width, wrap
+from dpo_cli.safe_text import plain
+from dpo_cli.terminal import GUTTER, Screen, cut, full_screen, side_by_side, width, wrap
 
 # Places on the screen, best first in groups of equals, such as ((1,), (0, 2)).
 Groups = tuple[tuple[int, ...], ...]

@@ -19,18 +19,23 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Struct
 
-from dpo_cli.endpoint import Choice, Endpoint, Estimate, Price, Receipt, Rejected, Reply, Tier, price_of
-from dpo_cli.endpoint import estimate as price_estimate
+from dpo_cli.config.settings import Config, JudgeSection
+from dpo_cli.data.records import Judgment, Order, Usage, content_id
 from dpo_cli.endpoint.batch import Batches, Owed, waiting
+from dpo_cli.endpoint.client import Endpoint
+from dpo_cli.endpoint.costs import Estimate, Receipt
+from dpo_cli.endpoint.costs import estimate as price_estimate
+from dpo_cli.endpoint.http import Rejected
+from dpo_cli.endpoint.prices import Price, Tier, price_of
+from dpo_cli.endpoint.responses import Choice, Reply
 from dpo_cli.errors import UserError
-from dpo_cli.judges import Task, _panel, label_of
+from dpo_cli.judges import Task, _panel
 from dpo_cli.judges._batch import answer
-from dpo_cli.judges._endings import ending_warning
+from dpo_cli.judges._deprecations import ending_warning
 from dpo_cli.judges._orders import Heard, cyclic_orders, is_enough, preference
-from dpo_cli.judges._wire import GRADE, RANKING, RATING, Form, read_verdict, verdict_schema, write_message
+from dpo_cli.judges._prompt import GRADE, RANKING, RATING, Form, read_verdict, verdict_schema, write_message
+from dpo_cli.judges._ranking import label_of
 from dpo_cli.progress import Progress
-from dpo_cli.schema import Judgment, Order, Usage, content_id
-from dpo_cli.settings import Config, JudgeSection
 
 LEDGER = "judge.replies.jsonl"
 BATCHES = "judge.batches.jsonl"

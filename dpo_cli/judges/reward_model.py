@@ -23,11 +23,12 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers.utils import logging
 
 from dpo_cli.adapter import base_folder, fingerprint
+from dpo_cli.config.settings import Config
+from dpo_cli.data.records import Judgment, Message
 from dpo_cli.errors import Exit, UserError
-from dpo_cli.judges import Task, conclude
+from dpo_cli.judges import Task
+from dpo_cli.judges._ranking import conclude
 from dpo_cli.progress import Progress
-from dpo_cli.schema import Judgment, Message
-from dpo_cli.settings import Config
 
 ABSOLUTE = True
 KEY = "judge.reward_model"

@@ -4,9 +4,10 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from dpo_cli.data.files import disk_error
 from dpo_cli.errors import UserError
-from dpo_cli.storage import Done, Source, Stored, blocks, hashed
-from dpo_cli.store import disk_error
+from dpo_cli.storage import Done, Source, Stored
+from dpo_cli.storage.sync import blocks, hashed
 
 
 class Folder:

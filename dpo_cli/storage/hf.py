@@ -11,7 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from dpo_cli.errors import Exit, UserError
-from dpo_cli.storage import Done, Source, Stored, size_of
+from dpo_cli.storage import Done, Source, Stored
+from dpo_cli.storage.sync import size_of
 
 LOGIN = "hf auth login, or HF_TOKEN=…"
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dpo_cli.errors import Exit, UserError
-from dpo_cli.storage import COMPLETE, Done, Source, Stored, hashed, manifest, read_manifest, size_of
+from dpo_cli.storage import COMPLETE, Done, Source, Stored
+from dpo_cli.storage.sync import hashed, manifest, read_manifest, size_of
 
 INCOMPLETE = "INCOMPLETE"
 T = TypeVar("T")

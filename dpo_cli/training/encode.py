@@ -12,8 +12,8 @@ from typing import Any
 
 from msgspec import Struct
 
+from dpo_cli.data.records import Message
 from dpo_cli.errors import UserError
-from dpo_cli.schema import Message
 
 TOO_LONG = "longer than max_length without its prompt's oldest part"
 IDENTICAL = "chosen and rejected are the same tokens"

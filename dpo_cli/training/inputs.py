@@ -10,11 +10,11 @@ from typing import Any, Literal, NamedTuple
 
 from msgspec import Struct
 
-from dpo_cli import store
+from dpo_cli.config.settings import Config
+from dpo_cli.data import jsonl
+from dpo_cli.data.files import sha256
+from dpo_cli.data.records import Message, prompt_id, read_demonstration, read_preference, split_side
 from dpo_cli.errors import Exit, UserError
-from dpo_cli.schema import Message, prompt_id, read_demonstration, read_preference, split_side
-from dpo_cli.settings import Config
-from dpo_cli.training.run_folder import sha256
 
 Stage = Literal["dpo", "sft"]
 MODEL_FILES = ["*.json", "*.jinja", "*.model", "*.safetensors"]
@@ -85,7 +85,7 @@ def _read_folder(folder: Path, parse: Callable[[dict[str, Any]], Row], hint: str
     if not train.exists():
         raise UserError("no train.jsonl in it", where=str(folder), hint=hint)
     files = [train, val] if val.exists() else [train]
-    rows = [[row for _, row in store.parse_rows(file, parse)] for file in files]
+    rows = [[row for _, row in jsonl.parse_rows(file, parse)] for file in files]
     return Inputs(rows[0], rows[1] if len(rows) > 1 else [], {file.name: sha256(file) for file in files}, {})
 
 
@@ -95,7 +95,7 @@ def _read_file(file: Path, parse: Callable[[dict[str, Any]], Row], hint: str, co
         raise UserError("no such file or folder", where=str(file), hint=hint)
     split = {"seed": config.pair.seed, "val_share": config.pair.val_share}
     sides: tuple[list[Row], list[Row]] = ([], [])
-    for _, row in store.parse_rows(file, parse):
+    for _, row in jsonl.parse_rows(file, parse):
         sides[split_side(prompt_id(row.prompt), config.pair.seed, config.pair.val_share)].append(row)
     return Inputs(*sides, {file.name: sha256(file)}, split)
 

@@ -8,22 +8,21 @@ longer than the time between SIGTERM and SIGKILL.
 
 import gc
 import signal
-import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import torch
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from dpo_cli import guards, store
+from dpo_cli.config.settings import GateSection
+from dpo_cli.data import jsonl
 from dpo_cli.errors import Exit, UserError
-from dpo_cli.guards import Finding, State
+from dpo_cli.interrupts import Stop
 from dpo_cli.progress import Progress
-from dpo_cli.remedies import REMEDIES, advice
-from dpo_cli.settings import GateSection
-from dpo_cli.training import processes
+from dpo_cli.training import distributed, guards
+from dpo_cli.training.guards import Finding, State
+from dpo_cli.training.remedies import REMEDIES, advice
 from dpo_cli.training.run_folder import RunFolder, event, metric_rows
 from dpo_cli.training.trainer import Diverged, peak_memory
 
@@ -34,34 +33,11 @@ class Interrupted(Exception):
     """A signal came in the middle of a step; the step before is saved."""
 
 
-class Stop:
-    """Notes the first SIGTERM or Ctrl-C, so that a forward can end; a second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    def __enter__(self) -> "Stop":
-        if threading.current_thread() is threading.main_thread():
-            self._former = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        else:
-            self._former = {}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._former.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.signal is not None:
-            raise KeyboardInterrupt
-        self.signal = number
-
-
 class Watch(TrainerCallback):  # type: ignore[misc]
     """Writes metrics.jsonl, shows progress, asks the guards, and ends the run when a signal asks for it."""
 
     def __init__(
-        self, trainer: Any, run: RunFolder, metrics: store.Journal, events: store.Journal, progress: Progress,
+        self, trainer: Any, run: RunFolder, metrics: jsonl.Journal, events: jsonl.Journal, progress: Progress,
         stop: Stop, state: State, gate: GateSection | None,
     ) -> None:  # fmt: skip
         self.trainer = trainer
@@ -143,7 +119,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def _asked_to_stop(self) -> bool:
         """Whether a signal has come to any of the processes."""
-        if processes.several():
+        if distributed.several():
             accelerator = self.trainer.accelerator
             if self.stop.signal is not None:
                 accelerator.set_trigger()
@@ -153,7 +129,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def _leave_mid_step(self, step: int) -> None:
         """Save the last whole step and leave, if a signal came; several processes end their step together instead."""
-        if self.stop.signal is None or processes.several():
+        if self.stop.signal is None or distributed.several():
             return
         if step and step not in self.run.complete_checkpoints():
             self.trainer.save_kept_place()
@@ -178,7 +154,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             tell(finding, step, self.events, self.progress)
 
 
-def tell(finding: Finding, step: int, events: store.Journal, progress: Progress) -> None:
+def tell(finding: Finding, step: int, events: jsonl.Journal, progress: Progress) -> None:
     """Record and show what a guard found and does."""
     events.append(event(finding.fault, step, action=finding.action, **finding.details))
     numbers = ", ".join(
@@ -192,7 +168,7 @@ def tell(finding: Finding, step: int, events: store.Journal, progress: Progress)
 
 
 def fit(
-    make: Callable[[State], Any], run: RunFolder, events: store.Journal, progress: Progress,
+    make: Callable[[State], Any], run: RunFolder, events: jsonl.Journal, progress: Progress,
     gate: GateSection | None = None,
 ) -> None:  # fmt: skip
     """Train from the newest complete checkpoint, or from the start, to the end that max_steps or a guard sets.
@@ -245,13 +221,13 @@ def fit(
                 "the loss is not a number, and no checkpoint was good", where=str(run.path),
                 hint=advice("nan"), code=Exit.FAILED,
             )  # fmt: skip
-        if processes.first():
+        if distributed.first():
             run.save_guard_state(newest, state)
         events.append(event("ended", newest, reason=state.ended))
 
 
 def _attempt(
-    make: Callable[[State], Any], run: RunFolder, events: store.Journal, progress: Progress, stop: Stop, state: State,
+    make: Callable[[State], Any], run: RunFolder, events: jsonl.Journal, progress: Progress, stop: Stop, state: State,
     gate: GateSection | None,
 ) -> tuple[Outcome, int, Any]:  # fmt: skip
     """Train until something happens: the outcome, the step, and the trainer.
@@ -259,11 +235,11 @@ def _attempt(
     metrics.jsonl is written anew from the checkpoint's own log first, so that no step is there twice or missing.
     """
     checkpoint = next(reversed(run.complete_checkpoints().values()), None)
-    processes.write_rows(run.metrics, metric_rows(run.trainer_state().get("log_history", [])))
+    distributed.write_rows(run.metrics, metric_rows(run.trainer_state().get("log_history", [])))
     trainer = make(state)
     trainer.guard_state = state
     outcome: Outcome = "done"
-    with processes.journal(run.metrics) as metrics:
+    with distributed.journal(run.metrics) as metrics:
         watch = Watch(trainer, run, metrics, events, progress, stop, state, gate)
         watch.resumed_from = checkpoint
         trainer.remove_callback(PrinterCallback)
@@ -275,7 +251,7 @@ def _attempt(
         except Diverged:
             outcome = "nan"
         except torch.OutOfMemoryError:
-            if processes.several():  # the others wait for this one, and torchrun ends them
+            if distributed.several():  # the others wait for this one, and torchrun ends them
                 raise
             outcome = "out_of_memory"
     step = trainer.state.global_step
@@ -287,21 +263,21 @@ def _attempt(
 
 
 def _roll_back(
-    run: RunFolder, state: State, step: int, gate: GateSection | None, events: store.Journal, progress: Progress
+    run: RunFolder, state: State, step: int, gate: GateSection | None, events: jsonl.Journal, progress: Progress
 ) -> None:
     """Go back to the last good checkpoint, or to the start."""
     limit = gate.kl_limit if gate else float("inf")
-    rows = [row for _, row in store.read_rows(run.metrics, dict[str, Any])]
-    good = processes.agreed(guards.last_good(run.complete_checkpoints(), rows, limit) or 0)
-    if processes.first():
+    rows = [row for _, row in jsonl.read_rows(run.metrics, dict[str, Any])]
+    good = distributed.agreed(guards.last_good(run.complete_checkpoints(), rows, limit) or 0)
+    if distributed.first():
         run.save_guard_state(good, state)
         run.drop_after(good)
-    processes.agreed(good)  # the others go on from there when it is done
+    distributed.agreed(good)  # the others go on from there when it is done
     events.append(event("rolled_back", step, to=good))
     progress.log(f"step {step}: rolled back to {f'checkpoint-{good}' if good else 'the start'}")
 
 
-def _raise_stopped(stop: Stop, step: int, run: RunFolder, events: store.Journal) -> None:
+def _raise_stopped(stop: Stop, step: int, run: RunFolder, events: jsonl.Journal) -> None:
     assert stop.signal is not None
     saved = max(run.complete_checkpoints(), default=0)
     events.append(event("stopped", step, signal=signal.Signals(stop.signal).name))

@@ -9,15 +9,15 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from dpo_cli import plan
 from dpo_cli.adapter import base_folder, check_adapter
-from dpo_cli.config import resolve
+from dpo_cli.config.presets import PRESETS
+from dpo_cli.config.resolve import resolve
+from dpo_cli.config.settings import Config
 from dpo_cli.errors import UserError
-from dpo_cli.plan import Lengths, Plan, Shape
-from dpo_cli.presets import PRESETS
-from dpo_cli.settings import Config
+from dpo_cli.training import plan
 from dpo_cli.training.encode import Sequences
 from dpo_cli.training.inputs import Row, read_inputs
+from dpo_cli.training.plan import Lengths, Plan, Shape
 
 # What the table of presets is reckoned for where there are no files: Llama 3.2 3B, 1,000 pairs of 600 + 150 tokens.
 USUAL_SHAPE = Shape(

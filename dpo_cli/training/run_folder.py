@@ -6,7 +6,6 @@ beside it, so that a run killed while it saves goes on from the one before. Need
 on which a file's content can appear after a later file's.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,9 +16,10 @@ from typing import Any
 
 import msgspec
 
-from dpo_cli import store
+from dpo_cli.data import files, jsonl
+from dpo_cli.data.files import flat, read_json
 from dpo_cli.errors import UserError
-from dpo_cli.guards import State
+from dpo_cli.training.guards import State
 
 MARKER = "complete.json"
 GUARDS = "guards.json"
@@ -61,7 +61,7 @@ class RunFolder:
                     hint="--name OTHER starts another run, --fresh starts this one over",
                 )
         else:
-            store.write_json(self.config, spec)
+            files.write_json(self.config, spec)
 
     def submission(self) -> str | None:
         """Which request started the run; None if it is not known."""
@@ -103,7 +103,7 @@ class RunFolder:
 
     def save_guard_state(self, step: int, state: State) -> None:
         """Note what the guards have changed since the checkpoint of a step was saved."""
-        store.write_json(self.guards, {"step": step, "state": state})
+        files.write_json(self.guards, {"step": step, "state": state})
 
     def drop_after(self, step: int) -> None:
         """Remove the checkpoints after a step."""
@@ -115,7 +115,7 @@ class RunFolder:
         """Details of the last event of a name."""
         if not self.events.exists():
             return None
-        rows = [row for _, row in store.read_rows(self.events, dict[str, Any]) if row["event"] == name]
+        rows = [row for _, row in jsonl.read_rows(self.events, dict[str, Any]) if row["event"] == name]
         return {key: value for key, value in rows[-1].items() if key not in ("event", "step", "time")} if rows else None
 
     def trainer_state(self) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def seal(checkpoint: Path) -> None:
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
         sizes[file.name] = file.stat().st_size
-    store.write_json(checkpoint / MARKER, sizes)
+    files.write_json(checkpoint / MARKER, sizes)
 
 
 def event(name: str, step: int, **details: Any) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def publish(checkpoint: Path, folder: Path, base: str, tokenizer: Path | None = 
         for name in ADAPTER_FILES:
             shutil.copyfile(checkpoint / name, staged / name)
         settings = read_json(staged / ADAPTER_FILES[0])
-        store.write_json(staged / ADAPTER_FILES[0], settings | {"base_model_name_or_path": base})
+        files.write_json(staged / ADAPTER_FILES[0], settings | {"base_model_name_or_path": base})
     else:
         sources = [checkpoint / name for name in MODEL_FILES]
         sources += [file for pattern in TOKENIZER_FILES for file in (tokenizer.glob(pattern) if tokenizer else ())]
@@ -194,32 +194,6 @@ def check_replaceable(folder: Path) -> None:
     ours = any((folder / name).exists() for name in (ADAPTER_FILES[0], MODEL_FILES[0]))
     if folder.exists() and not ours and (folder.is_file() or any(folder.iterdir())):
         raise UserError("holds something that is no adapter; it would be overwritten", where=str(folder))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """One JSON object.
-
-    Raises:
-        UserError: it can't be read.
-    """
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (OSError, msgspec.MsgspecError) as error:
-        raise UserError(str(error), where=str(path)) from None
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file, as sha256sum prints it."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted keys."""
-    found: dict[str, Any] = {}
-    for key, inner in value.items():
-        found |= flat(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {f"{prefix}{key}": inner}
-    return found
 
 
 def _is_complete(checkpoint: Path) -> bool:

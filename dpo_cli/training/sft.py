@@ -10,12 +10,12 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from dpo_cli import store
+from dpo_cli.config.settings import SftSection
+from dpo_cli.data import jsonl
 from dpo_cli.errors import UserError
-from dpo_cli.guards import State
 from dpo_cli.progress import Progress
-from dpo_cli.settings import SftSection
 from dpo_cli.training.encode import Sequences
+from dpo_cli.training.guards import State
 from dpo_cli.training.loop import fit
 from dpo_cli.training.run_folder import RunFolder
 from dpo_cli.training.trainer import ResumableTrainer, arguments, fresh_lora, load_base
@@ -32,7 +32,7 @@ class Trainer(ResumableTrainer, SFTTrainer):  # type: ignore[misc]
 
 def train(
     section: SftSection, base: Path, tokenizer: PreTrainedTokenizerBase, rows: list[Sequences],
-    held_out: list[Sequences], run: RunFolder, events: store.Journal, progress: Progress,
+    held_out: list[Sequences], run: RunFolder, events: jsonl.Journal, progress: Progress,
 ) -> None:  # fmt: skip
     """Train a fresh LoRA.
 

@@ -13,9 +13,9 @@ from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 
+from dpo_cli.config.settings import TrainingSection
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Progress
-from dpo_cli.settings import TrainingSection
 
 PROJECT = "nothing-dpo"
 TENSORBOARD = "TENSORBOARD_LOGGING_DIR"  # as transformers reads it

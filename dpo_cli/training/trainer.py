@@ -27,14 +27,14 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from dpo_cli import errors, guards
-from dpo_cli.guards import State
-from dpo_cli.plan import capped_steps
+from dpo_cli import errors
+from dpo_cli.config.settings import ModelSection, TrainingSection
+from dpo_cli.data.files import write_json
 from dpo_cli.progress import Progress
-from dpo_cli.settings import ModelSection, TrainingSection
-from dpo_cli.store import write_json
-from dpo_cli.training import processes
+from dpo_cli.training import distributed, guards
 from dpo_cli.training.encode import Encoder
+from dpo_cli.training.guards import State
+from dpo_cli.training.plan import capped_steps
 from dpo_cli.training.run_folder import GUARDS, RunFolder, metric_rows, seal
 from dpo_cli.training.trackers import PROJECT, tracker
 
@@ -200,7 +200,7 @@ def arguments(
         "max_length": None,  # rows come shortened; TRL would cut the completion's end
         "bf16": uses_bf16(section),
         # Else transformers refuses bf16 where there is no GPU, and several processes do not find each other.
-        "use_cpu": not gpu and (uses_bf16(section) or processes.several()),
+        "use_cpu": not gpu and (uses_bf16(section) or distributed.several()),
         "ddp_find_unused_parameters": False,
         **fully_sharded(section),
         "gradient_checkpointing": gpu if section.gradient_checkpointing is None else section.gradient_checkpointing,
@@ -219,7 +219,7 @@ def arguments(
 
 def fully_sharded(section: TrainingSection) -> dict[str, Any]:
     """FSDP for all weights in several processes; an adapter is small, and its base is copied to each card."""
-    if not (processes.several() and getattr(section, "full", False)):
+    if not (distributed.several() and getattr(section, "full", False)):
         return {}
     return {
         "fsdp": True,

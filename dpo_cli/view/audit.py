@@ -6,12 +6,21 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from dpo_cli.audit import TENTATIVE, Audit, Estimate, Example, JudgeAudit, LengthEffect, Reliability, verdict
-from dpo_cli.judges import label_of
-from dpo_cli.stats import Proportion
+from dpo_cli.analysis.judge_audit import (
+    TENTATIVE,
+    Audit,
+    Estimate,
+    Example,
+    JudgeAudit,
+    LengthEffect,
+    Reliability,
+    verdict,
+)
+from dpo_cli.judges._ranking import label_of
+from dpo_cli.statistics import Proportion
+from dpo_cli.view.braille import interval
 from dpo_cli.view.facts import alarm, bars, counted, facts, share, share_of, spread_row, tokens
 from dpo_cli.view.pairs import ID_SHOWN, LABEL
-from dpo_cli.view.plot import interval
 from dpo_cli.view.text import dollars, joined, number, percent, safe_line
 
 SIDE_BY_SIDE = 110  # columns from which a judge's numbers stand beside its histogram

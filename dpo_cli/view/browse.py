@@ -10,10 +10,9 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.segment import Segment
 from rich.text import Text
 
+from dpo_cli.data.records import Preference, text_of
+from dpo_cli.data.row_index import Row, Rows
 from dpo_cli.errors import UserError
-from dpo_cli.pages import Row, Rows
-from dpo_cli.schema import Preference
-from dpo_cli.stats import text_of
 from dpo_cli.terminal import Keys, keys_of
 from dpo_cli.view.pairs import pair_view
 from dpo_cli.view.text import safe_line

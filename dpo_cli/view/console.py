@@ -3,16 +3,16 @@
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO
 
 from rich.console import Console
 from rich.pager import Pager
+
+from dpo_cli.interrupts import ignoring_interrupts
 
 NARROW = 80  # columns below which two texts don't stand side by side
 
@@ -52,21 +52,8 @@ class _Pager(Pager):
             self.console.file.flush()
             return
         environment = {"LESS": "FRX", "LESSCHARSET": "utf-8", **os.environ}
-        with _interrupts_ignored(), subprocess.Popen(command, stdin=subprocess.PIPE, env=environment) as process:
+        with ignoring_interrupts(), subprocess.Popen(command, stdin=subprocess.PIPE, env=environment) as process:
             try:
                 process.communicate(content.encode(errors="backslashreplace"))
             except BrokenPipeError:
                 process.wait()
-
-
-@contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """Ctrl-C in the pager is the pager's."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

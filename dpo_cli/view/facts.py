@@ -1,15 +1,20 @@
 """Numbers as people read them: rows of facts, counts, shares with their intervals, spreads, histograms."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dpo_cli.schema import Usage
-from dpo_cli.stats import Histogram, Proportion, Spread
-from dpo_cli.view.plot import bar
-from dpo_cli.view.text import joined, percent, safe_line
+from dpo_cli.analysis.data_stats import Lengths
+from dpo_cli.data.records import Usage
+from dpo_cli.statistics import Histogram, Proportion, Spread
+from dpo_cli.view.braille import bar
+from dpo_cli.view.text import dollars, joined, percent, safe, safe_line
+
+if TYPE_CHECKING:
+    from dpo_cli.endpoint.costs import Estimate, Receipt
 
 BAR_WIDTH = 30
 
@@ -83,3 +88,105 @@ def bars(title: str, histogram: Histogram | None) -> list[RenderableType]:
     for label, count in zip(histogram.labels, histogram.counts, strict=True):
         grid.add_row(label, bar(count / most, BAR_WIDTH), f"{count:,}")
     return ["", Text(title, "bold"), grid]
+
+
+def fact_table() -> Table:
+    """Names to the right, values to the left of one gap; long values fold."""
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style="dim", justify="right", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def receipt(table: Table, paid: "Receipt") -> None:
+    """Add what this run asked of an endpoint, and what that cost."""
+    calls = [f"{paid.calls:,} paid"]
+    calls += [f"{paid.reused:,} reused from the ledger"] * bool(paid.reused)
+    calls += [f"{paid.retries:,} retries"] * bool(paid.retries)
+    calls += [f"{paid.failed:,} failed"] * bool(paid.failed)
+    calls += [f"{paid.waiting:,} waiting in batches"] * bool(paid.waiting)
+    table.add_row("calls", " · ".join(calls))
+    table.add_row("tokens", token_counts(paid.usage))
+    table.add_row("spent", dollars(paid.usd))
+    if paid.resent or paid.interrupted:
+        twice = f"{paid.resent:,} sent again without an answer, {paid.interrupted:,} left unanswered by a former run"
+        twice += f" · at most {dollars(paid.unseen_usd)}" if paid.unseen_usd else ""
+        table.add_row("perhaps twice", Text(twice, "yellow"))
+
+
+def add_estimate(table: Table, expected: "Estimate | None") -> None:
+    """Add what a run would cost, and what that rests on."""
+    if expected is None:
+        return
+    table.add_row("calls", f"{expected.calls:,}, as far as their replies are usable")
+    low, worst = expected.output_low, expected.output_worst
+    table.add_row("tokens", f"about {expected.input:,} in · {low:,} to {worst:,} out")
+    if expected.usd_low is None or expected.usd_worst is None:
+        table.add_row("dollars", Text("nobody knows this model's price: --price IN,CACHED,OUT", "yellow"))
+    else:
+        table.add_row("dollars", f"{dollars(expected.usd_low)} to {dollars(expected.usd_worst)}")
+    for assumption in expected.assumptions:
+        table.add_row("", Text(assumption, "dim"))
+
+
+def token_counts(usage: Usage) -> str:
+    """`1,200 in · 300 out · 800 cached`, on one line of a table."""
+    parts = [f"{usage.input:,} in", f"{usage.output:,} out"]
+    parts += [f"{usage.cached:,} cached"] * bool(usage.cached)
+    parts += [f"{usage.reasoning:,} reasoning"] * bool(usage.reasoning)
+    return " · ".join(parts)
+
+
+def reason_lines(counts: Mapping[str, int], style: str) -> Text:
+    """A line a reason: `3 × timed out`."""
+    return Text("\n").join(safe(f"{count:,} × {reason}", style) for reason, count in counts.items())
+
+
+UNBIASED_Z = 1.96  # below, chosen being longer may be chance
+
+
+def counts_of(values: Sequence[str]) -> Text:
+    """Finish reasons with their counts, in the order in which they first occur."""
+    parts = []
+    for value in dict.fromkeys(values):
+        count = values.count(value)
+        parts.append(safe_line(value + (f" {count}" if count < len(values) else ""), finish_style(value)))
+    return joined(parts, ", ")
+
+
+def shares(counts: Mapping[str, int]) -> Text:
+    """Finish reasons with their counts and shares."""
+    total = sum(counts.values())
+    parts = [
+        safe_line(f"{name} ", finish_style(name)).append(f"{count:,}", "bold").append(f" ({percent(count / total)})")
+        for name, count in counts.items()
+    ]
+    return joined(parts) if parts else Text("–", "dim")
+
+
+def finish_style(reason: str) -> str:
+    """The colour of a finish reason."""
+    return {"stop": "green", "length": "yellow"}.get(reason, "red")
+
+
+def longer_chosen(proportion: Proportion | None) -> Text:
+    """P(longer chosen); a length bias that is no chance stands out."""
+    text = share(proportion)
+    if proportion is not None:
+        text.append(f"  z {proportion.z:+.1f}", "yellow" if abs(proportion.z) > UNBIASED_Z else "green")
+    return text
+
+
+def length_table(sides: Mapping[str, Lengths]) -> Table:
+    """Words and characters of each side: minimum, median, mean, maximum."""
+    table = Table(box=None, header_style="bold", padding=(0, 3, 0, 0), pad_edge=False)
+    table.add_column("length")
+    for header in ("", "min", "median", "mean", "max"):
+        table.add_column(header, justify="left" if not header else "right")
+    for unit in ("words", "characters"):
+        for name, lengths in sides.items():
+            spread: Spread | None = getattr(lengths, unit)
+            if spread is not None:
+                values = (spread.min, spread.median, spread.mean, spread.max)
+                table.add_row(Text(unit, "dim"), name, *(f"{value:,.0f}" for value in values))
+    return table

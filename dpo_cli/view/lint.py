@@ -11,8 +11,8 @@ from dpo_cli.view.pairs import ID_SHOWN, LABEL
 from dpo_cli.view.text import joined, safe, safe_line
 
 if TYPE_CHECKING:
-    from dpo_cli.lint import Linted
-    from dpo_cli.lint.findings import Finding
+    from dpo_cli.analysis.lint.findings import Finding
+    from dpo_cli.analysis.lint.run import Linted
 
 ROWS_SHOWN = 4  # of one finding
 STYLES = {"error": "red", "warning": "yellow"}

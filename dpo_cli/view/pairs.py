@@ -3,17 +3,38 @@
 import re
 from difflib import Match, SequenceMatcher
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dpo_cli.pages import Rows
-from dpo_cli.schema import Message, Preference
-from dpo_cli.stats import text_of, words
+from dpo_cli.analysis.data_stats import PairStats, words
+from dpo_cli.data.records import (
+    Message,
+    Preference,
+    text_of,
+)
+from dpo_cli.data.row_index import Rows
 from dpo_cli.view.console import NARROW
+from dpo_cli.view.facts import (
+    alarm,
+    bars,
+    counted,
+    fact_table,
+    facts,
+    length_table,
+    longer_chosen,
+    reason_lines,
+    share,
+    spread_row,
+)
 from dpo_cli.view.text import joined, number, safe, safe_line
+
+if TYPE_CHECKING:
+    from dpo_cli.data.formats.export import Exported
+    from dpo_cli.stages.pair.run import Paired
 
 CHOSEN, REJECTED, LABEL = "green", "red", "cyan"
 TEXTS = ("prompt ends", "chosen", "rejected", "completions", "reference", "policy")
@@ -233,3 +254,53 @@ def _scores(pair: Preference) -> Text:
         return Text("–", "dim")
     chosen, rejected = Text(number(pair.chosen_score), CHOSEN), Text(number(pair.rejected_score), REJECTED)
     return joined((chosen, rejected), " > ")
+
+
+def paired(console: Console, result: "Paired") -> None:
+    """What `pair` made."""
+    table = fact_table()
+    if result.format is not None:
+        table.add_row("read as", result.format)
+    table.add_row("pairs", f"{result.train:,} to train on · {result.val:,} held out")
+    if result.rollouts is not None:
+        scored = result.rollouts
+        table.add_row("made of", f"{scored.rollouts:,} rollouts of {scored.prompts:,} prompts")
+        rewards = f"chosen {scored.average_chosen_reward:.3f} · rejected {scored.average_rejected_reward:.3f}"
+        table.add_row("average", f"reward {rewards} · gap {scored.average_gap:.3f}")
+        if scored.skipped:
+            table.add_row("no rollout", reason_lines(scored.skipped, "yellow"))
+    if result.skipped:
+        table.add_row("no pair", reason_lines(result.skipped, "yellow"))
+    for warning in result.warnings:
+        table.add_row("warning", safe(warning, "yellow"))
+    table.add_row("wrote", safe(f"{result.train_path}, {result.val_path}"))
+    console.print(table)
+
+
+def exported(console: Console, result: "Exported") -> None:
+    """What was exported, and how to start it elsewhere."""
+    table = fact_table()
+    table.add_row("pairs", f"{result.train:,} to train on · {result.val:,} held out")
+    table.add_row("wrote", safe("\n".join(result.files) or "nothing: a dry run"))
+    console.print(table)
+    for title, line in result.launch.items():
+        console.print(Text(f"\n{title}", "bold"))
+        console.print(safe(line, "green"), soft_wrap=True)
+
+
+def pair_stats(console: Console, stats: PairStats) -> None:
+    """Numbers of the pairs, with what is suspicious in colour."""
+    grid = facts()
+    grid.add_row("pairs", counted(stats.pairs))
+    grid.add_row("prompts", counted(stats.prompts))
+    grid.add_row("score gap", spread_row(stats.gaps))
+    grid.add_row("longer chosen", longer_chosen(stats.longer_chosen))
+    grid.add_row("cut, chosen", share(stats.chosen_cut))
+    grid.add_row("cut, rejected", share(stats.rejected_cut))
+    grid.add_row("same pair again", alarm(stats.duplicate_pairs))
+    grid.add_row("prompts repeated", f"{stats.repeated_prompts:,}")
+    grid.add_row("prompts on both sides", alarm(stats.shared_prompts))
+    grid.add_row("contradictory pairs", alarm(stats.contradictory_pairs))
+    grid.add_row("chosen = rejected", alarm(stats.identical_sides))
+    lengths = length_table({"chosen": stats.chosen, "rejected": stats.rejected})
+    console.print(Group(grid, "", lengths, *bars("score gaps", stats.gap_histogram)))

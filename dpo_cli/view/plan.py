@@ -1,21 +1,24 @@
 """What a run will need, what presets cost, what mends a run, and a sweep's runs side by side."""
 
+import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from dpo_cli.remedies import GUIDE, REMEDIES
-from dpo_cli.sweep import best_said
-from dpo_cli.view.plot import bar, interval
-from dpo_cli.view.text import dollars, number, percent, safe
+from dpo_cli.config.resolve import Setting
+from dpo_cli.training.remedies import GUIDE, REMEDIES
+from dpo_cli.view.braille import bar, interval
+from dpo_cli.view.pairs import LABEL
+from dpo_cli.view.text import dollars, percent, safe, safe_line
 
 if TYPE_CHECKING:
-    from dpo_cli.plan import Plan
-    from dpo_cli.sweep import Point, Swept
+    from dpo_cli.training.plan import Plan
     from dpo_cli.training.preflight import Cost
+    from dpo_cli.workflows.sweep import Point
 
 BAR_WIDTH = 20
 NUMBERS_WIDTH = 58  # what a sweep's table has besides its three plots
@@ -79,45 +82,20 @@ def explain(console: Console, names: Sequence[str]) -> None:
     console.print(table)
 
 
-def swept(console: Console, result: "Swept") -> None:
-    """A sweep's runs side by side, by number and as plots: accuracy with its interval, margin, KL; the best named."""
-    points, width = result.points, max(6, min(BAR_WIDTH, (console.width - NUMBERS_WIDTH) // 3))
-    margins, kls = (max((abs(value or 0.0) for value in values), default=0.0) for values in (
-        [point.margin for point in points], [*(point.kl for point in points), result.kl_limit])
-    )  # fmt: skip
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", pad_edge=False)
-    table.add_column(result.setting, justify="right", no_wrap=True)
-    for header in ("accuracy", "margin", "KL"):
-        table.add_column(header, justify="right", no_wrap=True)
-        table.add_column("", no_wrap=True)
-    table.add_column("loss", justify="right", no_wrap=True)
-    table.add_column("gates", no_wrap=True)
-    for point in points:
-        best = point.value == result.best
-        table.add_row(
-            Text(f"{'★ ' if best else ''}{point.value:g}", "bold green" if best else ""),
-            percent(point.accuracy), _accuracy(point, width),
-            number(point.margin), _signed(point.margin, margins, width),
-            number(point.kl), _within(point.kl, kls, result.kl_limit, width), number(point.loss),
-            Text(point.verdict or "–", "green" if point.verdict == "pass" else "red"),
-        )  # fmt: skip
-    console.print(table)
-    console.print(Text(f"accuracy: ├─┤ 95%, ┊ chance · KL in nats a token: ┊ {result.kl_limit:g}, the limit", "dim"))
-    console.print(Text(best_said(result), "bold red" if result.best is None else "bold green"))
-
-
-def _accuracy(point: "Point", width: int) -> Text:
+def accuracy_of(point: "Point", width: int) -> Text:
+    """The held-out accuracy of a sweep's point, drawn with its interval."""
     if point.accuracy is None or point.accuracy_interval is None:
         return Text("")
     low, high = point.accuracy_interval
     return Text(interval(low, point.accuracy, high, 0.5, width), "cyan" if low <= 0.5 else "green")
 
 
-def _signed(value: float | None, top: float, width: int) -> Text:
+def signed(value: float | None, top: float, width: int) -> Text:
+    """A bar of a value's size, its sign as colour."""
     return Text(bar(abs(value or 0.0) / (top or 1.0), width), "cyan" if (value or 0.0) >= 0 else "red")
 
 
-def _within(value: float | None, top: float, limit: float, width: int) -> Text:
+def within_limit(value: float | None, top: float, limit: float, width: int) -> Text:
     """A bar, and where the limit is."""
     drawn = f"{bar((value or 0.0) / top, width):<{width}}"
     at = min(width - 1, int(limit / top * width))
@@ -130,3 +108,29 @@ def _table(*headers: str, styles: tuple[str, ...]) -> Table:
     for header, style in zip(headers, styles, strict=True):
         table.add_column(header, style=style)
     return table
+
+
+def settings(console: Console, rows: Sequence[Setting]) -> None:
+    """Every setting, its value and where it came from; what is no default stands out."""
+    table = Table(box=None, header_style="bold", padding=(0, 3, 0, 0), pad_edge=False)
+    for header in ("setting", "value", "from"):
+        table.add_column(header, overflow="fold")
+    section = None
+    for row in rows:
+        here = row.key.rpartition(".")[0]
+        if section is not None and here != section:
+            table.add_row()
+        section = here
+        style = "dim" if row.source == "default" else "bold"
+        table.add_row(
+            safe_line(row.key, style),
+            safe_line(_setting(row.value), style if style == "dim" else f"{style} {LABEL}"),
+            safe_line(row.source, style),
+        )
+    console.print(table)
+
+
+def _setting(value: Any) -> str:
+    if value is None:
+        return "none"  # as --set takes it
+    return value if isinstance(value, str) else json.dumps(msgspec.to_builtins(value), ensure_ascii=False)

@@ -20,8 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_cli.progress import Progress
+from dpo_cli.view.braille import sparkline
 from dpo_cli.view.console import make_console
-from dpo_cli.view.plot import sparkline
 from dpo_cli.view.text import dollars, duration, number, percent, safe, safe_line
 
 WINDOW_SECONDS = 60.0  # rates look this far back,

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from rich.text import Text
 
-from dpo_cli.terminal import pieces
+from dpo_cli.safe_text import pieces
 
 HIDDEN_STYLE = "dim italic"
 

@@ -45,14 +45,15 @@ def bare(url: str, prompts: list[str], in_flight: int, folder: str) -> Run:
 
 def nothing_dpo(url: str, prompts: list[str], in_flight: int, folder: str) -> Run:
     """`nothing-dpo generate`, as in a log file: with plain progress, its ledger and its journal."""
-    from dpo_cli import config, generate
-    from dpo_cli.view import make_progress
+    from dpo_cli.config import resolve
+    from dpo_cli.stages import generate
+    from dpo_cli.view.progress import make_progress
 
     file = Path(folder) / "prompts.jsonl"
     file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
     flags = {"data": folder, "generate.prompts": str(file), "generate.url": url, "generate.n": 1}
     flags |= {"generate.concurrency": in_flight, "generate.max_tokens": MAX_TOKENS}
-    settings = config.resolve(flags, environment={}).config
+    settings = resolve.resolve(flags, environment={}).config
     return lambda: generate.run(settings, make_progress()).completions
 
 

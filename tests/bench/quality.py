@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from worlds import Judged, Point, align, best_of_rate, make
 
-from dpo_cli import svg
+from dpo_cli.html import svg
 
 # name -> what differs from beta 0.1, the world's learning rate and true labels
 RUNS: dict[str, dict[str, Any]] = {

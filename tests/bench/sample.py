@@ -18,12 +18,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from dpo_cli.config.settings import GenerateSection
+from dpo_cli.data.records import prompt_id
 from dpo_cli.demo.tiny import make_base
 from dpo_cli.engines import Request
 from dpo_cli.engines.transformers import Model, load, run
 from dpo_cli.progress import Silent
-from dpo_cli.schema import prompt_id
-from dpo_cli.settings import GenerateSection
 
 SENTENCE = "the kettle of a landlord never boils while somebody counts it twice and writes that down in ledger"
 WORDS = SENTENCE.split()

@@ -23,10 +23,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import vllm_server
 from adapters import base_model, save_adapter
 
-from dpo_cli import config, generate
-from dpo_cli.config import Config
-from dpo_cli.serve_config import render
-from dpo_cli.view import make_progress
+from dpo_cli.config import resolve
+from dpo_cli.config.settings import Config
+from dpo_cli.stages import generate
+from dpo_cli.stages.serve_config import render
+from dpo_cli.view.progress import make_progress
 
 IN_FLIGHT = 64
 TOKENS = 64
@@ -88,12 +89,12 @@ def main() -> None:
             "generate.prompts": str(prompts), "generate.n": 1, "generate.max_tokens": TOKENS,
             "generate.concurrency": IN_FLIGHT,
         }  # fmt: skip
-        command = render(config.resolve(flags, environment={}).config, "cli")
+        command = render(resolve.resolve(flags, environment={}).config, "cli")
         rates: dict[str, list[float]] = {"generate": [], "vllm bench serve": []}
         with vllm_server.serve(command, folder) as url:
             for turn in range(options.rounds + 1):
                 more = {"generate.url": url, "data": str(folder / f"data{turn}")}
-                settings = config.resolve(flags | more, environment={}).config
+                settings = resolve.resolve(flags | more, environment={}).config
                 pair = ours(settings), theirs(folder, url, prompts, settings)
                 if turn:  # the first warms the server up
                     for kept, rate in zip(rates.values(), pair, strict=True):

@@ -14,9 +14,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from dpo_cli import config, generate
-from dpo_cli.schema import Completions, prompt_id
-from dpo_cli.store import write_rows
+from dpo_cli.config import resolve
+from dpo_cli.data.jsonl import write_rows
+from dpo_cli.data.records import Completions, prompt_id
+from dpo_cli.stages import generate
 
 ROWS = 100_000
 ROUNDS = 7
@@ -32,7 +33,7 @@ def write_finished(folder: Path) -> list[str]:
         "generate.prompts": str(folder / "prompts.jsonl"),
         "generate.url": "http://127.0.0.1:9",
     }
-    settings = config.resolve(flags, environment={}).config
+    settings = resolve.resolve(flags, environment={}).config
     sampling = generate.made_with(settings, "endpoint")
     prompts = [[{"role": "user", "content": f"Scene {number}. {SCENE}"}] for number in range(ROWS)]
     write_rows(folder / "prompts.jsonl", ({"prompt": prompt} for prompt in prompts))

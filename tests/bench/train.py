@@ -40,7 +40,7 @@ from trl import DPOConfig
 
 from dpo_cli.demo.tiny import make_base
 from dpo_cli.progress import Silent
-from dpo_cli.training import packed, reference
+from dpo_cli.training.forward import packed, reference_cache
 
 MODELS: dict[str, dict[str, int]] = {
     "small": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 4,
@@ -92,7 +92,7 @@ class Variant:
             assert reason is None, reason
             began = _clock()
             if self.kept:
-                reference.keep_reference(self.trainer, folder / "reference", Silent(), wanted=True)
+                reference_cache.keep_reference(self.trainer, folder / "reference", Silent(), wanted=True)
         self.fill = _clock() - began if self.kept else 0.0
         self.trainer.current_gradient_accumulation_steps = 1
         self.trainer.create_optimizer()

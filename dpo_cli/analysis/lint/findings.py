@@ -1,0 +1,75 @@
+"""What preference lint looks at and what it says: a pair with its place in a file, and a finding about pairs."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from msgspec import Struct
+
+from dpo_cli.data.jsonl import read_rows
+from dpo_cli.data.records import Message, Preference, canonical, content_id
+
+Side = Literal["train", "val"]
+
+
+class Pair(Struct, kw_only=True, frozen=True):
+    """A row of train.jsonl or val.jsonl.
+
+    `where` is `file:line`. The keys stand for what the texts say (roles, and texts up to white space and Unicode
+    form): equal keys, equal texts.
+    """
+
+    side: Side
+    where: str
+    row: Preference
+    prompt_key: str
+    chosen_key: str
+    rejected_key: str
+
+
+class Location(Struct, frozen=True):
+    """Which row a finding is about: its id and `file:line`."""
+
+    id: str
+    where: str
+
+
+class Finding(Struct):
+    """Something that is wrong with the data (`error`) or that a careful person would look at (`warning`)."""
+
+    rule: str
+    severity: Literal["error", "warning"]
+    rows: list[Location]
+    message: str
+
+
+def error(rule: str, pairs: Iterable[Pair], message: str) -> Finding:
+    """A finding that makes training wrong or wasteful."""
+    return Finding(rule, "error", [Location(pair.row.id, pair.where) for pair in pairs], message)
+
+
+def warning(rule: str, pairs: Iterable[Pair], message: str) -> Finding:
+    """A finding to look at."""
+    return Finding(rule, "warning", [Location(pair.row.id, pair.where) for pair in pairs], message)
+
+
+def read_pairs(path: Path, side: Side) -> list[Pair]:
+    """The pairs of one side of the split.
+
+    Raises:
+        UserError: no such file, or `file:line` of a row that is no pair.
+    """
+    return [make_pair(row, side, f"{path}:{line}") for line, row in read_rows(path, Preference)]
+
+
+def make_pair(row: Preference, side: Side, where: str) -> Pair:
+    """A row with its keys."""
+    keys = (_key(messages) for messages in (row.prompt, row.chosen, row.rejected))
+    prompt_key, chosen_key, rejected_key = keys
+    return Pair(
+        side=side, where=where, row=row, prompt_key=prompt_key, chosen_key=chosen_key, rejected_key=rejected_key
+    )
+
+
+def _key(messages: list[Message]) -> str:
+    return content_id([[message["role"], canonical(message["content"])] for message in messages])

@@ -1,0 +1,116 @@
+"""Rules about single rows: what is wrong with a pair on its own.
+
+Each rule takes the pairs and yields findings. Not covered: what a judge would say about the texts.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+from dpo_cli.analysis.lint.findings import Finding, Pair, error, warning
+from dpo_cli.data.records import Message, text_of
+
+CHARACTERS_PER_TOKEN = (
+    3.5  # of English text in the vocabularies of 2024 and later, rounded down: rather too many tokens
+)
+
+# Tokens of chat templates. As text they are either encoded as the control token itself, or teach the model to spell it.
+CONTROL = re.compile(
+    r"<\|[A-Za-z0-9_.\-]{1,40}\|>"  # Llama 3, ChatML, Phi, GPT: <|eot_id|>, <|im_start|>
+    r"|\[/?INST\]|<</?SYS>>|</s>"  # Llama 2, Mistral
+    r"|<(?:start|end)_of_turn>"  # Gemma
+    r"|<｜[^｜<>]{1,40}｜>"  # DeepSeek
+    r"|\[/?(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS)\]"
+)
+# A completion that goes on to write the next turn.
+HEADER = re.compile(
+    r"^(?:#{2,3} ?(?:Instruction|Response|Human|Assistant|User|System)\b:?|(?:Human|Assistant|User|System):)",
+    re.MULTILINE,
+)
+SIDES = ("chosen", "rejected")
+
+
+def check_sides(pairs: Sequence[Pair]) -> Iterator[Finding]:
+    """Sides without text, and pairs that prefer a text over itself."""
+    for pair in pairs:
+        empty = [side for side in SIDES if not text_of(getattr(pair.row, side)).strip()]
+        if empty:
+            yield error("empty-side", [pair], f"{' and '.join(empty)} without text")
+        elif pair.chosen_key == pair.rejected_key:
+            yield error("identical-sides", [pair], "chosen and rejected say the same")
+
+
+def check_cut(pairs: Sequence[Pair]) -> Iterator[Finding]:
+    """Pairs of which the token limit ended one side only; where that is not recorded, it can't be told."""
+    for pair in pairs:
+        ends = pair.row.chosen_finish_reason, pair.row.rejected_finish_reason
+        if None in ends or (ends[0] == "length") == (ends[1] == "length"):
+            continue
+        if ends[0] == "length":
+            yield error("cut-side", [pair], "chosen was cut by the token limit: it teaches to stop in mid-sentence")
+        else:
+            yield warning("cut-side", [pair], "rejected was cut by the token limit: the pair may teach length alone")
+
+
+def check_template(pairs: Sequence[Pair]) -> Iterator[Finding]:
+    """What the chat template can't carry: its own tokens in a text, roles out of order, sides of several messages."""
+    for pair in pairs:
+        row = pair.row
+        for field in ("prompt", *SIDES):
+            tokens = {token for message in getattr(row, field) for token in CONTROL.findall(message["content"])}
+            if tokens:
+                yield error("template", [pair], f"{field} holds {', '.join(sorted(tokens))}")
+        fault = _roles(row.prompt)
+        if fault:
+            yield error("template", [pair], fault)
+        for side in SIDES:
+            messages: list[Message] = getattr(row, side)
+            if [message["role"] for message in messages] != ["assistant"]:
+                yield error("template", [pair], f"{side} is not a single assistant message")
+            header = HEADER.search(text_of(messages)) if messages else None
+            if header:
+                yield warning("template", [pair], f"{side} goes on to another turn: {header.group()!r}")
+
+
+def _roles(prompt: Sequence[Message]) -> str | None:
+    """What is wrong with the order of the roles: system messages, then user and assistant in turn, the user last."""
+    roles = [message["role"] for message in prompt]
+    unknown = sorted(set(roles) - {"system", "user", "assistant"})
+    if unknown:
+        return f"the prompt has a message of role {', '.join(unknown)}"
+    turns = roles[next((index for index, role in enumerate(roles) if role != "system"), len(roles)) :]
+    if "system" in turns:
+        return "the prompt has a system message after its first turn"
+    if not turns or turns[-1] != "user":
+        return "the prompt does not end with a user message"
+    if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
+        return "the prompt's user and assistant messages do not take turns"
+    return None
+
+
+def check_length(
+    pairs: Sequence[Pair], max_length: int, count_tokens: Callable[[str], int] | None
+) -> Iterator[Finding]:
+    """Pairs over `max_length` tokens, the chat template's own not counted."""
+    count, unit = (count_tokens, "tokens") if count_tokens else (estimate_tokens, "tokens (estimated)")
+    prompts: dict[str, tuple[int, int]] = {}
+    for pair in pairs:
+        if pair.prompt_key not in prompts:
+            system = [message for message in pair.row.prompt if message["role"] == "system"]
+            prompts[pair.prompt_key] = count(text_of(pair.row.prompt)), count(text_of(system))
+        prompt, system_part = prompts[pair.prompt_key]
+        side = max(count(text_of(pair.row.chosen)), count(text_of(pair.row.rejected)))
+        if system_part + side > max_length:
+            yield error(
+                "length", [pair], f"{system_part + side} {unit} without the conversation; max_length is {max_length}"
+            )
+        elif prompt + side > max_length:
+            yield warning(
+                "length",
+                [pair],
+                f"{prompt + side} {unit}; max_length is {max_length}: the prompt loses its oldest part",
+            )
+
+
+def estimate_tokens(text: str) -> int:
+    """Tokens of a text, where no tokenizer is at hand."""
+    return round(len(text) / CHARACTERS_PER_TOKEN)

@@ -1,0 +1,225 @@
+"""Append-only JSONL files that survive kill -9, full disks and two commands at once.
+
+One record is one line and one `write()`. A line that was torn by a crash is cut when the file is next opened for
+writing. The last line of a key wins; `Journal.compact` drops the superseded ones. A lock file beside the journal
+keeps a second writer out; on file systems without locks (GCS FUSE) there is none.
+"""
+
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import msgspec
+
+from dpo_cli.data.files import disk_error, encode_line, write_file
+from dpo_cli.errors import UserError
+
+T = TypeVar("T")
+
+SYNC = "NOTHING_DPO_SYNC_SECONDS"
+# What a power cut may lose; a killed process loses nothing, but on a mounted bucket, where a sync sends the whole file.
+SYNC_SECONDS = float(os.environ.get(SYNC, "0.5"))
+BLOCK_BYTES = 1 << 16  # decoded at once: small enough for the processor's cache
+
+
+def read_rows(path: Path, kind: type[T]) -> Iterator[tuple[int, T]]:
+    """Yield (line number, row) of our own records; a torn last line is passed over.
+
+    Raises:
+        UserError: `file:line` of the first line that is not such a record.
+    """
+    yield from _decode(path, kind, torn_end=True)
+
+
+def parse_rows(path: Path, parse: Callable[[dict[str, Any]], T]) -> Iterator[tuple[int, T]]:
+    """Yield (line number, parsed row) of a file that others may have written.
+
+    Raises:
+        UserError: `file:line` of the first line that is no JSON object or that `parse` refuses with ValueError.
+    """
+    for number, row in _decode(path, dict[str, Any]):
+        try:
+            parsed = parse(row)
+        except ValueError as error:
+            raise UserError(str(error), where=f"{path}:{number}") from None
+        yield number, parsed
+
+
+def read_latest(path: Path, kind: type[T]) -> dict[str, T]:
+    """Rows by their `id`, the last line of an id winning; empty if there is no such file."""
+    if not path.exists():
+        return {}
+    return {row.id: row for _, row in read_rows(path, kind)}  # type: ignore[attr-defined]
+
+
+def write_rows(path: Path, rows: Iterable[Any]) -> None:
+    """Replace a file by these rows, all or nothing: readers see the old file or the new one."""
+    write_file(path, b"".join(encode_line(row) + b"\n" for row in rows))
+
+
+class Journal:
+    """A JSONL file open for appending, by one process.
+
+    Use as a context manager. Records must be msgspec structs or dicts with an `id`.
+
+    Args:
+        path: the file; its folder is made.
+        wait: for another process that writes to it, instead of giving up.
+
+    Raises:
+        UserError: another process writes to it, or the disk is full.
+    """
+
+    def __init__(self, path: Path, wait: bool = False) -> None:
+        self.path = path
+        self._wait = wait
+        self._file = -1
+        self._lock = -1
+        self._synced = 0.0
+
+    def __enter__(self) -> Self:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            _repair_tail(self._file)
+        except OSError as error:
+            self.close()
+            raise disk_error(error, self.path) from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def append(self, row: Any) -> None:
+        """Append one record durably against a kill; against a power cut within half a second.
+
+        Raises:
+            UserError: the disk is full; what was written of the record is taken back.
+        """
+        line = encode_line(row) + b"\n"
+        start = os.lseek(self._file, 0, os.SEEK_END)
+        try:
+            written = os.write(self._file, line)
+            while written < len(line):  # a nearly full disk takes a part, then refuses the rest
+                written += os.write(self._file, line[written:])
+            if time.monotonic() - self._synced > SYNC_SECONDS:
+                os.fsync(self._file)
+                self._synced = time.monotonic()
+        except OSError as error:
+            os.ftruncate(self._file, start)
+            raise disk_error(error, self.path) from error
+
+    def compact(self) -> None:
+        """Drop the lines that a later line of the same id supersedes; the rest keeps its bytes and its order."""
+        id_of = msgspec.json.Decoder(_Identified).decode
+        last: dict[str, bytes] = {}
+        count = 0
+        for _, lines in _blocks(self.path):
+            for line in filter(bytes.strip, lines):
+                last[id_of(line).id] = line.strip()
+                count += 1
+        if count == len(last):
+            return
+        write_file(self.path, b"".join(line + b"\n" for line in last.values()))
+        os.close(self._file)
+        self._file = os.open(self.path, os.O_RDWR | os.O_APPEND)
+
+    def close(self) -> None:
+        """Sync and let go; safe to call twice."""
+        if self._file >= 0:
+            os.fsync(self._file)
+            os.close(self._file)
+            self._file = -1
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _take_lock(self) -> None:
+        # Beside the journal, not on it: compacting replaces the journal's inode.
+        self._lock = os.open(self.path.with_name(f".{self.path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | (0 if self._wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise UserError(
+                "another nothing-dpo command is writing to it", where=str(self.path), hint="wait for it, or stop it"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP):
+                raise
+
+
+class _Identified(msgspec.Struct):
+    id: str
+
+
+def _decode(path: Path, kind: type[T], torn_end: bool = False) -> Iterator[tuple[int, T]]:
+    """Yield (line number, row); blank lines are passed over, and with `torn_end` a last line that is cut off."""
+    decode = msgspec.json.Decoder(kind).decode
+    for first, lines in _blocks(path):
+        try:
+            rows = list(map(decode, lines))
+        except msgspec.MsgspecError:
+            pass
+        else:
+            yield from enumerate(rows, first)
+            continue
+        for number, line in enumerate(lines, first):
+            try:
+                if line.strip():
+                    yield number, decode(line)
+            except msgspec.ValidationError as error:
+                raise UserError(_explain(error), where=f"{path}:{number}") from None
+            except msgspec.DecodeError as error:
+                if torn_end and not line.endswith(b"\n"):
+                    return
+                raise UserError(f"not a JSON object: {error}", where=f"{path}:{number}") from None
+
+
+def _blocks(path: Path) -> Iterator[tuple[int, list[bytes]]]:
+    """Yield (number of the first, lines), some at a time."""
+    try:
+        file = path.open("rb", buffering=4 * BLOCK_BYTES)
+    except FileNotFoundError:
+        raise UserError("no such file", where=str(path)) from None
+    except OSError as error:
+        raise UserError(error.strerror or str(error), where=str(path)) from None
+    with file:
+        number = 1
+        while lines := file.readlines(BLOCK_BYTES):
+            yield number, lines
+            number += len(lines)
+
+
+def _repair_tail(file: int) -> None:
+    """Cut a torn last line; end with a newline one that is whole (no prefix of a JSON object is JSON)."""
+    size = os.lseek(file, 0, os.SEEK_END)
+    start, tail = size, b""
+    while start > 0 and b"\n" not in tail:
+        step = min(1 << 16, start)
+        start -= step
+        tail = os.pread(file, step, start) + tail
+    last = tail.rpartition(b"\n")[2]
+    if not last:
+        return
+    try:
+        msgspec.json.decode(last)
+        os.write(file, b"\n")
+    except msgspec.DecodeError:
+        os.ftruncate(file, size - len(last))
+
+
+def _explain(error: msgspec.ValidationError) -> str:
+    """msgspec's 'Expected `str`, got `int` - at `$.completions[0]`', said as the field is named in the file."""
+    text, _, place = str(error).partition(" - at `$.")
+    text = text.replace("Object missing required field", "missing field")
+    if not place:
+        return text if text.startswith("missing") else f"not a JSON object: {text}"
+    return f'"{place.rstrip("`")}": {text}'

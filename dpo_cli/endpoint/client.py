@@ -1,0 +1,349 @@
+"""Client of an OpenAI-compatible endpoint: concurrency that adapts, retries, a budget, and no call paid twice.
+
+Reads and writes a ledger of paid replies: a reply is appended before it is returned, and a request whose reply stands
+there is answered from it. Speaks HTTP through aiohttp rather than the OpenAI SDK, which costs five times the CPU time a
+request (and retries timed-out, perhaps paid requests unasked). Streaming, tools and images are not covered.
+"""
+
+import asyncio
+import random
+import resource
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from dpo_cli.data.jsonl import Journal, read_latest
+from dpo_cli.data.records import Usage, content_id
+from dpo_cli.endpoint.budget import Budget, output_cap
+from dpo_cli.endpoint.concurrency import Pace
+from dpo_cli.endpoint.costs import Estimate, Receipt, estimate
+from dpo_cli.endpoint.http import CHAT, COMPLETIONS, JSON, Again, Connection, Down, Rejected
+from dpo_cli.endpoint.in_flight import Sent
+from dpo_cli.endpoint.prices import Price, Tier, is_local, price_of
+from dpo_cli.endpoint.responses import Choice, Reply, one_line, read_error, read_reply
+from dpo_cli.errors import Exit, UserError
+
+__all__ = [
+    "COMPLETIONS", "Choice", "Endpoint", "Estimate", "Price", "Receipt", "Rejected", "Reply", "Tier", "estimate",
+    "is_local", "output_cap", "price_of",
+]  # fmt: skip
+
+T = TypeVar("T")
+
+ATTEMPTS = 8  # of a request that the server refuses for now
+RESENDS = 4  # of a request that may have been paid: timed out, cut off or answered with no JSON
+LOST_IN_A_ROW = 10  # requests given up without one answer between them: the endpoint is broken, not the requests
+START_SECONDS = 1.0  # patience with a server that never answered
+RESTART_SECONDS = 300.0  # patience with one that did
+DRAIN_SECONDS = 10.0  # what is in flight at a fatal fault may still arrive, and be kept, that long
+MAX_WAIT_SECONDS = 120.0  # longest Retry-After that is obeyed
+MAX_BACKOFF_SECONDS = 30.0
+LONG_SECONDS = 5.0  # waits that are worth a line in the log
+
+# What does not change the reply, and so not its key.
+_TRANSPORT_KEYS = ("stream", "stream_options", "service_tier")
+
+
+class Endpoint:
+    """Async context manager around one endpoint and the ledger of its paid replies.
+
+    Args:
+        url: base URL, usually ending in `/v1` (which is added where there is no path).
+        api_key_variable: environment variable that holds the key; None: no key is sent.
+        ledger: the JSONL file of paid replies; one process at a time.
+        concurrency: most requests in flight.
+        timeout: seconds to wait for one reply.
+        price: of a model's calls; where it is None, no dollars are counted.
+        max_usd: most dollars that this run may spend on new calls; None: no limit.
+        api_key_required: whether to ask for a key that is not set before an endpoint elsewhere does.
+        log: told in a line about long waits.
+
+    `spend` is what was asked and paid so far.
+
+    Raises:
+        UserError: the URL is none, or a required key is not set.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key_variable: str | None,
+        ledger: Path,
+        concurrency: int,
+        timeout: float,
+        price: Callable[[str], Price | None] = lambda _: None,
+        max_usd: float | None = None,
+        api_key_required: bool = True,
+        log: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.connection = Connection(url, api_key_variable, api_key_required, timeout)
+        self.url = self.connection.url
+        self.spend = Receipt()
+        self.budget = Budget(max_usd)
+        self._place = self.url.partition("://")[2]
+        self._price = price
+        self._log = log
+        self._pace = Pace(_allowed_sockets(concurrency))
+        self._journal = Journal(ledger)
+        self._sent = Sent(ledger)
+        self._replies: dict[str, _Paid] = {}
+        self._fatal: BaseException | None = None
+        self._down: tuple[int, float] | None = None  # responses so far, and since when there are no more
+        self._lost = 0
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that wait for their reply."""
+        return self._pace.in_flight
+
+    async def __aenter__(self) -> Self:
+        self._journal.__enter__()
+        try:
+            self._replies = read_latest(self._journal.path, _Paid)
+            self._sent.open(answered=self._replies)
+        except BaseException:
+            self._journal.close()
+            raise
+        await self.connection.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.connection.__aexit__(kind, error, trace)
+        if error is not None and self.spend.calls:
+            self._log(f"until it stopped: {self.spend.in_words()}")
+        self._sent.close()
+        self._journal.close()
+
+    async def chat(self, body: dict[str, Any], replicate: int = 0, path: str = CHAT) -> Reply:
+        """Send a chat completion request, unless its reply is in the ledger.
+
+        Args:
+            body: the request's JSON.
+            replicate: tells apart requests of the same body that shall each be paid.
+            path: `COMPLETIONS` for a completion of a bare prompt instead.
+
+        Raises:
+            Rejected: the endpoint refuses this request, or does not answer it.
+            UserError: nothing more can be sent: bad key, bad path, no quota, no budget, no server, full disk.
+        """
+        key, reply = self.recall(body, replicate)
+        if reply is not None:
+            self.spend.reused += 1
+            return reply
+        price = self._price(body["model"])
+        try:
+            reply = await self._ask(key, body, price, path)
+        except Rejected:
+            self.spend.failed += 1
+            raise
+        self.record(key, reply)
+        self._sent.answered(key)
+        return reply
+
+    def recall(self, body: dict[str, Any], replicate: int = 0) -> tuple[str, Reply | None]:
+        """The key of a request, and its reply if that was paid before."""
+        content = {name: value for name, value in body.items() if name not in _TRANSPORT_KEYS}
+        key = content_id(content, self._place, replicate)
+        paid = self._replies.get(key)
+        if paid is None:
+            return key, None
+        return key, Reply(paid.choices, paid.usage, paid.model, paid.usd, paid.prompt_token_ids)
+
+    def record(self, key: str, reply: Reply) -> bool:
+        """Keep a paid reply and count it, unless it is in the ledger; return whether it was new.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        if key in self._replies:
+            return False
+        paid = _Paid(
+            id=key, choices=reply.choices, usage=reply.usage, model=reply.model, usd=reply.usd,
+            prompt_token_ids=reply.prompt_token_ids,
+        )  # fmt: skip
+        self.spend.calls += 1
+        self.spend.usage += reply.usage
+        self.spend.usd += reply.usd
+        self._journal.append(paid)
+        self._replies[key] = paid
+        return True
+
+    async def models(self) -> list[str]:
+        """Names that the endpoint serves; empty if it does not say."""
+        try:
+            listing = msgspec.json.decode(await self.connection.send("GET", "/models"), type=_Models)
+        except (Down, Again, Rejected, UserError, msgspec.MsgspecError):
+            return []
+        return [one_line(model.id) for model in listing.data]
+
+    async def each(self, items: Iterable[T], handle: Callable[[T], Awaitable[None]]) -> None:
+        """Handle every item, at most `concurrency` at once, taking them as they are needed.
+
+        Raises:
+            BaseException: the first that `handle` raised; nothing more is sent, and what is in flight gets
+                `DRAIN_SECONDS` to arrive. When cancelled, what is in flight is dropped at once.
+        """
+        source = iter(items)
+
+        async def work() -> None:
+            for item in source:
+                await handle(item)
+
+        workers = [asyncio.create_task(work()) for _ in range(self._pace.most)]
+        try:
+            finished, _ = await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
+            fatal = next((error for worker in finished if (error := worker.exception())), None)
+            if fatal is not None:
+                self._fatal = fatal
+                await self._drain()
+                raise fatal
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+
+    async def _drain(self) -> None:
+        end = time.monotonic() + DRAIN_SECONDS
+        while self._pace.in_flight and time.monotonic() < end:
+            await asyncio.sleep(0.02)
+
+    async def _ask(self, key: str, body: dict[str, Any], price: Price | None, path: str) -> Reply:
+        """Send until there is a reply, a refusal, or no patience left."""
+        content = msgspec.json.encode(body)
+        attempts = resends = 0
+        while True:
+            pause = 0.0
+            try:
+                worst = self.budget.worst(body, len(content), price)
+                return await self._attempt(key, content, worst, price, path)
+            except Down as fault:
+                self._bear_with(fault)
+            except Again as fault:
+                attempts += 1
+                resends += fault.paid
+                if attempts == ATTEMPTS or resends > RESENDS:
+                    self._give_up(fault)
+                self.spend.resent += fault.paid
+                if fault.after is not None:
+                    self._obey(min(fault.after, MAX_WAIT_SECONDS))
+                else:
+                    pause = random.uniform(0.5, 1) * min(MAX_BACKOFF_SECONDS, 0.5 * 2**attempts)
+            self.spend.retries += 1
+            await asyncio.sleep(pause)
+
+    async def _attempt(self, key: str, content: bytes, worst: float, price: Price | None, path: str) -> Reply:
+        """Send once, within the budget; what it may cost is set aside until that is known."""
+        await self.budget.reserve(worst)
+        paid, lost = 0.0, False
+        try:
+            sent = await self._pace.enter()
+            try:
+                if self._fatal is not None:
+                    raise self._fatal
+                self.spend.interrupted += self._sent.begin(key)
+                lost = True
+                reply = await self._send(content, path)
+            except Again as fault:
+                lost = fault.paid
+                if fault.congestion:
+                    self._pace.cut(sent)
+                raise
+            except (Down, Rejected, UserError):
+                lost = False
+                raise
+            finally:
+                self._pace.leave()
+            lost = False
+            self._lost = 0
+            self._pace.grow()
+            self.budget.learn(len(content), reply.usage.input)
+            reply.usd = paid = price.usd(reply.usage) if price else 0.0
+            return reply
+        finally:
+            if lost:
+                self._sent.lose(key)
+                self.budget.lose(worst)
+                self.spend.unseen_usd = self.budget.unseen
+            else:
+                self._sent.end(key)
+                self.budget.settle(worst, paid)
+
+    def _obey(self, seconds: float) -> None:
+        """Nobody sends before Retry-After is over."""
+        if self._pace.hold(seconds) and seconds >= LONG_SECONDS:
+            self._log(f"{self.url} asks to wait {seconds:.0f} s")
+
+    def _give_up(self, fault: Again) -> None:
+        self._lost += 1
+        if self._lost == LOST_IN_A_ROW:
+            raise UserError(
+                f"{self._lost} requests in a row got no answer; the last: {fault}",
+                where=self.url, hint="everything paid is kept: run the same command again", code=Exit.FAILED,
+            )  # fmt: skip
+        raise Rejected(fault.status, str(fault))
+
+    def _bear_with(self, fault: Down) -> None:
+        """Wait for a server that restarts; not for one that was never there.
+
+        Raises:
+            UserError: it has been away for too long.
+        """
+        now = time.monotonic()
+        answered = self.connection.responses
+        if self._down is None or self._down[0] != answered:
+            self._down = (answered, now)
+            if answered:
+                self._log(f"{self.url} is gone; waiting up to {RESTART_SECONDS:.0f} s for it to come back")
+        if now - self._down[1] > (RESTART_SECONDS if answered else START_SECONDS):
+            hint = "run the same command again once it is back" if answered else "is the server running?"
+            raise UserError(f"no connection: {fault}", where=self.url, hint=hint, code=Exit.FAILED)
+        self._pace.hold(random.uniform(0.25, 0.5))
+
+    async def _send(self, content: bytes, path: str) -> Reply:
+        """One HTTP request."""
+        body = await self.connection.send("POST", path, data=content, headers=JSON)
+        try:
+            return read_reply(body)
+        except msgspec.MsgspecError as error:
+            inner = read_error(body)  # some proxies wrap an error into a 200
+            if inner.code and inner.code.isdigit():
+                raise self.connection.fault(path, int(inner.code), inner) from None
+            raise Again(200, f"the reply is no chat completion: {error}", paid=True) from None
+
+
+class _Paid(Struct, omit_defaults=True):
+    """One line of a ledger; `usd` is what it cost when it was paid."""
+
+    id: str
+    choices: list[Choice]
+    usage: Usage
+    model: str = ""
+    usd: float = 0.0
+    prompt_token_ids: list[int] = []
+
+
+class _Model(Struct):
+    id: str
+
+
+class _Models(Struct):
+    data: list[_Model]
+
+
+def _allowed_sockets(concurrency: int) -> int:
+    """Raise the limit on open files as far as the system allows, and keep within it."""
+    spare = 64
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    want = concurrency + spare
+    if soft < want:
+        soft = want if hard == resource.RLIM_INFINITY else min(want, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(1, min(concurrency, soft - spare))

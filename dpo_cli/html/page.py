@@ -1,0 +1,109 @@
+"""What every page has: its frame, its looks and its pieces.
+
+A page is self-contained, light and dark, without scripts. It loads nothing, and its policy forbids that anything in it
+could; text that others wrote must be escaped before it is given to these functions as markup.
+"""
+
+from collections.abc import Iterable
+
+from dpo_cli.html.svg import STYLE, escaped
+
+CSS = """
+:root { color-scheme: light dark; --paper: #f7f6f3; --card: #fff; --ink: #1d1f24; --dim: #6b7078; --line: #e4e2dc;
+  --good: #2f8f5b; --bad: #d2622a; --series-0: #3b6fb6; --series-1: #c2527c; --series-2: #7a8b2f; --series-3: #7d5bb5; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #15171b; --card: #1e2127; --ink: #e8e6e1; --dim: #9aa0a8; --line: #343840;
+    --good: #58c08a; --bad: #f0894f; --series-0: #78a8ea; --series-1: #e88bb0; --series-2: #b5c763;
+    --series-3: #b699ec; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 2.5rem 1.25rem 3rem; max-width: 68rem; background: var(--paper); color: var(--ink);
+  font: 15px/1.5 system-ui, sans-serif; }
+h1 { margin: 0; font-size: 1.7rem; letter-spacing: -.02em; }
+h2 { margin: 2.4rem 0 .8rem; font-size: 1.15rem; }
+h3 { margin: 0 0 .2rem; font-size: .95rem; }
+p { margin: 0; }
+.dim, figcaption { color: var(--dim); }
+figcaption, .card p.dim { font-size: .85rem; margin-bottom: .7rem; }
+.grid { display: grid; gap: .9rem; }
+.stack { grid-template-rows: 1fr; align-content: stretch; }
+.tiles { grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); }
+.plots { grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
+.thirds { grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); margin-bottom: .9rem; }
+.card { margin: 0; padding: .9rem 1.1rem; background: var(--card); border: 1px solid var(--line); border-radius: 10px;
+  min-width: 0; }
+.tile b { display: block; font-size: 1.5rem; font-weight: 600; letter-spacing: -.02em; line-height: 1.3;
+  font-variant-numeric: tabular-nums; }
+.tile span { font-size: .85rem; color: var(--dim); }
+.findings { margin: 1.4rem 0; padding: 0; list-style: none; }
+.findings li { padding: .55rem .9rem; margin-bottom: .45rem; border-left: 4px solid var(--bad); background: var(--card);
+  border-radius: 0 8px 8px 0; }
+.findings li.calm { border-color: var(--good); }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; margin: .3rem 0 0; font: inherit; }
+.answer { margin-top: .8rem; padding-left: .8rem; border-left: 3px solid var(--line); }
+.answer.best { border-color: var(--good); }
+.answer.worst { border-color: var(--bad); }
+table { border-collapse: collapse; width: 100%; }
+code { white-space: nowrap; font: .92em ui-monospace, monospace; }
+svg + figcaption { margin-top: 1.1rem; }
+svg + svg { margin-top: 1rem; }
+.example { margin-bottom: .9rem; }
+.prompt { margin-top: .6rem; padding: .4rem .8rem .6rem; background: var(--paper); border-radius: 8px; }
+tr:first-child td { border-top: 0; }
+td { padding: .25rem 0; border-top: 1px solid var(--line); }
+td:last-child { text-align: right; font-variant-numeric: tabular-nums; }
+.scroll { overflow-x: auto; } .half { max-width: 33rem; margin-top: .9rem; }
+.facts td:first-child { width: 1%; color: var(--dim); white-space: nowrap; padding-right: 1.5rem; vertical-align: top; }
+.facts td:last-child { text-align: left; overflow-wrap: anywhere; }
+.columns { font-variant-numeric: tabular-nums; }
+.columns th { padding: .1rem 1rem .35rem 0; text-align: left; font-weight: 600; font-size: .85rem; color: var(--dim); }
+.columns td { padding-right: 1rem; text-align: left; }
+.yes { color: var(--good); } .no { color: var(--bad); }
+summary { cursor: pointer; padding: .2rem 0; } details table { margin-top: .6rem; }
+footer { margin-top: 2.5rem; font-size: .85rem; color: var(--dim); }
+"""
+
+
+def document(title: str, parts: Iterable[str]) -> str:
+    """The whole page: a title, which is escaped here, and its parts."""
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escaped(title)}</title><style>{CSS}{STYLE}</style></head>"
+        f"<body>{''.join(parts)}</body></html>\n"
+    )
+
+
+def grid(kind: str, cards: Iterable[str]) -> str:
+    """Cards beside each other, as many as fit; nothing if there are none."""
+    inside = "".join(cards)
+    return f'<div class="grid {kind}">{inside}</div>' if inside else ""
+
+
+def tile(value: str, name: str, style: str = "") -> str:
+    """A number in large type, and what it is."""
+    return f'<div class="card tile"><b class="{style}">{escaped(value)}</b><span>{escaped(name)}</span></div>'
+
+
+def figure(title: str, caption: str, plot: str) -> str:
+    """A plot with its title and what it says."""
+    return f'<figure class="card"><h3>{escaped(title)}</h3><figcaption>{escaped(caption)}</figcaption>{plot}</figure>'
+
+
+def facts(rows: Iterable[tuple[str, str]]) -> str:
+    """Names and values below each other."""
+    lines = "".join(f"<tr><td>{escaped(name)}</td><td>{escaped(value)}</td></tr>" for name, value in rows)
+    return f'<table class="facts">{lines}</table>'
+
+
+def columns(headers: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table with headers; its cells are markup."""
+    head = "".join(f"<th>{escaped(header)}</th>" for header in headers)
+    lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<div class="card scroll"><table class="columns"><tr>{head}</tr>{lines}</table></div>'
+
+
+def word(ok: bool | None) -> str:
+    """A verdict in its colour; None: nobody can tell."""
+    return '<span class="yes">✓ pass</span>' if ok else "–" if ok is None else '<span class="no">✗ fail</span>'

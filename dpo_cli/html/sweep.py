@@ -1,0 +1,92 @@
+"""A sweep as a page: its runs side by side, and their curves over each other.
+
+Takes what `sweep.run` returned and the runs' own numbers, and returns the page; writes nothing.
+"""
+
+from collections.abc import Mapping
+
+from dpo_cli.html.page import columns, document, figure, grid, word
+from dpo_cli.html.svg import escaped, lines
+from dpo_cli.training.guards import KL, MARGIN
+from dpo_cli.training.run_history import Run
+from dpo_cli.workflows.sweep import Point, Swept, best_said
+
+Interval = tuple[float, float] | None
+
+
+def sweep(swept: Swept, runs: Mapping[str, Run]) -> str:
+    """The page.
+
+    Args:
+        swept: the sweep.
+        runs: of its points, by their folder; those that are missing are left out of the curves.
+    """
+    names = [f"{point.value:g}" for point in swept.points]
+    title = f"Sweep of {swept.setting}"
+    return document(
+        title,
+        [
+            f'<h1>{escaped(title)}</h1><p class="dim">Held out, at the checkpoint that each run kept.</p>',
+            f'<ul class="findings"><li class="{"calm" if swept.best is not None else ""}">'
+            f"{escaped(best_said(swept))}</li></ul>",
+            _side_by_side(swept, names),
+            _table(swept),
+            _over_each_other(swept, names, runs),
+            "<footer>Shaded: 95% intervals; where they overlap, the order is not shown. Made by nothing-dpo.</footer>",
+        ],
+    )
+
+
+def _side_by_side(swept: Swept, names: list[str]) -> str:
+    points = swept.points
+    accuracy = _plot(swept, names, "Accuracy", [point.accuracy for point in points],
+                     [point.accuracy_interval for point in points], 0.5)  # fmt: skip
+    margin = _plot(swept, names, "Margin", [point.margin for point in points],
+                   [point.margin_interval for point in points], 0.0)  # fmt: skip
+    kl = _plot(swept, names, "KL per token", [point.kl for point in points], [None] * len(points),
+               swept.kl_limit)  # fmt: skip
+    return grid(
+        "thirds",
+        [
+            figure("Accuracy", "Dashed: chance.", accuracy),
+            figure("Margin", "Larger betas make larger rewards of the same change.", margin),
+            figure("KL, nats a token", "On the policy's own text; dashed: the limit.", kl),
+        ],
+    )
+
+
+def _plot(
+    swept: Swept, names: list[str], title: str, values: list[float | None], reach: list[Interval],
+    limit: float,
+) -> str:  # fmt: skip
+    curve = [(float(place), value) for place, value in enumerate(values) if value is not None]
+    band = [(float(place), *ends) for place, ends in enumerate(reach) if ends]
+    return lines(title, {title: curve}, swept.setting, "", {title: band}, names, limit)
+
+
+def _table(swept: Swept) -> str:
+    def row(point: Point) -> list[str]:
+        best = point.value == swept.best
+        name = f"<b>★ {point.value:g}</b>" if best else f"{point.value:g}"
+        numbers = (point.accuracy, point.margin, point.loss, point.kl)
+        cells = ["–" if value is None else escaped(f"{value:.4g}") for value in numbers]
+        return [name, *cells, word(None if point.verdict is None else point.verdict == "pass"), escaped(point.run)]
+
+    headers = (swept.setting, "accuracy", "margin", "loss", "KL", "gates", "run")
+    return columns(headers, map(row, swept.points))
+
+
+def _over_each_other(swept: Swept, names: list[str], runs: Mapping[str, Run]) -> str:
+    plots = (("Held-out margin", MARGIN, "", 0.0), ("KL", KL, "nats a token", swept.kl_limit),
+             ("Held-out loss", "eval_loss", "nats", None))  # fmt: skip
+    cards = []
+    for title, metric, unit, limit in plots:
+        curves = {
+            name: runs[point.run].series[metric]
+            for name, point in zip(names, swept.points, strict=True)
+            if point.run in runs and metric in runs[point.run].series
+        }
+        if curves:
+            drawn = lines(title, curves, "step", "", limit=limit)
+            cards.append(figure(f"{title}, {unit}" if unit else title, f"By {swept.setting}, as each run went.", drawn))
+    return "<h2>Curves</h2>" + grid("thirds", cards) if cards else ""

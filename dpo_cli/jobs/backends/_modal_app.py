@@ -1,0 +1,91 @@
+"""The Modal app: one function, which runs a spec in a container.
+
+The container imports this file before anything else, so its imports are modal and the standard library only. The
+settings of `[modal]` arrive through an environment variable where the app is submitted; in the container there are
+none, and Modal puts the objects that were submitted in the places of those made here: their number and order must be
+the same in both, whatever the settings are.
+"""
+
+import json
+import os
+import re
+from importlib.metadata import PackageNotFoundError, metadata, requires
+from typing import Any
+
+import modal
+
+SETTINGS = "NOTHING_DPO_MODAL"
+CACHE = "/cache"
+
+settings: dict[str, Any] = json.loads(os.environ.get(SETTINGS, "{}"))
+
+
+def pins(extras: list[str]) -> list[str]:
+    """What this package requires, with some of its extras, as pyproject.toml says."""
+    try:
+        lines = requires("nothing-dpo") or []
+    except PackageNotFoundError:  # in the container: the image is made
+        return []
+    asked = {f"extra == '{extra}'" for extra in extras}
+    parts = [(line.partition(";")[0].strip(), line.partition(";")[2].strip().replace('"', "'")) for line in lines]
+    return [requirement for requirement, marker in parts if not marker or marker in asked]
+
+
+def python() -> str | None:
+    """The oldest Python that this package takes."""
+    try:
+        found = re.search(r">=(\d+\.\d+)", metadata("nothing-dpo")["Requires-Python"])
+    except PackageNotFoundError:
+        return None
+    return found[1] if found else None
+
+
+def secret(name: str | None) -> modal.Secret:
+    """A secret by its name; an empty one if there is no name, since there must be one."""
+    return modal.Secret.from_name(name) if name else modal.Secret.from_dict({})
+
+
+image = (
+    modal.Image.debian_slim(python_version=python())
+    .uv_pip_install(*pins(settings.get("extras", [])))
+    .env({"HF_HOME": CACHE, "PYTHONUNBUFFERED": "1", **settings.get("env", {})})
+)
+volume = modal.Volume.from_name(settings.get("volume", "volume"), create_if_missing=True)
+cache = modal.Volume.from_name(settings.get("cache_volume", "cache"), create_if_missing=True)
+secrets = [secret(settings.get("first_secret")), secret(settings.get("second_secret"))]
+app = modal.App(settings.get("app", "app"))
+
+
+@app.function(
+    image=image,
+    gpu=settings.get("gpu"),
+    timeout=settings.get("timeout", 86400),
+    retries=modal.Retries(max_retries=settings.get("retries", 0), initial_delay=0.0),
+    volumes={settings.get("mount", "/vol"): volume, CACHE: cache},
+    secrets=secrets,
+    single_use_containers=True,
+)
+def run(spec_json: str) -> str:
+    """Run a spec; returns its outcome as JSON.
+
+    A fault that a second attempt meets again is an outcome: one that was foreseen, or an attempt that saved nothing,
+    since ten of those would cost ten cards. Raises RuntimeError for any other, so that Modal tries again from the last
+    checkpoint, and lets KeyboardInterrupt through, which is how Modal preempts.
+    """
+    from dpo_cli.jobs import worker
+
+    saves = []
+
+    def saved() -> None:
+        volume.commit()
+        saves.append(True)
+
+    try:
+        return worker.serve_json(spec_json, saved)
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+        if saves:
+            raise RuntimeError(said) from None
+        return worker.failed_json(said)
+    finally:
+        volume.commit()

@@ -1,0 +1,347 @@
+"""`--backend modal`: a function call of a detached app, with the volume at /vol.
+
+Submits `_modal_app.py` with the real client; what is needed to find the call again is in the job's handle. Modal keeps
+a call's result for seven days; later its status is not known. Not covered: several machines.
+"""
+
+import logging
+import os
+import queue
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from importlib import import_module, reload
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import msgspec
+
+from dpo_cli.config.settings import Config
+from dpo_cli.errors import Exit, UserError, require
+from dpo_cli.jobs import progress_lines, transfer
+from dpo_cli.jobs import registry as jobs
+from dpo_cli.jobs.progress_lines import Outcome
+from dpo_cli.jobs.registry import Job, Status, ended
+from dpo_cli.jobs.spec import VOLUME, Spec, identity
+from dpo_cli.progress import Progress
+from dpo_cli.storage.modal import CONNECT_SECONDS, within
+
+# Modal's list price of each card, in dollars a second, and how many a container can have.
+CARDS = {
+    "T4": (0.000164, 8), "L4": (0.000222, 8), "A10": (0.000306, 4), "L40S": (0.000542, 8), "A100": (0.000583, 8),
+    "A100-40GB": (0.000583, 8), "A100-80GB": (0.000694, 8), "RTX-PRO-6000": (0.000842, 8), "H100": (0.001097, 8),
+    "H100!": (0.001097, 8), "H200": (0.001261, 8), "B200": (0.001736, 8), "B200+": (0.001736, 8),
+}  # fmt: skip
+HALF = "its submission was cut short, and it may be running"
+
+
+def gpu(config: Config) -> str | None:
+    """The configured card."""
+    return config.modal.gpu
+
+
+def settings(spec: Spec, config: Config) -> dict[str, Any]:
+    """What the app is made with.
+
+    Raises:
+        UserError: a card that Modal does not have, or so many; or several machines.
+    """
+    if spec.nodes > 1:
+        raise UserError("one machine at a time on Modal", where="--nodes", hint="--gpus, or --backend gke")
+    section, trains = config.modal, spec.command == "train"
+    extras = ["train"] * trains
+    extras += ["qlora"] * (trains and bool(spec.config[_section(spec)].get("load_in_4bit")))
+    extras += ["trackers"] * (trains and section.wandb_secret is not None)
+    second = section.wandb_secret if trains else section.judge_secret if spec.command == "judge" else None
+    return {
+        "app": section.app if trains else f"{section.app}-{spec.command}",
+        "gpu": card(spec.gpu, spec.gpus) if spec.gpu else None,
+        "timeout": section.timeout,
+        "retries": section.retries,
+        "mount": VOLUME,
+        "volume": section.volume,
+        "cache_volume": section.cache_volume,
+        "first_secret": section.hf_secret,
+        "second_secret": second,
+        "extras": extras,
+    }
+
+
+def card(name: str, count: int) -> str:
+    """A card and its number, as Modal writes them.
+
+    Raises:
+        UserError: Modal has no such card, or not so many in one container.
+    """
+    name, _, written = name.partition(":")
+    name = name.upper()
+    if name not in CARDS:
+        raise UserError(f"Modal has no card '{name}'", where="--gpu", hint=f"one of: {', '.join(CARDS)}")
+    if written and not written.isdigit():
+        raise UserError(f"'{written}' is no number of cards", where="--gpu", hint=f"--gpu {name} --gpus 2")
+    count = max(count, int(written or 1))
+    if not 1 <= count <= CARDS[name][1]:
+        raise UserError(f"{count} × {name} in one container", where="--gpus", hint=f"at most {CARDS[name][1]}")
+    return name if count == 1 else f"{name}:{count}"
+
+
+def render(spec: Spec, config: Config) -> str:
+    """The app, its image, and the spec that the function is called with."""
+    made = settings(spec, config)
+    app = _app(made)
+    info = app.run.info()
+    shown = {
+        "app": made["app"],
+        "function": "dpo_cli.jobs.backends._modal_app.run",
+        "image": {"python": app.python(), "uv_pip_install": app.pins(made["extras"])},
+        "gpu": made["gpu"],
+        "timeout": info.timeout,
+        "retries": info.max_retries,
+        "single_use_containers": info.single_use_containers,
+        "volumes": {path: volume.name for path, volume in info.volumes.items()},
+        "secrets": [name for name in (made["first_secret"], made["second_secret"]) if name],
+        "uploads": {one.there: f"{one.here} (sha256 {one.sha256[:16]}…)" for one in spec.uploads},
+        "expected_there": spec.needs,
+        "spec": spec,
+    }
+    return msgspec.json.format(msgspec.json.encode(shown), indent=2).decode()
+
+
+def submit(spec: Spec, config: Config, progress: Progress) -> Job:
+    """Check, upload, make the app, call its function.
+
+    Raises:
+        UserError: what is missing, each in one line with the command that makes it.
+    """
+    require("modal", "--backend modal")
+
+    made = settings(spec, config)
+    root = f"modal://{config.modal.volume}"
+    with explained(config):
+        preflight(config, [made["first_secret"], made["second_secret"]])
+        transfer.refuse_missing(spec, root, VOLUME)
+        transfer.upload(spec, root, VOLUME, progress)
+        progress.log(f"submitting {made['app']}; Modal builds its image first, the first time for some minutes")
+        app = _app(made)
+        submitted = Job(id=identity("modal", spec), backend="modal", spec=spec)
+        with app.app.run(detach=True):
+            submitted.handle = {"app_id": str(app.app.app_id), "gpu": made["gpu"] or ""}
+            jobs.save(submitted, config)  # before the call: a card must not run of which nobody knows
+            submitted.handle["call_id"] = app.run.spawn(msgspec.json.encode(spec).decode()).object_id
+    return submitted
+
+
+def preflight(config: Config, secrets: list[str | None]) -> None:
+    """See within seconds that Modal answers, knows us, and has the secrets; make the volume.
+
+    Raises:
+        UserError: it does not; every missing secret is named.
+    """
+    import modal
+    from modal.exception import NotFoundError
+
+    within(CONNECT_SECONDS, lambda: modal.Client.from_env().hello())
+    keys = {config.modal.hf_secret: "HF_TOKEN", config.modal.wandb_secret: "WANDB_API_KEY"}
+    missing = []
+    for name in filter(None, secrets):
+        try:
+            within(CONNECT_SECONDS, modal.Secret.from_name(name).hydrate)
+        except NotFoundError:
+            missing.append(f"modal secret create {name} {keys.get(name, 'OPENAI_API_KEY')}=...")
+    if missing:
+        lines = "".join(f"\n  no secret '{command.split()[3]}': {command}" for command in missing)
+        raise UserError(f"Modal lacks what this run needs{lines}", hint=f"{missing[0]}; or name others in [modal]")
+    within(CONNECT_SECONDS, modal.Volume.from_name(config.modal.volume, create_if_missing=True).hydrate)
+
+
+def status(job: Job, config: Config) -> Status:
+    """What the call returned or raised, if it has ended."""
+    import modal
+    from modal import exception
+
+    if "call_id" not in job.handle:
+        return Status("cancelled") if job.cancelled else Status("pending", None, HALF)
+    with explained(config):
+        call = modal.FunctionCall.from_id(job.handle["call_id"])
+        try:
+            returned = within(CONNECT_SECONDS, lambda: _returned(call))
+        except (exception.AuthError, exception.ConnectionError, exception.NotFoundError, TimeoutError):
+            raise
+        except exception.FunctionTimeoutError:
+            return Status("failed", Exit.FAILED, "its last attempt took longer than modal.timeout allows")
+        except exception.OutputExpiredError:
+            return Status("failed", None, "its result is no longer kept; what it left is on the volume")
+        except Exception as error:  # whatever the function raised, as far as the client could make it out
+            if job.cancelled:
+                return Status("cancelled", Exit.INTERRUPTED, "its checkpoints are on the volume")
+            return Status("failed", Exit.FAILED, _line(error))
+    if returned is None:
+        return Status("running")
+    outcome = msgspec.json.decode(returned, type=Outcome)
+    return ended(outcome.exit_code, outcome.error)
+
+
+def _returned(call: Any) -> str | None:
+    """What the call returned; None: it goes on."""
+    try:
+        text: str = call.get(timeout=0)
+        return text
+    except TimeoutError:  # Python's own; a function that took too long raises Modal's, which is none of these
+        return None
+
+
+def logs(job: Job, config: Config, follow: bool) -> Iterator[str]:
+    """Lines of the call's containers, from the first on; a container after the first is said to be another attempt."""
+    if "call_id" not in job.handle:
+        raise UserError(HALF, where=job.id, hint=f"nothing-dpo jobs cancel {job.id}, then the same command")
+    with explained(config):
+        lines = _Lines(job)
+        for entry in _apart(_entries(job, config, follow)):
+            yield from lines.of(entry)
+        yield from lines.rest()
+
+
+def _entries(job: Job, config: Config, follow: bool) -> Iterator[Any]:
+    """The call's log entries, each once."""
+    import modal
+
+    call = modal.FunctionCall.from_id(job.handle["call_id"])
+    seen = set()
+    for entry in call.logs.fetch(since=datetime.fromisoformat(job.submitted)):
+        seen.add((entry.timestamp, entry.message))
+        yield entry
+    if follow and not status(job, config).ended:
+        for entry in call.logs.stream():  # which begins somewhere in what was fetched
+            if (entry.timestamp, entry.message) not in seen:
+                yield entry
+
+
+def _apart(entries: Iterator[Any]) -> Iterator[Any]:
+    """The same, read by a thread of its own: Ctrl-C inside the client would break it off half-way."""
+    arrived: queue.Queue[Any] = queue.Queue()
+
+    def read() -> None:
+        try:
+            for entry in entries:
+                arrived.put(entry)
+            arrived.put(None)
+        except BaseException as error:
+            arrived.put(error)
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        while (entry := arrived.get()) is not None:
+            if isinstance(entry, BaseException):
+                raise entry
+            yield entry
+    finally:  # left early, the client's tasks would complain of it when the process ends
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
+class _Lines:
+    """Log entries, which end anywhere, as lines."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.partial = ""
+        self.interrupted = False
+        self.times: dict[str, list[datetime]] = {}
+
+    def of(self, entry: Any) -> Iterator[str]:
+        """The lines that an entry ends."""
+        container = entry.context_ids[-1] if entry.context_ids else ""
+        if container and container not in self.times:
+            if self.times:
+                yield from self._rest_of_line()
+                why = "preempted" if self.interrupted else "the attempt before failed"
+                yield f"{why}: attempt {len(self.times) + 1} goes on from the last checkpoint"
+            self.times[container] = [entry.timestamp, entry.timestamp]
+        if container:
+            self.times[container][1] = entry.timestamp
+        *whole, self.partial = (self.partial + entry.message).split("\n")
+        for text in whole:
+            line = progress_lines.parse(text)
+            if line is not None and line.outcome is not None:
+                self.interrupted = line.outcome.exit_code in (Exit.INTERRUPTED, Exit.PREEMPTED)
+            yield text
+
+    def rest(self) -> Iterator[str]:
+        """What is left, and what the containers cost."""
+        yield from self._rest_of_line()
+        name = self.job.handle.get("gpu", "")
+        if name and self.times:
+            seconds = sum((last - first).total_seconds() for first, last in self.times.values())
+            yield cost(name, seconds)
+
+    def _rest_of_line(self) -> Iterator[str]:
+        if self.partial:
+            yield self.partial
+        self.partial = ""
+
+
+def cost(card: str, seconds: float) -> str:
+    """What so many seconds of a card cost, about."""
+    name, _, count = card.partition(":")
+    used = seconds * int(count or 1)
+    return f"about {used:,.0f} GPU-seconds of {name}, ${used * CARDS[name][0]:.2f} at list price: an estimate, no bill"
+
+
+def cancel(job: Job, config: Config) -> None:
+    """Cancel the call and end its container, or all of the app if the call is not known; nothing is tried again."""
+    import modal
+
+    with explained(config):
+        if "call_id" not in job.handle:
+            within(CONNECT_SECONDS, lambda: modal.App.lookup(job.handle["app_id"]).stop())
+            return
+        call = modal.FunctionCall.from_id(job.handle["call_id"])
+        within(CONNECT_SECONDS, lambda: call.cancel(terminate_containers=True))
+
+
+def fetch(job: Job, config: Config, into: Path, progress: Progress) -> None:
+    """Bring the results home from the volume."""
+    transfer.fetch(job.spec, f"modal://{config.modal.volume}", VOLUME, into, progress)
+
+
+@contextmanager
+def explained(config: Config) -> Iterator[None]:
+    """What the client raises, as one line and the command that mends it."""
+    from modal import exception
+
+    try:
+        yield
+    except exception.AuthError:
+        raise UserError("not logged in to Modal", hint="modal token new") from None
+    except exception.ImageBuildError as error:
+        raise UserError(f"the image can't be built: {_line(error)}", hint="modal app logs shows it") from None
+    except exception.NotFoundError as error:
+        raise UserError(_line(error), where="Modal", hint="modal app list; modal environment list") from None
+    except exception.PermissionDeniedError as error:
+        raise UserError(_line(error), where="Modal", hint="modal profile activate OTHER") from None
+    except (exception.Error, TimeoutError) as error:
+        raise UserError(_line(error), where="Modal", hint="the same command again", code=Exit.FAILED) from None
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _section(spec: Spec) -> str:
+    return "train" if spec.stage == "dpo" else "sft"
+
+
+def _app(made: dict[str, Any]) -> ModuleType:
+    """The app's module, made with these settings."""
+    name = "dpo_cli.jobs.backends._modal_app"
+    before = os.environ.get("NOTHING_DPO_MODAL")
+    os.environ["NOTHING_DPO_MODAL"] = msgspec.json.encode(made).decode()
+    try:
+        return reload(sys.modules[name]) if name in sys.modules else import_module(name)
+    finally:
+        if before is None:
+            del os.environ["NOTHING_DPO_MODAL"]
+        else:
+            os.environ["NOTHING_DPO_MODAL"] = before

@@ -1,0 +1,261 @@
+"""Run a command where it was asked for: submit, follow, bring the results home.
+
+The log of the remote run is shown as if it ran here. Ctrl-C leaves a remote job running; one on this machine is
+stopped by it. Reads and writes `runs/.jobs/`; results land beside what there is and replace it when they are whole.
+"""
+
+import shutil
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from dpo_cli.config.settings import Config
+from dpo_cli.data import files, jsonl
+from dpo_cli.errors import Exit, UserError
+from dpo_cli.jobs import backends, progress_lines
+from dpo_cli.jobs import registry as jobs
+from dpo_cli.jobs import spec as jobs_spec
+from dpo_cli.jobs.registry import Job, Status
+from dpo_cli.jobs.spec import Spec
+from dpo_cli.progress import Progress
+from dpo_cli.stages import train as training
+from dpo_cli.stages.train import Trained
+
+
+class Launched(Struct, kw_only=True):
+    """A job and where it stands; `result` is what the command returned, once it has ended, with paths of here."""
+
+    job: Job
+    status: Status
+    result: Any = None
+    hint: str | None = None
+    fetched: list[str] = []
+    detached: bool = False
+
+
+def spec(backend: str, config: Config, command: jobs_spec.Command, gpu: str | None = None, **given: Any) -> Spec:
+    """As `job.make`, for a backend: its paths, and its card unless another is asked for."""
+    chosen = backends.load(backend)
+    gpu = gpu or (chosen.gpu(config) if command == "train" else None)
+    return jobs_spec.make(config, command, gpu=gpu, volume=chosen.VOLUME, **given)
+
+
+def render(backend: str, spec: Spec, config: Config) -> str:
+    """What would be submitted."""
+    text: str = backends.load(backend).render(spec, config)
+    return text
+
+
+def run(
+    backend: str, spec: Spec, config: Config, progress: Progress, detach: bool = False, fetch: bool = True
+) -> Launched:
+    """Submit, or find the same job running; follow it to its end unless `detach`.
+
+    Args:
+        backend: where.
+        spec: what.
+        config: every setting, with paths as they are here.
+        progress: what the remote run reports.
+        detach: return once it is submitted.
+        fetch: bring the results home at the end.
+
+    Raises:
+        UserError: what the backend can't do, or another job of this name is running.
+        KeyboardInterrupt: Ctrl-C before it was submitted.
+    """
+    submitted = submit(backend, spec, config, progress)
+    if detach:
+        return Launched(job=submitted, status=backends.load(backend).status(submitted, config), detached=True)
+    return attach(submitted, config, progress, fetch)
+
+
+def train(
+    backend: str, config: Config, progress: Progress, *, name: str, data: Path | None, fresh: bool, limit: int | None
+) -> Trained:
+    """Train to the end, here or elsewhere, and bring the results home.
+
+    Raises:
+        UserError: as `train.run`, or the job did not end well.
+    """
+    if backend == "local":
+        return training.run(config, progress, "dpo", name, data, fresh, limit)
+    asked = spec(backend, config, "train", name=name, data=data, fresh=fresh, limit=limit)
+    launched = run(backend, asked, config, progress)
+    if launched.result is None:
+        code = Exit.INTERRUPTED if not launched.status.ended else Exit(launched.status.exit_code or Exit.FAILED)
+        raise UserError(
+            launched.status.reason or launched.status.state, where=launched.job.id,
+            hint=launched.hint or f"nothing-dpo jobs attach {launched.job.id}", code=code,
+        )  # fmt: skip
+    return msgspec.convert(launched.result, Trained)
+
+
+def submit(backend: str, spec: Spec, config: Config, progress: Progress) -> Job:
+    """Submit, or find the same job running.
+
+    Raises:
+        UserError: as `run`.
+    """
+    chosen, identity = backends.load(backend), jobs_spec.identity(backend, spec)
+    with jobs.claimed(identity, config):
+        known = jobs.find(identity, config)
+        if known is not None and not chosen.status(known, config).ended:
+            jobs.refuse_another(known.spec, spec, identity)
+            progress.log(f"{identity} is running since {known.submitted}: attaching to it")
+            return known
+        submitted: Job = chosen.submit(spec, config, progress)
+        return jobs.save(submitted, config)
+
+
+def attach(job: Job, config: Config, progress: Progress, fetch: bool = True) -> Launched:
+    """Show a job's log until it has ended or Ctrl-C comes, then bring its results home.
+
+    Raises:
+        UserError: as the backend.
+    """
+    backend = backends.load(job.backend)
+    try:
+        last = _follow(backend, job, config, progress)
+    except KeyboardInterrupt:
+        progress.end()
+        if backend.VOLUME is not None:
+            return Launched(job=job, status=backend.status(job, config))
+        backend.cancel(job, config)
+        _follow(backend, job, config, progress)
+        return Launched(job=job, status=Status("cancelled", Exit.INTERRUPTED, "interrupted; a checkpoint is saved"))
+    finally:
+        progress.end()
+    status: Status = backend.status(job, config)
+    launched = Launched(job=job, status=status)
+    if last is not None and last.exit_code == status.exit_code:
+        status.reason = status.reason or last.error
+        launched.result, launched.hint = _here(last.result, job.spec.results), last.hint
+    succeeded = status.state == "succeeded"
+    if fetch and backend.VOLUME is not None and (succeeded or job.spec.command != "train"):
+        try:
+            launched.fetched = bring_home(job, config, progress)
+        except UserError:  # rows are paid for, however it ended; but there may be none
+            if succeeded:
+                raise
+    return launched
+
+
+def listed(config: Config) -> list[Launched]:
+    """Every job and where it stands, the newest first; what can't be asked is said in its reason."""
+    found = []
+    for job in jobs.all_jobs(config):
+        try:
+            status = backends.load(job.backend).status(job, config)
+        except UserError as error:
+            status = Status("pending", None, f"not known: {error}")
+        found.append(Launched(job=job, status=status))
+    return found
+
+
+def cancel(job: Job, config: Config) -> Launched:
+    """End a job.
+
+    Raises:
+        UserError: as the backend.
+    """
+    backend = backends.load(job.backend)
+    status: Status = backend.status(job, config)
+    if not status.ended:
+        job.cancelled = True
+        jobs.save(job, config)  # before it is: that it was cancelled is known here alone
+        backend.cancel(job, config)
+        status = Status("cancelled", None, "it was asked to end")
+    return Launched(job=job, status=status)
+
+
+def suspend(job: Job, config: Config, suspended: bool) -> Launched:
+    """Let a job rest, or go on.
+
+    Raises:
+        UserError: as the backend, or it can't.
+    """
+    backend = backends.load(job.backend)
+    if not hasattr(backend, "suspend"):
+        hint = f"nothing-dpo jobs cancel {job.id}; the same command goes on from its checkpoint"
+        raise UserError(f"backend {job.backend} has no pause", where=job.id, hint=hint)
+    backend.suspend(job, config, suspended)
+    return Launched(job=job, status=backend.status(job, config), detached=True)
+
+
+def bring_home(job: Job, config: Config, progress: Progress) -> list[str]:
+    """Fetch a job's results: each replaces what is here once it is whole; rows made here since are kept.
+
+    Returns:
+        Where they are.
+    """
+    backend, spec = backends.load(job.backend), job.spec
+    fetched = []
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=_parent(config)) as staged:
+        backend.fetch(job, config, Path(staged), progress)
+        for there, here in spec.results.items():
+            new = Path(staged) / Path(there).relative_to(backend.VOLUME)
+            if new.exists():
+                _replace(new, Path(here), spec.base)
+                fetched.append(here)
+    return fetched
+
+
+def _parent(config: Config) -> Path:
+    runs = Path(config.runs)
+    runs.mkdir(parents=True, exist_ok=True)
+    return runs
+
+
+def _replace(new: Path, here: Path, base: str | None) -> None:
+    here.parent.mkdir(parents=True, exist_ok=True)
+    if new.is_file():
+        _keep_own_rows(new, here)
+        shutil.move(new, here)
+        return
+    settings = new / "adapter_config.json"
+    if settings.exists() and base:
+        files.write_json(settings, msgspec.json.decode(settings.read_bytes()) | {"base_model_name_or_path": base})
+        old = here.with_name(f".{here.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if here.exists():
+            here.rename(old)
+        shutil.move(new, here)
+        shutil.rmtree(old, ignore_errors=True)
+        return
+    for file in sorted(new.rglob("*")):
+        if file.is_file():
+            target = here / file.relative_to(new)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(file, target)
+
+
+def _keep_own_rows(new: Path, here: Path) -> None:
+    """Add the rows of here whose id is not among the new ones: they were made meanwhile, and paid."""
+    if not here.exists() or here.stem in ("train", "val"):  # made of the others, and free
+        return
+    ids = {row["id"] for _, row in jsonl.read_rows(new, dict[str, Any])}
+    own = [row for _, row in jsonl.read_rows(here, dict[str, Any]) if row["id"] not in ids]
+    if own:
+        jsonl.write_rows(new, [*(row for _, row in jsonl.read_rows(new, dict[str, Any])), *own])
+
+
+def _follow(backend: ModuleType, job: Job, config: Config, progress: Progress) -> progress_lines.Outcome | None:
+    last = None
+    for text in backend.logs(job, config, follow=True):
+        last = progress_lines.replay(text, progress) or last
+    return last
+
+
+def _here(value: Any, results: dict[str, str]) -> Any:
+    """A result with the paths that things have here."""
+    if isinstance(value, dict):
+        return {key: _here(inner, results) for key, inner in value.items()}
+    if isinstance(value, str):
+        for there, here in results.items():
+            if value == there or value.startswith(f"{there}/"):
+                return here + value[len(there) :]
+    return value

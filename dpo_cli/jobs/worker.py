@@ -1,0 +1,202 @@
+"""The entry of every backend: what a `Spec` asks for, done on the machine that this runs on.
+
+`python -m dpo_cli.jobs.worker` reads the spec from the environment variable `NOTHING_DPO_SPEC`, reports by the lines of
+`relay.py` on stdout and ends with the exit code that the command has anywhere. More than one process is torchrun's
+work: several GPUs, or several machines, where `NODE_RANK` (or Kubernetes' `JOB_COMPLETION_INDEX`) and `MASTER_ADDR`
+say which one this is.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from dpo_cli.config.settings import Config
+from dpo_cli.data import jsonl
+from dpo_cli.errors import Exit, UserError
+from dpo_cli.interrupts import forwarding_sigterm
+from dpo_cli.jobs import progress_lines
+from dpo_cli.jobs.progress_lines import Outcome, Relay
+from dpo_cli.jobs.spec import Spec
+from dpo_cli.progress import Progress, Silent
+
+SPEC = "NOTHING_DPO_SPEC"
+PORT = 29500  # of torchrun's rendezvous, between machines
+
+
+def run(spec: Spec, progress: Progress, after_save: Callable[[], None] | None = None) -> Any:
+    """Do it, in this process.
+
+    Args:
+        spec: what to do; its paths are those of this machine.
+        progress: where it stands.
+        after_save: called when a checkpoint is on the disk.
+
+    Returns:
+        What the command returns.
+
+    Raises:
+        UserError: as the command.
+        KeyboardInterrupt: as `train.run`.
+    """
+    config = msgspec.convert(spec.config, Config)
+    _take_in_seeds(spec)
+    if spec.command == "train":
+        from dpo_cli.stages import train
+
+        data = Path(spec.data) if spec.data else None
+        return train.run(
+            config, progress, spec.stage, spec.name, data, bool(spec.fresh), spec.limit,
+            after_save=after_save, submission=spec.fresh,
+        )  # fmt: skip
+    if spec.command == "generate":
+        from dpo_cli.stages import generate
+
+        return generate.run(config, progress, limit=spec.limit)
+    from dpo_cli.stages import judge
+    from dpo_cli.stages.pair import run as pair
+
+    judged = judge.run(config, progress, limit=spec.limit)
+    waiting = judged.receipt is not None and judged.receipt.waiting
+    return {"judged": judged, "paired": None if waiting else pair.run(config)}
+
+
+def outcome(spec: Spec, progress: Progress, after_save: Callable[[], None] | None = None) -> Outcome:
+    """As `run`, with every end but Ctrl-C and what nobody foresaw as a value."""
+    try:
+        result = run(spec, progress, after_save)
+    except UserError as error:
+        return Outcome(exit_code=error.code, error=str(error), hint=error.hint)
+    return Outcome(exit_code=_exit_code(spec, result), result=msgspec.to_builtins(result))
+
+
+def serve(spec: Spec, after_save: Callable[[], None] | None = None) -> Outcome:
+    """As `outcome`, reported on stdout, in as many processes as the spec asks for.
+
+    Raises:
+        KeyboardInterrupt: this process was interrupted; a checkpoint is saved.
+    """
+    if spec.gpus * spec.nodes > 1 and "LOCAL_RANK" not in os.environ:
+        return _in_processes(spec, after_save)
+    first = int(os.environ.get("RANK", "0")) == 0
+    told = Relay() if first else None
+
+    def saved() -> None:
+        if told:
+            told.saved()
+        if after_save:
+            after_save()
+
+    try:
+        ended = outcome(spec, told or Silent(), saved)
+    except Exception as error:
+        if told:
+            told.outcome(Outcome(exit_code=Exit.FAILED, error=f"{type(error).__name__}: {error}"))
+        raise
+    except KeyboardInterrupt:
+        if told:
+            told.outcome(Outcome(exit_code=Exit.INTERRUPTED, error="interrupted"))
+        raise
+    if told:
+        told.outcome(ended)
+    return ended
+
+
+def serve_json(spec: str, after_save: Callable[[], None] | None = None) -> str:
+    """As `serve`, from JSON to JSON."""
+    return msgspec.json.encode(serve(msgspec.json.decode(spec, type=Spec), after_save)).decode()
+
+
+def failed_json(error: str) -> str:
+    """The outcome of what nobody foresaw, as JSON."""
+    return msgspec.json.encode(Outcome(exit_code=Exit.FAILED, error=error)).decode()
+
+
+def main() -> None:
+    """Entry point of a container or a detached process."""
+    spec = msgspec.json.decode(os.environ[SPEC], type=Spec)
+    # The first process of a container gets no signal that it does not handle.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(Exit.PREEMPTED))
+    try:
+        code = serve(spec).exit_code
+        # To torchrun any other code is a failure of the process; what the first one has told is what counts.
+        sys.exit(Exit.OK if "LOCAL_RANK" in os.environ and code == Exit.GATE else code)
+    except KeyboardInterrupt:
+        sys.exit(Exit.INTERRUPTED)
+
+
+def torchrun(spec: Spec) -> list[str]:
+    """The command that runs this entry in as many processes as the spec asks for."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={spec.gpus}"]
+    if spec.nodes > 1:
+        rank = os.environ.get("NODE_RANK") or os.environ.get("JOB_COMPLETION_INDEX", "0")
+        address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        command += [
+            f"--nnodes={spec.nodes}",
+            f"--node-rank={rank}",
+            f"--master-addr={address}",
+            f"--master-port={PORT}",
+        ]
+    else:
+        command += ["--standalone"]
+    return [*command, "-m", "dpo_cli.jobs.worker"]
+
+
+def _in_processes(spec: Spec, after_save: Callable[[], None] | None) -> Outcome:
+    """Run torchrun, pass on what it prints and the signals that this process gets, and find out how it ended."""
+    environment = {**os.environ, SPEC: msgspec.json.encode(spec).decode(), "OMP_NUM_THREADS": "1"}
+    ended: list[Outcome] = []
+
+    def pass_on(process: "subprocess.Popen[str]") -> None:
+        assert process.stdout is not None
+        for text in process.stdout:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+            line = progress_lines.parse(text)
+            if line is not None and line.saved and after_save:
+                after_save()
+            if line is not None and line.outcome:
+                ended.append(line.outcome)
+        process.wait()
+
+    process = subprocess.Popen(torchrun(spec), stdout=subprocess.PIPE, text=True, env=environment)
+    with process, forwarding_sigterm(process):
+        try:
+            pass_on(process)
+        except KeyboardInterrupt:
+            process.terminate()
+            pass_on(process)
+            raise
+    if ended:
+        return ended[-1]
+    if process.returncode == 0:  # the first process, which tells, is on another machine
+        return Outcome(exit_code=Exit.OK)
+    return Outcome(exit_code=Exit.FAILED, error=f"torchrun ended with exit code {process.returncode}")
+
+
+def _exit_code(spec: Spec, result: Any) -> Exit:
+    """As the command line has it."""
+    if spec.command == "train":
+        return Exit.GATE if result.verdict == "fail" else Exit.OK
+    failed = result.failed if spec.command == "generate" else result["judged"].errors
+    return Exit.FAILED if failed else Exit.OK
+
+
+def _take_in_seeds(spec: Spec) -> None:
+    """Add rows made elsewhere to the file that the work goes on with, unless it has a row of their id."""
+    for uploaded, journal in spec.seeds.items():
+        known = Path(journal)
+        here = {row["id"] for _, row in jsonl.read_rows(known, dict[str, Any])} if known.exists() else set()
+        with jsonl.Journal(known) as rows:
+            for _, row in jsonl.read_rows(Path(uploaded), dict[str, Any]):
+                if row["id"] not in here:
+                    rows.append(row)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""`--gate 'win-rate>0.5'`: what the interval of a result must clear."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from msgspec import Struct
+
+from dpo_cli.errors import UserError
+from dpo_cli.statistics import Rate
+
+NAMES = ("win-rate", "length-controlled-win-rate")
+_GATE = re.compile(r"\s*([\w-]+)\s*>\s*([0-9.]+)\s*")
+
+
+class Gated(Struct):
+    """A gate: the lower end of the interval, what it must be above, and whether it is."""
+
+    value: float
+    limit: float
+    ok: bool
+
+
+def read_gates(texts: Sequence[str]) -> dict[str, float]:
+    """Name -> limit.
+
+    Raises:
+        UserError: a text that is no gate.
+    """
+    gates = {}
+    for text in texts:
+        match = _GATE.fullmatch(text)
+        try:
+            name, limit = (match[1], float(match[2])) if match else ("", 0.0)
+        except ValueError:
+            name = ""
+        if name not in NAMES or not 0 <= limit < 1:
+            raise UserError(f"'{text}' is no gate", where="evaluate.gate", hint=f"--gate '{NAMES[0]}>0.5'; {NAMES[1]}")
+        gates[name] = limit
+    return gates
+
+
+def check_gates(gates: Mapping[str, float], rates: Sequence[Rate], whole: bool) -> dict[str, Gated]:
+    """Each gate against the rates, which are in the order of `NAMES`; none is passed before the result is whole."""
+    low = {name: rate.low for name, rate in zip(NAMES, rates, strict=True)}
+    return {name: Gated(low[name], limit, whole and low[name] > limit) for name, limit in gates.items()}

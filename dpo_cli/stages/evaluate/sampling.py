@@ -1,0 +1,211 @@
+"""Both adapters' completions, each sampled once and kept: a stopped run goes on, and a new adapter starts anew.
+
+A side's folder is named by what made its completions, the adapter's weights included, and holds a completions.jsonl
+of the usual form. An endpoint is believed to serve what its names say: if a served adapter was changed without the
+folder on this machine, nothing here can know (`--fresh`).
+"""
+
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct, field
+from msgspec.structs import replace
+
+from dpo_cli import engines
+from dpo_cli.adapter import base_folder, fingerprint
+from dpo_cli.config.resolve import get
+from dpo_cli.config.settings import Config
+from dpo_cli.data.jsonl import Journal, parse_rows, read_latest
+from dpo_cli.data.records import Completions, Message, content_id, prompt_id, read_prompt
+from dpo_cli.endpoint.costs import Receipt
+from dpo_cli.endpoint.prices import price_of
+from dpo_cli.engines import Request, Sampled
+from dpo_cli.errors import UserError
+from dpo_cli.progress import Progress, Silent
+
+FOLDER = "evaluation"  # in `data`
+REFERENCE, POLICY = "reference", "policy"
+DIGITS = 16  # of a fingerprint
+
+
+class Purse:
+    """The dollars of one run, which samples and judges from one purse.
+
+    Args:
+        cap: most that it may spend; None: no limit.
+
+    `receipt` is of what was paid so far, None if no endpoint was asked.
+    """
+
+    def __init__(self, cap: float | None) -> None:
+        self.cap = cap
+        self.receipt: Receipt | None = None
+
+    @property
+    def left(self) -> float | None:
+        """Dollars that may still be spent."""
+        if self.cap is None or self.receipt is None:
+            return self.cap
+        return max(0.0, self.cap - self.receipt.usd - self.receipt.unseen_usd)
+
+    def add(self, receipt: Receipt | None) -> None:
+        """Count what one step has paid."""
+        if receipt is not None:
+            self.receipt = receipt if self.receipt is None else self.receipt + receipt
+
+
+class Side(Struct, kw_only=True):
+    """One of the two adapters: the settings that sample it, with its own folder as `data`, and what they amount to."""
+
+    name: str
+    config: Config
+    made_with: dict[str, Any]
+
+
+class Answers(Struct, kw_only=True):
+    """What a side answered, by prompt; `failed` counts the prompts without an answer by reason."""
+
+    rows: dict[str, Completions]
+    usd: float = 0.0
+    failed: dict[str, int] = field(default_factory=dict)
+
+
+def read_prompts(config: Config, limit: int | None = None) -> dict[str, list[Message]]:
+    """The held-out prompts by id: those of `evaluate.prompts`, or of val.jsonl.
+
+    Raises:
+        UserError: there are none.
+    """
+    path = Path(config.evaluate.prompts) if config.evaluate.prompts else Path(config.data) / "val.jsonl"
+    if not path.exists():
+        raise UserError("no held-out prompts there", where=str(path), hint="--prompts FILE")
+    prompts = {prompt_id(prompt): prompt for _, prompt in parse_rows(path, read_prompt)}
+    if not prompts:
+        raise UserError("no prompts in it", where=str(path), hint="--prompts FILE")
+    return dict(list(prompts.items())[:limit])
+
+
+def make_side(name: str, config: Config, progress: Progress) -> Side:
+    """The reference (`model.adapter`) or the policy (`model.dpo_adapter`), under the sampling of `[generate]`.
+
+    The sides draw with different seeds: with the same draws, a policy that moved by a hair would win or tie every
+    comparison.
+    """
+    model, seed = config.model, config.evaluate.seed
+    if name == POLICY:
+        model, seed = replace(model, adapter=model.dpo_adapter, name=model.dpo_name), seed + 1
+    generate = replace(config.generate, seed=seed, n=config.evaluate.samples)
+    config = replace(config, model=model, generate=generate)
+    generate.engine = engines.choose(config, progress)
+    made_with = _made_with(config)
+    folder = Path(config.data) / FOLDER / content_id(made_with)
+    return Side(name=name, config=replace(config, data=str(folder)), made_with=made_with)
+
+
+def forget(side: Side) -> None:
+    """Throw away what the side has answered."""
+    shutil.rmtree(side.config.data, ignore_errors=True)
+
+
+def owed(side: Side, prompts: dict[str, list[Message]], known: dict[str, Completions]) -> list[Request]:
+    """What is not sampled yet."""
+    requests = []
+    for key, prompt in prompts.items():
+        have = known[key].completions if key in known else []
+        need = side.config.generate.n - len(have)
+        if need > 0:
+            requests.append(Request(id=key, prompt=prompt, have=have, need=need))
+    return requests
+
+
+def known(side: Side) -> dict[str, Completions]:
+    """What former runs have sampled, by prompt."""
+    return read_latest(_path(side), Completions)
+
+
+def sample(side: Side, prompts: dict[str, list[Message]], progress: Progress, purse: Purse) -> Answers:
+    """Have every prompt answered `evaluate.samples` times; one that fails is left out, and owed by the next run.
+
+    Raises:
+        UserError: what the engine raises.
+    """
+    config = side.config
+    answers = Answers(rows={})
+    failed: Counter[str] = Counter()
+    with Journal(_path(side)) as journal:
+        answers.rows = known(side)
+        requests = owed(side, prompts, answers.rows)
+        done = len(prompts) - len(requests)
+        if requests:
+            counted = _Counted(progress, done)
+
+            def deliver(sampled: Sampled) -> None:
+                if sampled.error:
+                    failed[sampled.error] += 1
+                    progress.log(f"prompt {sampled.id}: {sampled.error}")
+                    return
+                row = answers.rows.get(sampled.id) or Completions(
+                    id=sampled.id, prompt=prompts[sampled.id], completions=[], finish_reasons=[],
+                    model=config.model.name, sampling=side.made_with,
+                )  # fmt: skip
+                row = replace(
+                    row, completions=row.completions + sampled.texts, usage=row.usage + sampled.usage,
+                    finish_reasons=row.finish_reasons + sampled.finish_reasons,
+                )  # fmt: skip
+                journal.append(row)
+                answers.rows[row.id] = row
+                counted.tick(tokens=sampled.usage.output)
+
+            progress.begin(f"sample {side.name}", len(prompts), done)
+            try:
+                asked = replace(config, generate=replace(config.generate, max_usd=purse.left))
+                purse.add(engines.load(config.generate.engine)(requests, asked, deliver, counted))
+            finally:
+                progress.end()
+            journal.compact()
+    answers.rows = {key: answers.rows[key] for key in prompts if key in answers.rows}
+    answers.failed = dict(failed)
+    if config.generate.engine == "endpoint":
+        price = price_of(config.generate.url or "", config.model.name, config.generate.price)
+        answers.usd = sum(price.usd(row.usage) for row in answers.rows.values()) if price else 0.0
+    return answers
+
+
+def _path(side: Side) -> Path:
+    return Path(side.config.data) / "completions.jsonl"
+
+
+def _made_with(config: Config) -> dict[str, Any]:
+    """What makes completions comparable, the weights of the adapter included where they are on this machine."""
+    keys = [
+        f"generate.{name}" for name in ("engine", "temperature", "top_p", "max_tokens", "frequency_penalty", "seed")
+    ]
+    made = {key.partition(".")[2]: get(config, key) for key in [*keys, "model.chat_template_kwargs"]}
+    adapter, base = config.model.adapter, base_folder(config.model.base)
+    if adapter is not None:
+        made["adapter"] = fingerprint(Path(adapter))[:DIGITS] if Path(adapter).is_dir() else adapter
+    if config.generate.engine == "endpoint":
+        return made | {"url": config.generate.url, "model": config.model.name}
+    return made | {"base": config.model.base if base is None else fingerprint(base)[:DIGITS]}
+
+
+class _Counted(Silent):
+    """The engine's progress, with the prompts that are done."""
+
+    def __init__(self, progress: Progress, done: int) -> None:
+        self._progress = progress
+        self._done = done
+        self._tokens = 0
+
+    def tick(self, tokens: int) -> None:
+        self._done += 1
+        self._tokens += tokens
+        self.update(0)
+
+    def update(self, done: int, **counters: float) -> None:
+        self._progress.update(self._done, tokens=self._tokens, **counters)
+
+    def log(self, text: str) -> None:
+        self._progress.log(text)

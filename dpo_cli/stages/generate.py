@@ -1,0 +1,375 @@
+"""Prompts to completions: sample the SFT adapter until every prompt has `n`.
+
+Reads prompts (prompt-only, `messages` and prompt-completion rows of a JSONL file, or of val.jsonl in a folder) and
+what completions.jsonl in `data` holds already; appends to it a line for each prompt that is finished, in the order in
+which they finish. The last line of an id wins, and a clean finish drops the lines before it. Rows that were made with
+another model or other sampling settings are never mixed with new ones.
+
+With `contrast`, two completions a prompt come from two system prompts; they are completions like any others, of which
+a judge says which is better.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Raw, Struct
+from msgspec.structs import replace
+
+from dpo_cli import engines
+from dpo_cli.config.resolve import get
+from dpo_cli.config.settings import Config
+from dpo_cli.data.jsonl import Journal, parse_rows, read_rows
+from dpo_cli.data.records import Completions, Message, Usage, canonical, prompt_id, read_prompt
+from dpo_cli.endpoint.costs import Estimate, Receipt
+from dpo_cli.engines import Request, Sample, Sampled
+from dpo_cli.engines._contrast import contrasted, split
+from dpo_cli.errors import UserError
+from dpo_cli.progress import Progress, Silent
+
+SHOWN_ERRORS = 3
+
+
+class Generated(Struct, kw_only=True):
+    """What a run did.
+
+    `prompts` are distinct ones, `merged` the duplicates among them. `owed_prompts` and `owed_completions` are what was
+    missing at the start: a request a prompt, more where the server refuses `n`. `completions` and what follows are
+    this run's own: `identical` ones came twice for one prompt although they were sampled anew, `cut` ones ran into
+    max_tokens; `failed` counts prompts, and `error` is the first one's. `receipt` is of paid calls, where there were
+    any; `estimate`, with `dry_run`, of those that are owed.
+    """
+
+    path: str
+    dry_run: bool
+    prompts: int = 0
+    merged: int = 0
+    done_before: int = 0
+    owed_prompts: int = 0
+    owed_completions: int = 0
+    completions: int = 0
+    identical: int = 0
+    cut: int = 0
+    failed: int = 0
+    error: str | None = None
+    usage: Usage = msgspec.field(default_factory=Usage)
+    receipt: Receipt | None = None
+    estimate: Estimate | None = None
+
+
+def run(config: Config, progress: Progress, limit: int | None = None, dry_run: bool = False) -> Generated:
+    """Sample what is missing; prompts that fail are counted, and owed again by the next run.
+
+    Args:
+        config: `data`, `[model]` and `[generate]` are read.
+        progress: told about prompts, completions and tokens.
+        limit: only the first so many prompts.
+        dry_run: count what is owed, and do nothing.
+
+    Raises:
+        UserError: bad prompts, nothing to sample from, rows made with other settings, or what the engine raises.
+    """
+    config = _contrast(config)
+    settings = config.generate
+    if settings.temperature == 0 and settings.n > 1 and not settings.contrast:
+        raise UserError(f"temperature 0 gives {settings.n} times the same", hint="--n 1, or --temperature 0.9")
+    keep = _line_filter(settings.keep_lines)
+    engine = engines.choose(config, progress)
+    path = Path(config.data) / "completions.jsonl"
+    result = Generated(path=str(path), dry_run=dry_run)
+    if dry_run:
+        requests, _ = _find_owed(config, engine, limit, result)
+        result.estimate = _estimate(requests, config) if engine == "endpoint" else None
+        return result
+    with Journal(path) as journal:
+        requests, superseded = _find_owed(config, engine, limit, result)
+        if requests:
+            work = _Work(_open_rows(config, engine, requests, path), keep, journal, progress, result)
+            progress.begin("generate", result.prompts, result.done_before)
+            try:
+                sample = engines.load(engine)
+                if settings.contrast:
+                    sample = contrasted(sample, settings.good_system, settings.bad_system)
+                work.finish(sample, requests, config)
+            finally:
+                progress.end()
+        if requests or superseded:
+            journal.compact()
+    return result
+
+
+def read_prompts(path: Path) -> Iterator[list[Message]]:
+    """Every prompt of a JSONL file, or of val.jsonl in a folder, duplicates included.
+
+    Raises:
+        UserError: no such file, no prompts in it, or a line that holds none.
+    """
+    file = path / "val.jsonl" if path.is_dir() else path
+    if not file.exists():
+        raise UserError("no prompts there", where=str(file), hint="--prompts FILE, or a folder that holds val.jsonl")
+    empty = True
+    for _, prompt in parse_rows(file, read_prompt):
+        empty = False
+        yield prompt
+    if empty:
+        raise UserError("the file is empty", where=str(file), hint="one prompt a line")
+
+
+def _contrast(config: Config) -> Config:
+    """With `contrast`, two completions a prompt, and the external model where there is one."""
+    settings = config.generate
+    if not settings.contrast:
+        return config
+    name = settings.contrast_model or config.model.name
+    if settings.contrast_url is None:
+        generate = replace(settings, n=2)
+    else:
+        generate = replace(settings, n=2, engine="endpoint", url=settings.contrast_url)
+    return replace(config, generate=generate, model=replace(config.model, name=name))
+
+
+def made_with(config: Config, engine: str) -> dict[str, Any]:
+    """The settings, by name, that make completions comparable: one file holds rows of one kind."""
+    keys = [f"generate.{name}" for name in ("temperature", "top_p", "max_tokens", "frequency_penalty", "seed")]
+    keys += ["generate.keep_lines", "model.chat_template_kwargs"]
+    if engine != "endpoint":
+        keys += ["model.base", "model.adapter"]
+    contrast = {"good": config.generate.good_system, "bad": config.generate.bad_system}
+    made = {"contrast": contrast} if config.generate.contrast else {}
+    return {"engine": engine, **made, **{key.partition(".")[2]: get(config, key) for key in keys}}
+
+
+def _estimate(requests: list[Request], config: Config) -> Estimate:
+    """What the owed completions would cost, in one request a prompt, or one a system prompt."""
+    settings = config.generate
+    if settings.contrast:
+        requests = [part for one in requests for part in split(one, settings.good_system, settings.bad_system)]
+    return engines.estimate(requests, config)
+
+
+class _Made(Struct, gc=False):
+    """What a row says without its texts: a hundred thousand are read in the blink of an eye."""
+
+    id: str
+    completions: list[Raw]
+    model: Raw
+    sampling: Raw
+
+
+def _find_owed(config: Config, engine: str, limit: int | None, result: Generated) -> tuple[list[Request], int]:
+    """What is missing, in the order of the prompts, and the number of superseded rows; counts it in `result`."""
+    path = Path(result.path)
+    counts: dict[str, int] = {}
+    kinds: dict[tuple[bytes, bytes], int] = {}
+    rows = 0
+    if path.exists():
+        for number, row in read_rows(path, _Made):
+            rows += 1
+            counts[row.id] = len(row.completions)
+            kinds.setdefault((bytes(row.model), bytes(row.sampling)), number)
+    _refuse_mixture(config, engine, path, kinds)
+
+    n = config.generate.n
+    seen: set[str] = set()
+    owed: list[Request] = []
+    for prompt in read_prompts(Path(config.generate.prompts)):
+        key = prompt_id(prompt)
+        if key in seen:
+            result.merged += 1
+            continue
+        if len(seen) == limit:
+            break
+        seen.add(key)
+        need = n - counts.get(key, 0)
+        if need > 0:
+            owed.append(Request(id=key, prompt=prompt, have=[], need=need))
+            result.owed_completions += need
+    result.prompts = len(seen)
+    result.owed_prompts = len(owed)
+    result.done_before = len(seen) - len(owed)
+    return owed, rows - len(counts)
+
+
+def _refuse_mixture(config: Config, engine: str, path: Path, kinds: dict[tuple[bytes, bytes], int]) -> None:
+    """Refuse rows that were made with other settings, naming what differs and the ways to go on."""
+    now = {"model": config.model.name, **made_with(config, engine)}
+    for (model, sampling), number in kinds.items():
+        try:
+            before = {"model": msgspec.json.decode(model), **msgspec.json.decode(sampling, type=dict[str, Any])}
+        except msgspec.ValidationError:
+            raise UserError('"sampling" is not an object', where=f"{path}:{number}") from None
+        differing = [name for name in before | now if before.get(name) != now.get(name)]
+        if differing:
+            changes = ", ".join(f"{name} {before.get(name)} (now {now.get(name)})" for name in differing)
+            raise UserError(
+                f"made with other settings: {changes}",
+                where=f"{path}:{number}", hint="--data FOLDER for a set of its own, or go on with the old settings",
+            )  # fmt: skip
+
+
+class _Open(Struct):
+    """A row that is being made; its first `had` completions are from former runs, and stay."""
+
+    row: Completions
+    had: int
+
+    def twins(self) -> list[int]:
+        """Places of new completions that are identical to one before them."""
+        texts = [canonical(text) for text in self.row.completions]
+        return [place for place in range(self.had, len(texts)) if texts[place] in texts[:place]]
+
+
+def _open_rows(config: Config, engine: str, requests: list[Request], path: Path) -> dict[str, _Open]:
+    """A row for every request, with the completions that former runs made; tells the requests of those."""
+    sampling = made_with(config, engine)
+    rows = {
+        request.id: _Open(
+            Completions(
+                id=request.id, prompt=request.prompt, completions=[], finish_reasons=[], model=config.model.name,
+                sampling=sampling,
+            ),
+            had=0,
+        )
+        for request in requests
+    }  # fmt: skip
+    for _, row in read_rows(path, Completions):
+        if row.id in rows:
+            rows[row.id] = _Open(row, had=len(row.completions))
+    for request in requests:
+        request.have = rows[request.id].row.completions
+    return rows
+
+
+def _line_filter(pattern: str | None) -> Callable[[str], str]:
+    """Keep the lines of a text that match; without a pattern, the text as it is."""
+    if pattern is None:
+        return lambda text: text
+    try:
+        match = re.compile(pattern).search
+    except re.error as error:
+        raise UserError(f"'{pattern}' is no pattern: {error}", where="generate.keep_lines") from None
+    return lambda text: "\n".join(filter(match, text.split("\n")))
+
+
+class _Work:
+    """Takes what the engine delivers and writes finished rows.
+
+    A prompt with identical completions is not written before those were sampled once more: a run that is killed in
+    between then ends in the same rows.
+    """
+
+    def __init__(
+        self,
+        rows: dict[str, _Open],
+        keep: Callable[[str], str],
+        journal: Journal,
+        progress: Progress,
+        result: Generated,
+    ) -> None:
+        self._open = rows
+        self._keep = keep
+        self._journal = journal
+        self._tally = _Tally(progress, result)
+        self._result = result
+        self._errors: set[str] = set()
+
+    def finish(self, sample: Sample, requests: list[Request], config: Config) -> None:
+        """Sample what is owed, then once more what came out identical."""
+        receipt = sample(requests, config, self._deliver, self._tally)
+        self._tally.settle()
+        again = [
+            Request(id=key, prompt=made.row.prompt, have=made.row.completions, need=len(twins))
+            for key, made in self._open.items()
+            if (twins := made.twins())
+        ]
+        if again:
+            more = sample(again, _less(config, receipt), self._deliver_again, self._tally)
+            self._tally.settle()
+            receipt = receipt + more if receipt and more else receipt
+        self._result.receipt = receipt
+
+    def _deliver(self, sampled: Sampled) -> None:
+        made = self._open[sampled.id]
+        if self._count(sampled):
+            made.row.completions = made.row.completions + [self._keep(text) for text in sampled.texts]
+            made.row.finish_reasons = made.row.finish_reasons + sampled.finish_reasons
+            made.row.usage += sampled.usage
+            if not made.twins():
+                self._write(made)
+        self._tally.tell()
+
+    def _deliver_again(self, sampled: Sampled) -> None:
+        made = self._open[sampled.id]
+        if self._count(sampled):
+            for place, text, reason in zip(made.twins(), sampled.texts, sampled.finish_reasons, strict=True):
+                made.row.completions[place] = self._keep(text)
+                made.row.finish_reasons[place] = reason
+            made.row.usage += sampled.usage
+            self._result.identical += len(made.twins())
+            self._write(made)
+        self._tally.tell()
+
+    def _count(self, sampled: Sampled) -> bool:
+        """Count what came; whether it is usable."""
+        result = self._result
+        result.usage += sampled.usage
+        if sampled.error is not None:
+            result.failed += 1
+            result.error = result.error or sampled.error
+            if sampled.error not in self._errors and len(self._errors) < SHOWN_ERRORS:
+                self._errors.add(sampled.error)
+                self._tally.log(f"prompt {sampled.id}: {sampled.error}")
+            return False
+        return True
+
+    def _write(self, made: _Open) -> None:
+        self._journal.append(made.row)
+        del self._open[made.row.id]
+        new = made.row.finish_reasons[made.had :]
+        self._result.completions += len(new)
+        self._result.cut += new.count("length")
+        self._tally.done += 1
+
+
+def _less(config: Config, receipt: Receipt | None) -> Config:
+    """The settings with what is left of the budget."""
+    cap = config.generate.max_usd
+    if cap is None or receipt is None:
+        return config
+    left = max(0.0, cap - receipt.usd - receipt.unseen_usd)
+    return replace(config, generate=replace(config.generate, max_usd=left))
+
+
+class _Tally(Silent):
+    """The engine's progress: passes its counters on, with the stage's own numbers."""
+
+    def __init__(self, progress: Progress, result: Generated) -> None:
+        self.done = result.done_before
+        self._progress = progress
+        self._result = result
+        self._counters: dict[str, float] = {}
+        self._settled: dict[str, float] = {}
+
+    def update(self, done: int, **counters: float) -> None:
+        """Take the engine's totals; what is done the stage knows."""
+        self._counters |= counters
+        self.tell()
+
+    def log(self, text: str) -> None:
+        """Pass a line on."""
+        self._progress.log(text)
+
+    def tell(self) -> None:
+        """Report everything."""
+        result = self._result
+        totals = {name: self._settled.get(name, 0) + value for name, value in self._counters.items()}
+        if result.failed:
+            totals["failed"] = result.failed
+        self._progress.update(self.done, completions=result.completions, tokens=result.usage.output, **totals)
+
+    def settle(self) -> None:
+        """The engine has finished, and will count from zero when it is called again."""
+        self._settled = {name: self._settled.get(name, 0) + value for name, value in self._counters.items()}
+        self._counters = dict.fromkeys(self._counters, 0.0)

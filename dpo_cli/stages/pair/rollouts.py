@@ -1,0 +1,286 @@
+"""Scored rollouts of NeMo Gym to preference pairs, by the definitions of the NeMo Gym guide to DPO.
+
+Reads a JSONL file of rollouts: `responses_create_params.input`, `reward`, and the answer under `output` (as the guide
+has it) or `response.output` (as NeMo Gym writes it). Writes nothing. A pair's sides are final messages: reasoning and
+tool calls are left out, from prompts too. Unlike the guide, which takes the last user message for the prompt, the
+whole conversation is the prompt: the same last words after different beginnings are different prompts.
+"""
+
+import random
+import statistics
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from dpo_cli.data.jsonl import parse_rows
+from dpo_cli.data.records import Message, Preference, canonical, preference_id, prompt_id
+from dpo_cli.errors import UserError
+
+STRATEGIES = ("same-prompt", "stratified")
+EPSILON = 1e-9  # 0.9 - 0.7 is 0.20000000000000007, and 0.7 - 0.5 is 0.19999999999999996
+ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
+
+
+class Rollout(Struct):
+    """One answer and its reward; `finish_reason` is `length` where the token limit ended it, None if unknown."""
+
+    prompt: list[Message]
+    text: str
+    reward: float
+    finish_reason: str | None = None
+
+
+class RolloutStatistics(Struct, kw_only=True):
+    """What the guide prints: pairs, their average gap and rewards; and what they were made of.
+
+    `skipped` counts rollouts by the reason for which they can't be a side.
+    """
+
+    rollouts: int
+    prompts: int
+    skipped: dict[str, int]
+    pairs: int
+    average_gap: float
+    average_chosen_reward: float
+    average_rejected_reward: float
+
+
+def pair_rollouts(
+    path: Path, strategy: str, *, min_gap: float, high: float, low: float, max_pairs: int, seed: int
+) -> tuple[list[Preference], RolloutStatistics]:
+    """Pairs of a file of rollouts; scores are rewards.
+
+    Args:
+        path: the rollouts.
+        strategy: `same-prompt` (best against worst of a prompt) or `stratified` (high against low rewards).
+        min_gap: least difference of the rewards; the guide has 0.2.
+        high: least reward of a chosen side, for `stratified`; the guide has 0.7.
+        low: greatest reward of a rejected side, for `stratified`; the guide has 0.4.
+        max_pairs: most pairs, for `stratified`, which would give high times low.
+        seed: seed of the choice among them.
+
+    Raises:
+        UserError: `file:line` of a row that is no rollout, an unknown strategy, or the advice when no pair comes out.
+    """
+    if strategy not in STRATEGIES:
+        raise UserError(f"'{strategy}' does not pair rollouts", where="--strategy", hint=" or ".join(STRATEGIES))
+    rollouts, skipped = read_rollouts(path)
+    if strategy == "same-prompt":
+        pairs = same_prompt(rollouts, min_gap)
+    else:
+        pairs = stratified(rollouts, min_gap=min_gap, high=high, low=low, max_pairs=max_pairs, seed=seed)
+    prompts = Counter(prompt_id(rollout.prompt) for rollout in rollouts)
+    if not pairs:
+        raise UserError(
+            f"no pair comes out of {len(rollouts)} rollouts of {len(prompts)} prompts{_counted(skipped)}",
+            where=str(path), hint=_advice(rollouts, prompts, strategy, min_gap, high, low),
+        )  # fmt: skip
+    return pairs, RolloutStatistics(
+        rollouts=len(rollouts), prompts=len(prompts), skipped=dict(skipped.most_common()), pairs=len(pairs),
+        average_gap=statistics.fmean(pair.score_gap or 0.0 for pair in pairs),
+        average_chosen_reward=statistics.fmean(pair.chosen_score or 0.0 for pair in pairs),
+        average_rejected_reward=statistics.fmean(pair.rejected_score or 0.0 for pair in pairs),
+    )  # fmt: skip
+
+
+def read_rollouts(path: Path) -> tuple[list[Rollout], Counter[str]]:
+    """The rollouts that can be a side, and a count of the others by reason.
+
+    Raises:
+        UserError: `file:line` of a row that is no rollout.
+    """
+    rollouts: list[Rollout] = []
+    skipped: Counter[str] = Counter()
+    for _, rollout in parse_rows(path, read_rollout):
+        if isinstance(rollout, str):
+            skipped[rollout] += 1
+        else:
+            rollouts.append(rollout)
+    return rollouts, skipped
+
+
+def read_rollout(row: dict[str, Any]) -> Rollout | str:
+    """A rollout, or why it can't be a side of a pair.
+
+    Raises:
+        ValueError: naming the field that is wrong.
+    """
+    parameters = row.get("responses_create_params")
+    if not isinstance(parameters, dict) or "input" not in parameters:
+        raise ValueError('no "responses_create_params" with an "input"')
+    try:
+        reward = msgspec.convert(row.get("reward"), float)
+    except msgspec.ValidationError:
+        raise ValueError('"reward" is not a number') from None
+    response = row if "output" in row else row.get("response")
+    if not isinstance(response, dict) or not isinstance(response.get("output"), list):
+        raise ValueError('no "output", and no "response" with one, that is a list')
+    prompt = _messages(parameters["input"], "input")
+    if parameters.get("instructions"):
+        prompt.insert(0, {"role": "system", "content": str(parameters["instructions"])})
+    if not prompt or prompt[-1]["role"] != "user":
+        return "the prompt does not end with a user message"
+    answers = _messages(response["output"], "output")
+    if not answers or not answers[-1]["content"].strip():
+        return "no message in the output"
+    return Rollout(prompt, answers[-1]["content"], reward, _finish_reason(response))
+
+
+def _messages(items: Any, field: str) -> list[Message]:
+    """The messages among the items of the Responses API; reasoning, tool calls and their results are passed over."""
+    if isinstance(items, str):
+        return [{"role": "user", "content": items}]
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise ValueError(f'"{field}" is not a text or a list of items')
+    return [
+        {"role": _role(item, field), "content": _text(item.get("content"), field)}
+        for item in items
+        if item.get("type", "message") == "message"
+    ]
+
+
+def _role(item: dict[str, Any], field: str) -> str:
+    role = item.get("role", "assistant" if field == "output" else None)
+    if role not in ROLES:
+        raise ValueError(f'"{field}" has a message whose role is {role!r}')
+    return ROLES[role]
+
+
+def _text(content: Any, field: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
+        raise ValueError(f'"{field}" has a message whose content is no text')
+    if field == "input" and any(
+        part.get("type", "input_text").endswith(("image", "file", "audio")) for part in content
+    ):
+        raise ValueError('"input" has a message that is not only text')
+    return "".join(part["text"] for part in content if isinstance(part.get("text"), str))
+
+
+def _finish_reason(response: dict[str, Any]) -> str | None:
+    if response.get("status") == "completed":
+        return "stop"
+    details = response.get("incomplete_details")
+    return "length" if isinstance(details, dict) and details.get("reason") == "max_output_tokens" else None
+
+
+def same_prompt(rollouts: Sequence[Rollout], min_gap: float) -> list[Preference]:
+    """The best against the worst rollout of each prompt, in the order of the prompts."""
+    groups: dict[str, list[Rollout]] = {}
+    for rollout in rollouts:
+        groups.setdefault(prompt_id(rollout.prompt), []).append(rollout)
+    best_worst = (
+        (max(group, key=lambda rollout: rollout.reward), min(group, key=lambda rollout: rollout.reward))
+        for group in groups.values()
+    )
+    return [make_pair(best, worst) for best, worst in best_worst if _is_pair(best, worst, min_gap)]
+
+
+def stratified(
+    rollouts: Sequence[Rollout], *, min_gap: float, high: float, low: float, max_pairs: int, seed: int
+) -> list[Preference]:
+    """High rewards against low ones, also of different prompts; the prompt is that of the chosen side.
+
+    Where there are more than `max_pairs`, those of one prompt come first, then a random choice of the others: a pair
+    across prompts also teaches what belongs to the prompt at all.
+    """
+    chosen = [rollout for rollout in rollouts if rollout.reward >= high]
+    rejected = sorted((rollout for rollout in rollouts if rollout.reward <= low), key=_reward)
+    by_prompt: dict[str, list[Rollout]] = {}
+    for rollout in rejected:
+        by_prompt.setdefault(prompt_id(rollout.prompt), []).append(rollout)
+    rng = random.Random(seed)
+    of_prompt = [by_prompt.get(prompt_id(good.prompt), []) for good in chosen]
+    same = _draw(chosen, of_prompt, min_gap, max_pairs, rng)
+    across = _draw(chosen, [rejected] * len(chosen), min_gap, max_pairs - len(same), rng, across=True)
+    return same + across
+
+
+def _draw(
+    chosen: Sequence[Rollout],
+    partners: Sequence[Sequence[Rollout]],
+    min_gap: float,
+    count: int,
+    rng: random.Random,
+    across: bool = False,
+) -> list[Preference]:
+    """Up to `count` pairs, drawn evenly from all that there are, without listing them.
+
+    The partners of a chosen side ascend by reward: those that are far enough below it are their beginning, and so all
+    pairs can be numbered through. With `across`, pairs of one prompt are passed over.
+    """
+    ends = list(
+        accumulate(
+            bisect_right(bads, good.reward - min_gap + EPSILON, key=_reward)
+            for good, bads in zip(chosen, partners, strict=True)
+        )
+    )
+    drawn: list[int] = []
+    numbers = _shuffled(ends[-1] if ends else 0, rng)
+
+    def sides(number: int) -> tuple[Rollout, Rollout]:
+        row = bisect_right(ends, number)
+        return chosen[row], partners[row][number - (ends[row - 1] if row else 0)]
+
+    while len(drawn) < count and (number := next(numbers, None)) is not None:
+        good, bad = sides(number)
+        if _is_pair(good, bad, min_gap) and not (across and good.prompt == bad.prompt):
+            drawn.append(number)
+    return [make_pair(*sides(number)) for number in sorted(drawn)]
+
+
+def _shuffled(n: int, rng: random.Random) -> Iterator[int]:
+    """0 to n - 1 in random order (Fisher-Yates), in memory for what was taken only."""
+    moved: dict[int, int] = {}
+    for index in range(n):
+        other = rng.randrange(index, n)
+        yield moved.get(other, other)
+        moved[other] = moved.pop(index, index)
+
+
+def _reward(rollout: Rollout) -> float:
+    return rollout.reward
+
+
+def _is_pair(good: Rollout, bad: Rollout, min_gap: float) -> bool:
+    """Far enough apart, and not the same text: a tie teaches nothing, whatever the least gap."""
+    gap = good.reward - bad.reward
+    return gap > EPSILON and gap >= min_gap - EPSILON and canonical(good.text) != canonical(bad.text)
+
+
+def make_pair(good: Rollout, bad: Rollout) -> Preference:
+    """The pair of two rollouts, under the prompt of the better one."""
+    chosen: list[Message] = [{"role": "assistant", "content": good.text}]
+    rejected: list[Message] = [{"role": "assistant", "content": bad.text}]
+    return Preference(
+        id=preference_id(good.prompt, chosen, rejected), prompt=good.prompt, chosen=chosen, rejected=rejected,
+        chosen_score=good.reward, rejected_score=bad.reward, score_gap=good.reward - bad.reward,
+        chosen_finish_reason=good.finish_reason, rejected_finish_reason=bad.finish_reason,
+    )  # fmt: skip
+
+
+def _counted(skipped: Counter[str]) -> str:
+    return "".join(f", {count} more skipped: {reason}" for reason, count in skipped.most_common())
+
+
+def _advice(
+    rollouts: Sequence[Rollout], prompts: Counter[str], strategy: str, min_gap: float, high: float, low: float
+) -> str:
+    """What the guide says when no pair comes out, with the rewards that there are."""
+    if not rollouts:
+        return "check that the file holds rollouts with answers"
+    rewards = [rollout.reward for rollout in rollouts]
+    spread = f"rewards go from {min(rewards):g} to {max(rewards):g}, median {statistics.median(rewards):g}"
+    lower = f"lower --min-gap (now {min_gap:g})"
+    if strategy == "stratified":
+        return f"adjust the thresholds (--high {high:g}, --low {low:g}) or {lower}; {spread}"
+    if prompts and max(prompts.values()) == 1:
+        return f"every prompt has one rollout: collect more a prompt, or --strategy stratified; {spread}"
+    return f"{lower}, or --strategy stratified; {spread}"

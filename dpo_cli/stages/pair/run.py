@@ -1,0 +1,340 @@
+"""Judgments, scored rollouts or imported pairs to preference pairs: writes train.jsonl and val.jsonl.
+
+Reads completions.jsonl and judgments.jsonl, or a file of others. Pure and free: the same files and settings give the
+same bytes. Which completions of a prompt are paired is `pair.strategy`'s choice; what is a tie, too close, inverted by
+an order of the judge, or says the same on both sides is no pair whatever proposed it, and a completion without text is
+never a side. Which file a pair goes to depends on its prompt alone, so that no prompt is in both and adding prompts
+moves none across; only the rejected text of a stratified pair may be an answer to a prompt of the other side.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from msgspec import Struct
+
+from dpo_cli.analysis.length_bias import length_controlled
+from dpo_cli.config.settings import MIN_GAP, MIN_REWARD_GAP, Config, PairSection
+from dpo_cli.data.formats.preferences import read_preferences
+from dpo_cli.data.jsonl import read_latest, write_rows
+from dpo_cli.data.records import (
+    Completions,
+    Judgment,
+    Message,
+    Preference,
+    canonical,
+    completions_id,
+    preference_id,
+    prompt_id,
+    split_side,
+)
+from dpo_cli.errors import UserError
+from dpo_cli.judges._ranking import any_inverts
+from dpo_cli.stages.pair.rollouts import Rollout, RolloutStatistics, pair_rollouts, stratified
+from dpo_cli.stages.pair.strategies import STRATEGIES
+
+EPSILON = 1e-9  # means of integers, such as 7.000000000000001
+
+
+class Paired(Struct, kw_only=True, omit_defaults=True):
+    """How many pairs went where, and why others are none: by prompt for judgments, by row for files of others.
+
+    `format` is that of an imported file; `rollouts` are the numbers of the guide.
+    """
+
+    train: int
+    val: int
+    skipped: dict[str, int]
+    warnings: list[str]
+    train_path: str
+    val_path: str
+    format: str | None = None
+    rollouts: RolloutStatistics | None = None
+
+
+class _NoPair(Exception):
+    """Why a prompt gives no pair."""
+
+
+class _Judged(Struct):
+    """A prompt with its judgment; `ranking` holds the completions that may be a side, best first."""
+
+    row: Completions
+    judgment: Judgment
+    scores: list[float]
+    ranking: list[int]
+
+
+# A pair that is proposed, and whether an order of the judge inverts it.
+_Candidate = tuple[Preference, bool]
+
+
+def run(config: Config, dry_run: bool = False) -> Paired:
+    """Make the pairs of the judgments and replace both files; with `dry_run` only count them.
+
+    Raises:
+        UserError: no judgments, or no pair comes out of them; the files are as they were.
+    """
+    data, settings = Path(config.data), config.pair
+    judgments = read_latest(data / "judgments.jsonl", Judgment)
+    if not judgments:
+        raise UserError("no judgments", where=str(data / "judgments.jsonl"), hint="nothing-dpo judge")
+    completions = read_latest(data / "completions.jsonl", Completions)
+    used = length_controlled(judgments, completions) if settings.length_control else judgments
+    prompts: dict[str, _Judged] = {}
+    skipped: Counter[str] = Counter()
+    for key in sorted(judgments.keys() | completions.keys()):
+        try:
+            prompts[key] = _usable(completions.get(key), used.get(key))
+        except _NoPair as reason:
+            skipped[str(reason)] += 1
+    min_gap = MIN_GAP if settings.min_gap is None else settings.min_gap
+    proposed = _across(prompts, settings, min_gap) if settings.strategy == "stratified" else _within(prompts, settings)
+    sides: dict[bool, list[Preference]] = {False: [], True: []}
+    for key in prompts:
+        pairs, reasons = _filter(proposed[key], settings, min_gap)
+        if not pairs:
+            skipped[reasons[0] if reasons else _NOT_HIGH] += 1
+        sides[split_side(key, settings.seed, settings.val_share)] += pairs
+    if not any(sides.values()):
+        raise _nothing(skipped, min_gap)
+    return _write(config, sides, skipped, dry_run)
+
+
+def run_rollouts(path: Path, config: Config, dry_run: bool = False) -> Paired:
+    """Make the pairs of a file of scored rollouts and replace both files.
+
+    Best against worst is the guide's same-prompt definition. Thresholds and gaps are in rewards as they stand.
+
+    Raises:
+        UserError: as `pair_rollouts`, with its advice when no pair comes out; the files are as they were.
+    """
+    settings = config.pair
+    min_gap = MIN_REWARD_GAP if settings.min_gap is None else settings.min_gap
+    strategy = "same-prompt" if settings.strategy == "best-worst" else settings.strategy
+    pairs, statistics = pair_rollouts(
+        path, strategy, min_gap=min_gap, high=settings.high, low=settings.low, max_pairs=settings.max_pairs,
+        seed=settings.seed,
+    )  # fmt: skip
+    result = _take_in(pairs, config, min_gap, dry_run)
+    result.rollouts = statistics
+    return result
+
+
+def run_import(path: Path, config: Config, dry_run: bool = False) -> Paired:
+    """Take in the pairs of a preference file of another tool and replace both files.
+
+    Rows without scores have no gap and pass; `pair.min_gap` is on the file's scale.
+
+    Raises:
+        UserError: as `read_preferences`, or no row is a pair; the files are as they were.
+    """
+    name, pairs = read_preferences(path)
+    result = _take_in(pairs, config, config.pair.min_gap or 0.0, dry_run, where=str(path))
+    result.format = name
+    return result
+
+
+def _take_in(
+    pairs: Iterable[Preference], config: Config, min_gap: float, dry_run: bool, where: str | None = None
+) -> Paired:
+    """Filter and split pairs that were made elsewhere, in their order; of copies the first stays."""
+    skipped: Counter[str] = Counter()
+    seen: set[str] = set()
+    by_prompt: defaultdict[str, list[_Candidate]] = defaultdict(list)
+    for pair in pairs:
+        content = preference_id(pair.prompt, pair.chosen, pair.rejected)
+        if content in seen:
+            skipped["a copy of another pair"] += 1
+            continue
+        seen.add(content)
+        by_prompt[prompt_id(pair.prompt)].append((pair, False))
+    sides: dict[bool, list[Preference]] = {False: [], True: []}
+    for key, candidates in by_prompt.items():
+        kept, reasons = _filter(candidates, config.pair, min_gap)
+        skipped.update(reasons)
+        sides[split_side(key, config.pair.seed, config.pair.val_share)] += kept
+    if not any(sides.values()):
+        raise UserError(
+            f"no row is a pair: {_counted(skipped)}", where=where,
+            hint=f"a lower --min-gap (now {min_gap:g}), or pairs whose sides and scores differ",
+        )  # fmt: skip
+    return _write(config, sides, skipped, dry_run)
+
+
+def _write(config: Config, sides: dict[bool, list[Preference]], skipped: Counter[str], dry_run: bool) -> Paired:
+    data, (train, val) = Path(config.data), (sides[False], sides[True])
+    result = Paired(
+        train=len(train), val=len(val), skipped=dict(skipped.most_common()), warnings=_warn(train, val, config.pair),
+        train_path=str(data / "train.jsonl"), val_path=str(data / "val.jsonl"),
+    )  # fmt: skip
+    if not dry_run:
+        # If the disk fills up between the two, they still share no prompt.
+        write_rows(Path(result.val_path), val)
+        write_rows(Path(result.train_path), train)
+    return result
+
+
+def _usable(row: Completions | None, judgment: Judgment | None) -> _Judged:
+    """A prompt of which two completions or more may be sides.
+
+    Raises:
+        _NoPair: it gives no pair, whatever the strategy; says why.
+    """
+    if judgment is None:
+        raise _NoPair("not judged yet")
+    if row is None:
+        raise _NoPair("judged, but no longer in completions.jsonl")
+    if judgment.error is not None:
+        raise _NoPair("the judge failed")
+    if judgment.skipped is not None:
+        raise _NoPair(judgment.skipped.partition(":")[0])
+    if judgment.completions_id != completions_id(row.completions):
+        raise _NoPair("judged before its completions changed")
+    scores, ranking = judgment.scores or [], judgment.ranking or []
+    if len(scores) != len(row.completions) or sorted(ranking) != list(range(len(scores))):
+        raise _NoPair("the judgment does not fit its completions")
+    # Of identical texts the first stands for all: it is the one that the judge saw.
+    first = {canonical(text): index for index, text in reversed(list(enumerate(row.completions)))}
+    ranking = [index for index in ranking if first[canonical(row.completions[index])] == index]
+    ranking = [index for index in ranking if canonical(row.completions[index])]
+    if len(ranking) < 2:
+        raise _NoPair("fewer than two different texts")
+    return _Judged(row, judgment, scores, ranking)
+
+
+def _within(prompts: dict[str, _Judged], settings: PairSection) -> dict[str, list[_Candidate]]:
+    """What the strategy proposes for each prompt."""
+    propose = STRATEGIES[settings.strategy]
+    return {
+        key: [
+            (_preference(prompt, chosen, rejected), _inverted(prompt, chosen, rejected))
+            for chosen, rejected in propose(prompt.scores, prompt.ranking)
+        ]
+        for key, prompt in prompts.items()
+    }
+
+
+def _across(prompts: dict[str, _Judged], settings: PairSection, min_gap: float) -> dict[str, list[_Candidate]]:
+    """High scores against low ones, also of different prompts, by the prompt of the chosen side.
+
+    The thresholds are shares of the range of all scores: rewards go from 0 to 1, judges' scores on any scale.
+    """
+    rollouts = [
+        Rollout(row.prompt, row.completions[index], prompt.scores[index], row.finish_reasons[index])
+        for prompt, row in ((prompt, prompt.row) for prompt in prompts.values())
+        for index in prompt.ranking
+    ]
+    rewards = [rollout.reward for rollout in rollouts]
+    lowest, highest = min(rewards, default=0.0), max(rewards, default=0.0)
+    high, low = (round(lowest + share * (highest - lowest), 9) for share in (settings.high, settings.low))
+    by_prompt = {prompt_id(prompt.row.prompt): key for key, prompt in prompts.items()}
+    proposed: dict[str, list[_Candidate]] = {key: [] for key in prompts}
+    for pair in stratified(
+        rollouts, min_gap=min_gap, high=high, low=low, max_pairs=settings.max_pairs, seed=settings.seed
+    ):
+        key = by_prompt[prompt_id(pair.prompt)]
+        texts = prompts[key].row.completions
+        sides = [pair.chosen[0]["content"], pair.rejected[0]["content"]]
+        # No order of the judge shows completions of two prompts.
+        of_prompt = all(side in texts for side in sides)
+        proposed[key].append((pair, of_prompt and _inverted(prompts[key], *map(texts.index, sides))))
+    return proposed
+
+
+def _filter(candidates: list[_Candidate], settings: PairSection, min_gap: float) -> tuple[list[Preference], list[str]]:
+    """Of one prompt's candidates those that are pairs, as many as are allowed, and why the others are none."""
+    kept, reasons = [], []
+    for pair, inverted in candidates:
+        reason = _fault(pair, min_gap)
+        if reason is None and inverted and settings.require_consistent:
+            reason = "an order inverts the pair"
+        if reason:
+            reasons.append(reason)
+            continue
+        if settings.margin_column:
+            pair.margin = pair.score_gap
+        kept.append(pair)
+    widest = sorted(range(len(kept)), key=lambda index: -(kept[index].score_gap or 0.0))
+    return [kept[index] for index in sorted(widest[: settings.max_pairs_per_prompt])], reasons
+
+
+def _fault(pair: Preference, min_gap: float) -> str | None:
+    """Why this teaches nothing; a gap that is not known is no fault."""
+    if _said(pair.chosen) == _said(pair.rejected):
+        return "both sides say the same"
+    if pair.score_gap is None:
+        return None
+    if pair.score_gap <= EPSILON:
+        return "a tie"
+    return "the gap is below min_gap" if pair.score_gap < min_gap - EPSILON else None
+
+
+def _said(side: list[Message]) -> list[tuple[str, str]]:
+    return [(message["role"], canonical(message["content"])) for message in side]
+
+
+def _inverted(prompt: _Judged, chosen: int, rejected: int) -> bool:
+    """Whether the judge, in any order, preferred the rejected completion; never so if it did not see it.
+
+    `consistent` is about the best and the worst: it speaks for other pairs only where no orders do.
+    """
+    orders = prompt.judgment.orders or []
+    if orders and rejected not in orders[0].order:
+        return False
+    meant = not orders or (chosen, rejected) == (prompt.ranking[0], prompt.ranking[-1])
+    if meant and prompt.judgment.consistent is False:
+        return True
+    return any_inverts(orders, chosen, rejected, prompt.judgment.weights)
+
+
+def _preference(prompt: _Judged, chosen: int, rejected: int) -> Preference:
+    row, scores = prompt.row, prompt.scores
+    good, bad = _answer(row.completions[chosen]), _answer(row.completions[rejected])
+    return Preference(
+        id=preference_id(row.prompt, good, bad), prompt=row.prompt, chosen=good, rejected=bad,
+        chosen_score=scores[chosen], rejected_score=scores[rejected], score_gap=scores[chosen] - scores[rejected],
+        chosen_finish_reason=row.finish_reasons[chosen], rejected_finish_reason=row.finish_reasons[rejected],
+    )  # fmt: skip
+
+
+def _answer(text: str) -> list[Message]:
+    return [{"role": "assistant", "content": text}]
+
+
+def _warn(train: list[Preference], val: list[Preference], settings: PairSection) -> list[str]:
+    """What is odd about the split. It is not mended: moving a prompt across would break it for every later run."""
+    if not val and settings.val_share > 0:
+        return [
+            f"val.jsonl is empty: none of the {len(train)} pairs' prompts falls into the share of "
+            f"{settings.val_share:g}; make more pairs or raise pair.val_share, else there is nothing to evaluate on"
+        ]
+    if not train:
+        return [f"train.jsonl is empty: all {len(val)} pairs are held out; make more pairs or lower pair.val_share"]
+    return []
+
+
+_NOT_HIGH = "no score is high, or none that is low goes with it"
+
+# What to try, by the reason that is most frequent.
+_HINTS = {
+    "not judged yet": "nothing-dpo judge",
+    "the judge failed": "nothing-dpo judge, which asks again",
+    "judged before its completions changed": "nothing-dpo judge",
+    "the gap is below min_gap": "a lower --min-gap, or more completions a prompt: nothing-dpo generate --n 5",
+    "a tie": "more completions a prompt: nothing-dpo generate --n 5",
+    "an order inverts the pair": "--no-require-consistent, or a stronger judge model",
+    _NOT_HIGH: "a lower --high, a higher --low, or --strategy best-worst",
+}
+
+
+def _nothing(skipped: Counter[str], min_gap: float) -> UserError:
+    most = skipped.most_common(1)[0][0]
+    hint = _HINTS.get(most, "more varied completions: nothing-dpo generate --temperature 1.0 --n 5")
+    if most == "the gap is below min_gap":
+        hint += f" (min_gap is {min_gap:g})"
+    return UserError(f"no pair comes out of {skipped.total()} prompts: {_counted(skipped)}", hint=hint)
+
+
+def _counted(skipped: Counter[str]) -> str:
+    return ", ".join(f"{count} x {reason}" for reason, count in skipped.most_common())

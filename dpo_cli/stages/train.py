@@ -1,0 +1,363 @@
+"""Preference pairs to a DPO adapter, or demonstrations to an SFT adapter: the one entry that every backend runs.
+
+Reads train.jsonl and val.jsonl (or one file, split by prompt), the base model and the SFT adapter; writes the run's
+folder and, at the end, the adapter of the best checkpoint alone. The same call goes on with a run that was killed,
+and does nothing for one that is finished. Importing this needs no torch.
+"""
+
+import os
+import platform
+from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+from msgspec import Struct
+
+from dpo_cli import __version__, errors
+from dpo_cli.adapter import Adapter, check_adapter, fingerprint
+from dpo_cli.config.resolve import as_dict
+from dpo_cli.config.settings import Config
+from dpo_cli.data import files, jsonl
+from dpo_cli.data.files import sha256
+from dpo_cli.errors import Exit, UserError
+from dpo_cli.progress import Progress, Silent
+from dpo_cli.training import distributed, plan
+from dpo_cli.training.encode import Encoded
+from dpo_cli.training.gates import Gate, check_gates, failure_reason
+from dpo_cli.training.guards import best_step
+from dpo_cli.training.inputs import Inputs, Stage, base_folder, read_inputs
+from dpo_cli.training.preflight import of_encoded
+from dpo_cli.training.run_folder import RunFolder, check_replaceable, event, metric_rows, publish, weights_file
+from dpo_cli.training.template_check import check_tokens
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+WITHOUT_EFFECT = ("report_to", "merge")  # on what is trained: a run may go on with others
+BEST = {"dpo": ("eval_rewards/margins", 1), "sft": ("eval_loss", -1)}
+
+
+class Trained(Struct, kw_only=True):
+    """What became of a run.
+
+    `verdict` is pass or fail by the gates, none for a dry run; `reasons` are those gates that do not say yes. `step`
+    is that of the newest checkpoint, `ended` the fault that ended the run before its last step, `metrics` the last
+    training and evaluation lines, `refused` reason -> rows.
+    """
+
+    stage: Stage
+    run: str
+    adapter: str
+    rows: int
+    held_out: int
+    steps: int
+    step: int = 0
+    resumed_from: int | None = None
+    finished_before: bool = False
+    shortened: int = 0
+    refused: dict[str, int] = msgspec.field(default_factory=dict)
+    step_zero: dict[str, Any] | None = None
+    metrics: dict[str, Any] = msgspec.field(default_factory=dict)
+    gates: dict[str, Gate] = msgspec.field(default_factory=dict)
+    verdict: Literal["pass", "fail"] | None = None
+    reasons: list[str] = msgspec.field(default_factory=list)
+    ended: str | None = None
+    merged: dict[str, Any] | None = None
+    best_checkpoint: str | None = None
+    policy_sha256: str | None = None
+    reference_sha256: str | None = None
+
+
+def run(
+    config: Config, progress: Progress, stage: Stage = "dpo", name: str = "dpo", data: Path | None = None,
+    fresh: bool = False, limit: int | None = None, dry_run: bool = False,
+    after_save: Callable[[], None] | None = None, submission: str | None = None,
+) -> Trained:  # fmt: skip
+    """Train, or go on training, the run `name`.
+
+    Args:
+        config: every setting.
+        progress: where the run stands.
+        stage: `dpo` from the SFT adapter, or `sft` to make one.
+        name: the run's name.
+        data: folder with train.jsonl and perhaps val.jsonl, or one file to be split by prompt; unset: for dpo
+            `config.data`, for sft the folder of `config.generate.prompts`.
+        fresh: start over, replacing what an earlier run of this name made.
+        limit: train on the first so many rows only.
+        dry_run: read and check everything, write nothing.
+        after_save: called whenever a checkpoint is whole on the disk.
+        submission: which request for this run it is: a second attempt of the same one does not start over again.
+
+    Raises:
+        UserError: bad input, a run of this name with other settings, a step zero that is not ln 2 (exit 1), or
+            SIGTERM (exit 143, with a checkpoint).
+        KeyboardInterrupt: Ctrl-C, with a checkpoint.
+    """
+    if Path(name).name != name:
+        raise UserError(f"'{name}' is no name for a run", hint="--name takes a folder name without '/'")
+    errors.require("train", "training")
+    folder = RunFolder(Path(config.runs) / name, after_save)
+    inputs = read_inputs(config, stage, data, limit)
+    base = base_folder(config.model.base)
+    adapter = _sft_adapter(config) if stage == "dpo" else None
+    output = _output(config, stage)
+    section = config.train if stage == "dpo" else config.sft
+    result = Trained(
+        stage=stage, run=str(folder.path), adapter=str(output), rows=len(inputs.rows), held_out=len(inputs.held_out),
+        steps=plan.steps(section, len(inputs.rows)),
+    )  # fmt: skip
+    if dry_run:
+        result.step = max(folder.complete_checkpoints(), default=0)
+        return result
+    if not distributed.first():
+        return _assist(result, config, base, adapter, inputs, folder)
+    if fresh and not (submission and folder.submission() == submission):
+        with jsonl.Journal(folder.events):
+            folder.clear()
+    with jsonl.Journal(folder.events) as events:
+        identity = _identity(config, stage, base, adapter, inputs, limit)
+        folder.begin(
+            {
+                "submission": submission,
+                "identity": identity,
+                "config": as_dict(config),
+                "versions": _versions(),
+                **_models(identity),
+            }
+        )
+        report = folder.finished()
+        if report is not None:
+            distributed.agreed(False)
+            return _finished_before(report, folder, output, config.model.base)
+        checkpoints = folder.complete_checkpoints()
+        result.resumed_from = max(checkpoints, default=None)
+        if stage == "sft" and output.exists() and not fresh and not checkpoints:
+            raise UserError(
+                "there is an SFT adapter already", where=str(output),
+                hint="set model.adapter to another folder, or replace it with --fresh",
+            )  # fmt: skip
+        trains = not _is_trained(folder)
+        if trains:
+            for torn in folder.drop_incomplete():
+                progress.log(f"{torn} was cut short and is dropped")
+        if distributed.agreed(trains):
+            progress.begin("train", result.steps, result.resumed_from or 0)
+            try:
+                _train(config, stage, base, adapter, inputs, folder, events, progress)
+            except UserError as error:
+                if error.code != Exit.PREEMPTED:
+                    events.append(event("refused", max(checkpoints, default=0), reason=error.message))
+                result.step_zero = folder.last_event("step_zero")
+                if result.step_zero is not None and not result.step_zero["ok"]:
+                    result.verdict = "fail"
+                    files.write_json(folder.report, result)
+                raise
+            finally:
+                progress.end()
+        return _finish(result, folder, output, config, base, inputs, identity)
+
+
+def _assist(
+    result: Trained, config: Config, base: Path, adapter: Adapter | None, inputs: Inputs, folder: RunFolder
+) -> Trained:
+    """Train in a process that is not the first: what is written and told is the first one's."""
+    if distributed.agreed(False):
+        with distributed.journal(folder.events) as events:
+            _train(config, result.stage, base, adapter, inputs, folder, events, Silent())
+    return result
+
+
+def _train(
+    config: Config, stage: Stage, base: Path, adapter: Adapter | None, inputs: Inputs, folder: RunFolder,
+    events: jsonl.Journal, progress: Progress,
+) -> None:  # fmt: skip
+    """Encode the rows and run the stage's trainer; everything that needs torch is imported here."""
+    from dpo_cli.training import trackers, trainer
+
+    section = config.train if stage == "dpo" else config.sft
+    with trainer.hushed(progress), trackers.tracked(section, folder.path, progress):
+        encoder = trainer.load_encoder(base, config.model, section.max_length)
+        rows, held_out = (encoder.encode([row[:2] for row in side]) for side in (inputs.rows, inputs.held_out))
+        _tell(rows, held_out, events, progress)
+        if not rows.rows:
+            raise UserError("no row is left to train on", where=", ".join(inputs.files), hint="raise max_length")
+        if stage == "dpo":
+            from dpo_cli.training import dpo
+
+            _say_plan(config, base, rows, held_out, progress)
+            start = adapter.path if adapter else None
+            asked = [(row.prompt, row.completions[0]) for row in inputs.rows[: config.gate.token_rows]]
+            check_tokens(encoder, asked, config.generate.url, start, events, progress)
+            dpo.train(config, base, start, encoder.tokenizer, rows.rows, held_out.rows, folder, events, progress)
+        else:
+            from dpo_cli.training import sft
+
+            sft.train(config.sft, base, encoder.tokenizer, rows.rows, held_out.rows, folder, events, progress)
+
+
+def _say_plan(config: Config, base: Path, rows: Encoded, held_out: Encoded, progress: Progress) -> None:
+    """What the run will need, in one line, and what to change."""
+    try:
+        made = of_encoded(config, base, rows.rows, held_out.rows)
+    except UserError as error:  # of another family than Llama: it trains all the same
+        progress.log(f"plan: {error}")
+        return
+    progress.log(plan.line(made))
+    for warning in made.warnings:
+        progress.log(f"plan: {warning}")
+
+
+def _tell(rows: Encoded, held_out: Encoded, events: jsonl.Journal, progress: Progress) -> None:
+    """Say and record what encoding did to the rows."""
+    shortened = rows.shortened + held_out.shortened
+    reasons = sorted(rows.refused.keys() | held_out.refused.keys())
+    refused = {reason: rows.refused.get(reason, 0) + held_out.refused.get(reason, 0) for reason in reasons}
+    events.append(event("encoded", 0, shortened=shortened, refused=refused, held_out=len(held_out.rows)))
+    if shortened:
+        progress.log(f"{shortened} prompts lost their oldest part to fit into max_length")
+    for reason, count in refused.items():
+        progress.log(f"{count} rows refused: {reason}")
+    if os.environ.get("WANDB_API_KEY") and not find_spec("wandb"):
+        progress.log("WANDB_API_KEY is set, but wandb is not installed: nothing is reported to it")
+    if not held_out.rows:
+        progress.log("no held-out rows: nothing will show whether what is learnt holds elsewhere")
+
+
+def _finish(
+    result: Trained, folder: RunFolder, output: Path, config: Config, base: Path, inputs: Inputs,
+    identity: dict[str, Any],
+) -> Trained:  # fmt: skip
+    """Judge the run by its best checkpoint, put its adapter in its place, write the report."""
+    state = folder.trainer_state()
+    checkpoints = folder.complete_checkpoints()
+    rows = metric_rows(state["log_history"])
+    best = best_step(checkpoints, rows, *BEST[result.stage], config.gate.kl_limit)
+    encoded = folder.last_event("encoded") or {}
+    result.step, result.steps = state["global_step"], state["max_steps"]
+    result.shortened, result.refused = encoded["shortened"], encoded["refused"]
+    result.step_zero = folder.last_event("step_zero")
+    result.metrics = {key: value for row in rows if row["step"] <= best for key, value in row.items()}
+    result.gates = check_gates(result.stage, [row for row in rows if row["step"] <= best], config, encoded["held_out"])
+    result.verdict = "fail" if any(gate.ok is False for gate in result.gates.values()) else "pass"
+    result.reasons = [failure_reason(name, gate) for name, gate in result.gates.items() if not gate.ok]
+    kl = result.gates.get("kl_nats_per_token")
+    if kl is not None and not kl.ok:
+        result.reasons.append("no checkpoint is within the KL limit: this is the one of least KL; keep the SFT adapter")
+    result.ended = folder.guard_state().ended
+    result.best_checkpoint = checkpoints[best].name
+    result.policy_sha256 = sha256(weights_file(checkpoints[best]))
+    result.reference_sha256 = _models(identity)["reference_sha256"]
+    publish(checkpoints[best], output, config.model.base, base)
+    if result.stage == "dpo" and config.train.merge and not config.train.full:
+        result.merged = _merge(config, base, output, inputs)
+    files.write_json(folder.report, result)
+    return result
+
+
+def _merge(config: Config, base: Path, adapter: Path, inputs: Inputs) -> dict[str, Any]:
+    """Fold the adapter into the base beside it, checked on a few of the rows."""
+    from dpo_cli.training.merge_adapter import merge
+
+    texts = [row.prompt[-1]["content"] + "\n" + row.completions[0][0]["content"] for row in inputs.rows[:4]]
+    merged: dict[str, Any] = msgspec.to_builtins(merge(base, adapter, merged_folder(adapter), texts))
+    return merged
+
+
+def merged_folder(adapter: Path) -> Path:
+    """Where an adapter's merged model goes: beside it."""
+    return adapter.with_name(f"{adapter.name}-merged")
+
+
+def _finished_before(report: dict[str, Any], folder: RunFolder, output: Path, base: str) -> Trained:
+    """The result of a run that has nothing left to do; its adapter is put back if it is gone."""
+    result = msgspec.convert(report, Trained)
+    result.finished_before, result.adapter = True, str(output)
+    if not output.exists():
+        checkpoint = folder.checkpoints / str(result.best_checkpoint)
+        if not checkpoint.exists():
+            raise UserError(
+                "this run is finished, but its adapter and its checkpoints are gone", where=str(folder.path),
+                hint="--fresh trains again", code=Exit.FAILED,
+            )  # fmt: skip
+        publish(checkpoint, output, base)
+    return result
+
+
+def _is_trained(folder: RunFolder) -> bool:
+    state = folder.trainer_state()
+    return bool(state) and (state["global_step"] >= state["max_steps"] or folder.guard_state().ended is not None)
+
+
+def _sft_adapter(config: Config) -> Adapter | None:
+    """The adapter that is policy and reference; None only where the configuration says that there is none."""
+    if not config.model.adapter:
+        return None
+    path = Path(config.model.adapter)
+    if Path(config.runs).resolve() in path.resolve().parents:
+        raise UserError(
+            "this is a run's own checkpoint, not an adapter to start from", where=str(path),
+            hint="to resume the run: the same command with its --name; to start from its result: --adapter FOLDER with "
+            "the folder that it published, another --dpo-adapter and another --name",
+        )  # fmt: skip
+    if not path.exists():
+        raise UserError(
+            "no SFT adapter here", where=str(path),
+            hint="nothing-dpo train --stage sft makes one; --set model.adapter=none trains a fresh LoRA instead",
+        )  # fmt: skip
+    return check_adapter(path, config.model.base)
+
+
+def _output(config: Config, stage: Stage) -> Path:
+    """Where the adapter will go."""
+    chosen = config.model.dpo_adapter if stage == "dpo" else config.model.adapter
+    if not chosen:
+        raise UserError("model.adapter names no folder for the SFT adapter", hint="--set model.adapter=FOLDER")
+    output = Path(chosen)
+    if stage == "dpo" and config.model.adapter:
+        start = Path(config.model.adapter).resolve()
+        if start == output.resolve() or start in output.resolve().parents or output.resolve() in start.parents:
+            raise UserError(
+                "the DPO adapter would overwrite the SFT adapter", where=str(output),
+                hint="to start from its result: another --dpo-adapter and --name; to resume: leave out --adapter",
+            )  # fmt: skip
+    check_replaceable(output)
+    return output
+
+
+def _identity(
+    config: Config, stage: Stage, base: Path, adapter: Adapter | None, inputs: Inputs, limit: int | None
+) -> dict[str, Any]:
+    """Everything on which the result depends: a run goes on only if all of it is unchanged."""
+    section = "train" if stage == "dpo" else "sft"
+    settings = msgspec.to_builtins(getattr(config, section))
+    for key in WITHOUT_EFFECT:
+        settings.pop(key, None)
+    return {
+        "stage": stage,
+        section: settings,
+        "gate": msgspec.to_builtins(config.gate) if stage == "dpo" else None,
+        "model": {
+            "base_sha256": fingerprint(base),
+            "adapter_sha256": adapter.sha256 if adapter else None,
+            "adapter_alpha": adapter.alpha if adapter else None,
+            "chat_template_kwargs": config.model.chat_template_kwargs,
+        },
+        "data": {"sha256": inputs.files, "limit": limit},
+        "pair": inputs.split,
+    }
+
+
+def _models(identity: dict[str, Any]) -> dict[str, str | None]:
+    """Hashes of what is trained at the start, and of what it is held against."""
+    model = identity["model"]
+    return {
+        "policy_sha256": model["adapter_sha256"],
+        "reference_sha256": (model["adapter_sha256"] or model["base_sha256"]) if identity["stage"] == "dpo" else None,
+    }
+
+
+def _versions() -> dict[str, str]:
+    # This package may be here without being installed: a container gets its files alone.
+    found = {"python": platform.python_version(), "nothing-dpo": __version__}
+    return found | {name: version(name) for name in PACKAGES}

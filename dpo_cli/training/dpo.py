@@ -1,0 +1,330 @@
+"""DPO (arXiv:2305.18290) of a LoRA adapter against its own frozen copy: TRL's trainer with guards.
+
+Before the first update the loss must be ln 2 and every margin 0: policy and reference are the same model then, so
+anything else means that they are not. Besides TRL's metrics there are
+
+- `kl` (nats a token): the mean of exp(d) - 1 - d over the completions' tokens, d = log policy - log reference.
+  On tokens that the reference itself sampled at temperature 1 this estimates KL(reference || policy) without bias
+  (k3 in http://joschu.net/blog/kl-approx.html). On other text, or on the best and worst of several samples, it only
+  tells how far the policy has moved there. It costs nothing.
+- `eval_kl_nats_per_token` and `eval_kl_nats_per_sequence`: KL(policy || reference), on completions of held-out
+  prompts that the policy samples at temperature 1, summed over the whole vocabulary at each position. Exact but for
+  the choice of prompts and samples, and for completions being cut at `kl_tokens`.
+
+Besides a LoRA adapter, all weights can be trained, the adapter folded in, against a frozen copy. Reads the SFT
+adapter; writes through `loop.py`. In several processes (`training/processes.py`) forwards are TRL's own, and lack of
+memory is not met with a smaller batch.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch.utils.data import Sampler
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from trl import DPOConfig, DPOTrainer
+from trl.trainer.utils import use_adapter
+
+from dpo_cli.config.settings import Config, TrainSection
+from dpo_cli.data import jsonl
+from dpo_cli.errors import Exit, UserError
+from dpo_cli.progress import Progress
+from dpo_cli.training import distributed
+from dpo_cli.training.encode import Sequences
+from dpo_cli.training.forward import packed
+from dpo_cli.training.forward.reference_cache import keep_reference
+from dpo_cli.training.guards import LN2, MARGIN, State
+from dpo_cli.training.kl import kl, mean_length, sample
+from dpo_cli.training.loop import fit
+from dpo_cli.training.reference_check import adapter_weights, check_reference, same_weights
+from dpo_cli.training.run_folder import ADAPTER_FILES, RunFolder, event
+from dpo_cli.training.trainer import ResumableTrainer, arguments, fresh_lora, load_base
+
+BEST = (MARGIN, 1)
+REFERENCES = ".reference"  # beside the runs, which share it
+
+
+class EasyFirst(Sampler[int]):
+    """The first epoch in the order of the rows, later ones shuffled by seed and epoch."""
+
+    def __init__(self, rows: int, seed: int) -> None:
+        self.rows = rows
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next iteration is."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[int]:
+        if self.epoch == 0:
+            return iter(range(self.rows))
+        order = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(torch.randperm(self.rows, generator=order).tolist())
+
+
+class Trainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ignore[misc]
+    """TRL's trainer, which also measures KL and checks step zero.
+
+    Args:
+        events: where the check's result goes.
+        kl_prompts: token ids of the held-out prompts on which evaluation measures KL.
+        kl_tokens: longest completion sampled for that.
+        kl_limit: within which the best checkpoint must lie, in nats a token.
+        tolerance: most that the loss and each margin may be off at step zero, in nats.
+        easy_first: whether the first epoch keeps the order of the rows.
+        **trl: what DPOTrainer takes.
+    """
+
+    best = BEST
+
+    def __init__(
+        self, *, events: jsonl.Journal, kl_prompts: list[list[int]], kl_tokens: int, kl_limit: float = math.inf,
+        tolerance: float = 1e-3, easy_first: bool = False, **trl: Any,
+    ) -> None:  # fmt: skip
+        self.easy_first = easy_first
+        super().__init__(**trl)
+        self.kl_limit = kl_limit
+        self.tolerance = tolerance
+        self.events = events
+        self.kl_prompts = kl_prompts
+        self.kl_tokens = kl_tokens
+        self.step_zero_checked = False
+        self._log_probs: list[torch.Tensor] = []
+        self._margins: list[torch.Tensor] = []
+        self._reference_lengths: float | None = None
+        for model in (self.model, self.ref_model):
+            if model is not None:
+                model.register_forward_hook(self._keep_log_probs)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
+        if self.easy_first:
+            return EasyFirst(len(self.train_dataset), self.args.seed)
+        return super()._get_train_sampler(train_dataset)
+
+    def _keep_log_probs(self, module: Any, inputs: Any, outputs: Any) -> None:
+        log_probs = getattr(outputs, "log_probs", None)
+        if log_probs is not None:
+            self._log_probs.append(log_probs.detach())
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        self._log_probs.clear()
+        is_first = self.model.training and self.state.global_step == 0 and not self.step_zero_checked
+        if is_first and "packing" in inputs:  # what is kept of the reference proves nothing about the one that is here
+            inputs["packing"].pop("reference", None)
+        result = super()._compute_loss(model, inputs, return_outputs)
+        policy, reference = self._log_probs  # in the order in which TRL runs them
+        differences = (policy - reference).float()  # (2 * pairs, tokens - 1); 0 outside the completions
+        tokens = inputs["completion_mask"][:, 1:].sum()
+        chosen, rejected = (self.beta * differences.sum(dim=1)).chunk(2)  # rewards: Section 4 of the paper
+        k3 = (differences.expm1() - differences).sum() / tokens
+        margins = chosen - rejected
+        if distributed.several():
+            k3 = self.accelerator.gather(k3).mean().item()
+            if not self.model.training:
+                margins = self.accelerator.gather_for_metrics(margins)
+        self._metrics["train" if self.model.training else "eval"]["kl"].append(k3)
+        if not self.model.training:
+            self._margins.append(margins)
+        elif is_first:
+            self.step_zero_checked = True
+            self._check_step_zero(result[0] if return_outputs else result, chosen - rejected)
+        return result
+
+    def _check_step_zero(self, loss: torch.Tensor, margins: torch.Tensor) -> None:
+        """Raise UserError with the likely cause unless policy and reference agree on the first batch."""
+        margin = margins.abs().max().item()
+        expected = LN2 if self.loss_types == ["sigmoid"] else None  # also with label smoothing
+        off = margin if expected is None else max(margin, abs(loss.item() - expected))
+        ok = off <= self.tolerance  # false for NaN
+        self.events.append(event("step_zero", 0, loss=loss.item(), margin=margin, ok=ok))
+        if ok:
+            return
+        said = f"loss {loss.item():.4f}" + (f" instead of {expected:.4f}" if expected else "")
+        raise UserError(
+            f"step zero: {said}, margins up to {margin:.4f} instead of 0; {self._likely_cause()}; nothing was trained",
+            hint="the reference must be a frozen copy of the adapter that is trained", code=Exit.FAILED,
+        )  # fmt: skip
+
+    def _likely_cause(self) -> str:
+        if self.ref_model is not None:
+            if not same_weights(self.model.state_dict(), self.ref_model.state_dict()):
+                return "the reference is another model than the one that is trained"
+        elif "ref" not in self.model.peft_config:
+            return "the reference is the base model, and the adapter that is trained is not new"
+        elif not same_weights(adapter_weights(self.model, "default"), adapter_weights(self.model, "ref")):
+            return "the reference is another adapter than the one that is trained"
+        if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in self.model.modules()):
+            return "dropout is on"
+        dtype = "bfloat16" if self.args.bf16 else str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        return (
+            f"policy and reference agree in their weights, so it is precision ({dtype}): set train.bf16 = false, or "
+            f"gate.step_zero_tolerance above {self.tolerance:g}"
+        )
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's evaluation, with the standard error of the margin, KL on held-out prompts, and the beta of it all."""
+        self._margins.clear()
+        output = super().evaluation_loop(*args, **kwargs)
+        margins = torch.cat(self._margins)
+        if len(margins) > 1:
+            output.metrics["eval_rewards/margins_stderr"] = margins.std().item() / math.sqrt(len(margins))
+        output.metrics["eval_beta"] = self.beta
+        output.metrics["eval_pairs_correct"] = int((margins > 0).sum())  # TRL's accuracy is a mean of batches' means
+        if self.kl_prompts:
+            completions = self._sample(self.model)
+            per_token, per_sequence = self._kl(completions)
+            output.metrics.update(eval_kl_nats_per_token=per_token, eval_kl_nats_per_sequence=per_sequence)
+            if self._reference_lengths is None:
+                with self._reference() as reference:
+                    self._reference_lengths = mean_length(self._sample(reference))
+            output.metrics["eval_sampled_tokens"] = mean_length(completions)
+            output.metrics["eval_reference_sampled_tokens"] = self._reference_lengths
+        return output
+
+    def _reference(self) -> AbstractContextManager[Any]:
+        """Context whose value is the reference: a model of its own, or the policy's with the adapter `ref` or none."""
+        if self.ref_model is not None:
+            return nullcontext(self.ref_model)
+        return reference_of(self.model)
+
+    def _kl(self, completions: list[list[int]]) -> tuple[float, float]:
+        """KL(policy || reference) on the policy's own completions: nats a token, nats a sequence."""
+        return kl(self.model, self._reference, self.kl_prompts, completions, self.accelerator.autocast, self._may_stop)
+
+    def _sample(self, model: Any) -> list[list[int]]:
+        """One completion a held-out prompt, the same draws at every evaluation."""
+        stops = self.model.generation_config.eos_token_id
+        stops = set(stops if isinstance(stops, list) else [stops]) | {self._tokenizer.eos_token_id}
+        return sample(
+            model, self.kl_prompts, self.kl_tokens, self._tokenizer.pad_token_id, stops - {None}, self.args.seed,
+            self.accelerator.autocast, self._may_stop,
+        )  # fmt: skip
+
+    def _may_stop(self, *_: Any) -> bool:
+        """Let a signal end the measurement of KL, which can take longer than a job has left; never ends it itself."""
+        self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        return False
+
+
+def train(
+    config: Config, base: Path, adapter: Path | None, tokenizer: PreTrainedTokenizerBase, rows: list[Sequences],
+    held_out: list[Sequences], run: RunFolder, events: jsonl.Journal, progress: Progress,
+) -> None:  # fmt: skip
+    """Train `adapter` against its own frozen copy, a fresh LoRA against the base, or all weights against theirs.
+
+    Args:
+        config: settings.
+        base: folder of the base model.
+        adapter: folder of the SFT adapter; None: a fresh LoRA.
+        tokenizer: the base's.
+        rows: encoded pairs, chosen before rejected.
+        held_out: the same for evaluation; may be empty.
+        run: where everything goes.
+        events: events.jsonl of the run.
+        progress: where it stands.
+
+    Raises:
+        UserError: step zero is not ln 2, the reference is not the SFT adapter, or a setting is one that TRL refuses.
+    """
+    section = config.train
+    if section.full and section.load_in_4bit:
+        raise UserError("weights in 4 bits can't be trained", hint="set train.full or train.load_in_4bit to false")
+
+    def make(state: State) -> Trainer:
+        policy, reference = _models(section, base, adapter)
+        asked = arguments(section, run, bool(held_out), *BEST, len(rows), state)
+        tokens = state.tokens_per_batch or section.tokens_per_batch
+        if tokens is not None:  # then they divide the rows of a step into forwards
+            whole = section.per_device_train_batch_size * section.gradient_accumulation_steps
+            asked |= dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), whole)
+            asked["gradient_accumulation_steps"] = 1
+        try:
+            trainer = Trainer(
+                events=events,
+                kl_prompts=_distinct([row.prompt for row in held_out])[: section.kl_prompts],
+                kl_tokens=section.kl_tokens,
+                kl_limit=config.gate.kl_limit,
+                tolerance=config.gate.step_zero_tolerance,
+                easy_first=section.curriculum,
+                model=policy,
+                ref_model=reference,
+                args=DPOConfig(
+                    **asked, beta=section.beta, loss_type=section.loss_type, label_smoothing=section.label_smoothing
+                ),
+                train_dataset=_dataset(rows),
+                eval_dataset=_dataset(held_out) if held_out else None,
+                processing_class=tokenizer,
+                peft_config=None if adapter is not None or section.full else fresh_lora(section),
+            )  # fmt: skip
+        except ValueError as error:
+            raise UserError(f"TRL refuses this setting: {error}") from None
+        if section.load_in_4bit:
+            restore_precision(trainer.model, adapter)
+        if adapter is not None and not section.full:
+            check_reference(trainer.model, adapter)
+        if distributed.several():
+            progress.log("forward: TRL's own, padded, since there are several processes")
+            return trainer
+        reason = packed.enable(trainer, tokens)
+        if reason is not None:
+            progress.log(f"forward: TRL's own, padded, since {reason}")
+        keep_reference(trainer, run.path.parent / REFERENCES, progress, section.keep_reference)
+        return trainer
+
+    fit(make, run, events, progress, config.gate)
+
+
+def _models(section: TrainSection, base: Path, adapter: Path | None) -> tuple[Any, Any]:
+    """The policy, and the reference where it is a model of its own."""
+    if not section.full:
+        model = load_base(base, section)
+        return (PeftModel.from_pretrained(model, adapter, is_trainable=True) if adapter else model), None
+    return _folded(base, adapter).requires_grad_(True), _folded(base, adapter).requires_grad_(False)
+
+
+def _folded(base: Path, adapter: Path | None) -> Any:
+    """The base with the adapter folded in, in float32: in bfloat16 small updates of all weights would be lost."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload() if adapter else model
+
+
+def restore_precision(model: Any, adapter: Path | None) -> None:
+    """Undo TRL's cast of the adapter over 4-bit weights to bfloat16, which loses small updates and the reference."""
+    for name, value in model.named_parameters():
+        if "lora_" in name:
+            value.data = value.data.float()
+    if adapter is not None:
+        weights = load_file(adapter / ADAPTER_FILES[1])
+        for name in ("default", "ref"):
+            set_peft_model_state_dict(model, weights, adapter_name=name)
+
+
+@contextmanager
+def reference_of(model: Any) -> Iterator[Any]:
+    """Context in which the model, its value, is the reference: the adapter `ref`, or no adapter at all."""
+    with use_adapter(model, "ref" if "ref" in model.peft_config else None):
+        yield model
+
+
+def _dataset(rows: list[Sequences]) -> Dataset:
+    return Dataset.from_dict(
+        {
+            "prompt_ids": [row.prompt for row in rows],
+            "chosen_ids": [row.completions[0] for row in rows],
+            "rejected_ids": [row.completions[1] for row in rows],
+        }
+    )
+
+
+def _distinct(prompts: list[list[int]]) -> list[list[int]]:
+    return [list(prompt) for prompt in dict.fromkeys(map(tuple, prompts))]

@@ -1,0 +1,269 @@
+"""DPO forwards without double work, behind TRL's own `fused_lm_head=True` call, so that TRL's losses stay as they are.
+
+A batch of pairs becomes one row without padding: `[prompt, chosen, rejected]` of each pair, where the prompt is
+whatever chosen and rejected begin with in common (prefix sharing: arXiv:2410.20305). Only completions are scored. The
+result is scattered back to the shape that TRL's `_compute_loss` expects of a padded batch; losses, metrics, evaluation
+and KL are TRL's and the trainer's own. Where something is computed next is planned in the collator, on the CPU, so
+that a step asks the device for nothing.
+
+Reads and writes no files. Not covered, and left to TRL's forward: what `unsupported` names, and whatever else does not
+come to the same log-probabilities on the first rows.
+"""
+
+import functools
+import itertools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+from trl.trainer.utils import FusedCausalLMOutput
+
+from dpo_cli.errors import UserError
+from dpo_cli.training.forward import attention, deferred_metrics, fused_lora
+from dpo_cli.training.forward.collator import Collator, Packing, merged, parts
+from dpo_cli.training.forward.log_probs import score
+
+# The mean log-probability of a token may differ by so much from TRL's forward: rounding, but no other attention.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+BATCH_LOSSES = {"aot", "aot_unpaired", "sft"}  # those that are no mean over pairs
+
+
+class PackedSteps:
+    """Mixed into a DPOTrainer, before it: a batch that is divided takes one forward and backward a part.
+
+    The gradient is that of the undivided batch: a part counts by its share of the pairs. Metrics stay on the device
+    until an optimizer step ends (`settle`) or they are logged.
+    """
+
+    args: Any
+    state: Any
+    control: Any
+    callback_handler: Any
+    accelerator: Any
+    _metrics: dict[str, dict[str, list[float]]]
+    _total_train_tokens: int
+    _share = 1.0
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Loss of the batch; its gradient is added to what is there."""
+        losses = []
+        with merged(self._metrics["train"], inputs):
+            for number, (self._share, part) in enumerate(parts(inputs)):
+                if number:  # a signal can end the step here
+                    self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
+                losses.append(super().training_step(model, part, num_items_in_batch))  # type: ignore[misc]
+        return torch.stack(losses).sum()
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, None, None]:
+        """Loss of the batch; logits are not kept."""
+        losses = []
+        with merged(self._metrics["eval"], inputs):
+            for self._share, part in parts(inputs):
+                losses.append(super().prediction_step(model, part, True, ignore_keys)[0])  # type: ignore[misc]
+        return torch.stack(losses).sum(), None, None
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's loss of a part, times its share of the batch."""
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        return (result[0] * self._share, result[1]) if return_outputs else result * self._share
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        with deferred_metrics.metrics(self.accelerator):
+            return super()._compute_loss(model, inputs, return_outputs)  # type: ignore[misc]
+
+    def settle(self) -> None:
+        """See how the optimizer step that has just ended went: the one time that the device is waited for."""
+        self._read_metrics()
+        super().settle()  # type: ignore[misc]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's, whose metrics are numbers by then."""
+        self._read_metrics()
+        super().log(logs, start_time)  # type: ignore[misc]
+
+    def _read_metrics(self) -> None:
+        lists = [values for metrics in self._metrics.values() for values in metrics.values()]
+        tokens, *numbers = deferred_metrics.read([self._total_train_tokens, *itertools.chain(*lists)])
+        self._total_train_tokens = int(tokens)
+        left = iter(numbers)
+        for values in lists:
+            values[:] = itertools.islice(left, len(values))
+
+
+def enable(trainer: Any, tokens_per_batch: int | None = None) -> str | None:
+    """Pack the forwards of a DPOTrainer from now on, where that comes to the same log-probabilities.
+
+    Returns:
+        None, or why the trainer goes on with TRL's own forward.
+
+    Raises:
+        UserError: `tokens_per_batch` with a loss that dividing a batch would change.
+    """
+    if tokens_per_batch is not None and BATCH_LOSSES & set(trainer.loss_types):
+        raise UserError(
+            f"loss {'+'.join(trainer.loss_types)} is no mean over pairs, so a batch of it can't be divided",
+            where="train.tokens_per_batch", hint="leave tokens_per_batch unset, or take another loss_type",
+        )  # fmt: skip
+    former = trainer.data_collator
+    trainer.data_collator = Collator(
+        former.pad_token_id, former.max_length, former.truncation_mode, former.pad_to_multiple_of,
+        tokens_per_batch=tokens_per_batch, pack=False,
+    )  # fmt: skip
+    models = [model for model in (trainer.model, trainer.ref_model) if model is not None]
+    bare = [model.get_base_model() if hasattr(model, "peft_config") else model for model in models]
+    lengths = _lengths(trainer)
+    longest = max(prompt + max(chosen, rejected) for prompt, chosen, rejected in lengths)
+    reason = next(filter(None, (unsupported(model, longest) for model in bare)), None)
+    if reason is None and trainer.use_weighting:
+        reason = "WPO weights need more than log-probabilities"
+    if reason is None:
+        reason = _try(trainer, bare)
+    if tokens_per_batch is not None:
+        largest = max(map(sum, lengths)) if reason is None else 2 * longest
+        trainer.token_budget = (tokens_per_batch, largest)
+    return reason
+
+
+def _lengths(trainer: Any) -> list[tuple[int, int, int]]:
+    """Tokens of prompt, chosen and rejected of each pair that there is."""
+    lengths: list[tuple[int, int, int]] = []
+    for dataset in filter(None, (trainer.train_dataset, trainer.eval_dataset)):
+        columns = [map(len, dataset[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+        lengths += zip(*columns, strict=True)
+    return lengths
+
+
+def _try(trainer: Any, models: list[Any]) -> str | None:
+    """Pack the forwards of these models, unless that changes the log-probabilities: then it says by how much."""
+    forwards = [model.forward for model in models]
+    for model in models:
+        fused_lora.fuse(model)
+        _patch(model, _reads_reference(model, trainer.ref_model), trainer.accelerator.autocast)
+    trainer.data_collator.pack = True
+    reason = _difference(trainer)
+    if reason is not None:
+        trainer.data_collator.pack = False
+        for model, forward in zip(models, forwards, strict=True):
+            fused_lora.restore(model)
+            model.forward = forward
+            model.set_attn_implementation("sdpa")
+    return reason
+
+
+def unsupported(model: Any, longest: int) -> str | None:
+    """Why a causal language model can't be packed, as far as its configuration tells; None if nothing speaks against.
+
+    What short rows would not show is asked here; the rest shows in the log-probabilities of the first rows.
+
+    Args:
+        model: without PEFT's wrapper.
+        longest: tokens of the longest row.
+    """
+    config = model.config
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    window = getattr(config, "sliding_window", None)
+    slides = {"sliding_attention"} if window and window >= longest else set()  # the window never closes
+    others = set(getattr(config, "layer_types", None) or ()) - {"full_attention"} - slides
+    if config.get_text_config() is not config:
+        return "the model is multimodal"
+    if not model._supports_attention_backend:
+        return f"{type(model).__name__} has an attention of its own"
+    if config._attn_implementation != "sdpa":
+        return f"attention is {config._attn_implementation}, not sdpa"
+    if others:
+        return f"the model has layers of {', '.join(sorted(others))}"
+    if window and window < longest and not hasattr(config, "layer_types"):
+        return f"attention slides over {window} tokens, and rows have up to {longest}"
+    if rope in ("dynamic", "longrope"):
+        return f"its {rope} position embedding depends on the longest row of a batch"
+    if getattr(config, "attention_dropout", 0):
+        return "attention dropout is on"
+    if hasattr(config, "output_router_logits"):
+        return "a mixture of experts balances its load over the tokens of a padded batch"
+    return None
+
+
+def _difference(trainer: Any) -> str | None:
+    """What is wrong with the packed forward on the first rows; None if it comes to TRL's log-probabilities."""
+    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[-1]]))
+    [(_, batch)] = parts(batch)[:1]
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    tolerance = TOLERANCE[torch.bfloat16 if trainer.args.bf16 else trainer.model.dtype]
+    with torch.no_grad(), trainer.accelerator.autocast():
+        theirs = trainer.model(**inputs, labels=labels, fused_lm_head=True).log_probs
+        try:
+            ours = trainer.model(**inputs, labels=labels, packing=batch["packing"], fused_lm_head=True).log_probs
+        except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
+            return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    mean = (ours - theirs).abs().sum().item() / max(1, len(batch["packing"]["targets"]))
+    return None if mean <= tolerance else f"log-probabilities would differ by {mean:.2g} nats a token"
+
+
+def _reads_reference(model: Any, ref_model: Any) -> Callable[[], bool]:
+    """Whether a forward of `model` is the reference's: of its own model, of the adapter `ref`, or of no adapter."""
+    if model is ref_model:
+        return lambda: True
+    layer = next((module for module in model.modules() if isinstance(module, BaseTunerLayer)), None)
+    if layer is None:
+        return lambda: False
+    return lambda: layer.disable_adapters or layer.active_adapters == ["ref"]
+
+
+def _patch(model: Any, is_reference: Callable[[], bool], autocast: Callable[[], Any]) -> None:
+    """Let `model(..., labels, packing, fused_lm_head=True)` run packed; every other call is as before.
+
+    `autocast` stands here as well, since a reference of its own is wrapped in it below this patch.
+    """
+    theirs = model.forward
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    model.set_attn_implementation(attention.NAME)
+
+    @functools.wraps(type(model).forward)  # `generate` checks its arguments against this signature
+    def forward(
+        self: Any, *args: Any, packing: Packing | None = None, fused_lm_head: bool = False,
+        labels: Tensor | None = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        ids = kwargs.get("input_ids")
+        if packing is None or not fused_lm_head or labels is None or ids is None:
+            return theirs(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
+        mask = labels[:, 1:] != -100
+
+        def spread(values: Tensor | None) -> Tensor | None:
+            if values is None:
+                return None
+            return values.new_zeros(mask.numel()).index_put((packing["targets"],), values).view(mask.shape)
+
+        reference = is_reference()
+        if reference and "reference" in packing:
+            return FusedCausalLMOutput(log_probs=spread(packing["reference"]), label_mask=mask)
+        with autocast():
+            states = self.base_model(
+                input_ids=ids.flatten()[packing["tokens"]][None],
+                position_ids=packing["positions"],
+                # Four dimensions say that the mask is ready: no other is made. Attention goes by `packing`.
+                attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
+                use_cache=False,
+                packing=packing,
+            ).last_hidden_state[0]
+            scores = score(
+                # The prompt's last token predicts twice; index_select adds up its gradient without sorting indices.
+                states.index_select(0, packing["scored"]),
+                self.get_output_embeddings(),
+                labels[:, 1:].flatten()[packing["targets"]],
+                softcap,
+                metrics=not reference,
+            )
+        spreads = {name: spread(value) for name, value in scores._asdict().items()}
+        if spreads["mean_logits"] is not None:
+            spreads["mean_logits"] = deferred_metrics.later(spreads["mean_logits"])
+        return FusedCausalLMOutput(label_mask=mask, **spreads)
+
+    model.forward = types.MethodType(forward, model)

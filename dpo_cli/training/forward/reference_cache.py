@@ -1,0 +1,200 @@
+"""Log-probabilities of the reference, computed once and kept.
+
+The reference never changes, so what it says of a row is worth keeping as soon as the row comes up twice: in another
+epoch, another evaluation, a resumed run, a run with other settings. Rows are known by content: their token ids and
+where the completion begins, under a hash of everything that the reference computes with (weights, adapter,
+configuration, precision, device). Kept are the log-probabilities of single tokens, so that every loss, LD-DPO's
+included, and KL find what they need.
+
+Reads and writes `<folder>/<hash>.jsonl`. Not covered: models that are left to TRL's forward; they compute their
+reference live.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from msgspec import Struct
+from torch import Tensor
+from trl.trainer.utils import use_adapter
+
+from dpo_cli.data import jsonl
+from dpo_cli.errors import Exit, UserError
+from dpo_cli.progress import Progress
+from dpo_cli.training.forward.collator import Collator, row_keys
+from dpo_cli.training.forward.packed import TOLERANCE
+
+TOKENS = 4096  # in a forward: enough to fill a card, less memory than a training step takes
+NAMES_ONLY = ("_name_or_path", "base_model_name_or_path", "transformers_version", "use_cache", "dtype")
+
+
+class Known(Struct):
+    """One row's log-probabilities, float32, of its completion tokens."""
+
+    id: str
+    log_probs: bytes
+
+
+def keep_reference(trainer: Any, folder: Path, progress: Progress, wanted: bool | None = None) -> None:
+    """Look up, or compute and keep, the reference's log-probabilities of the rows that come up more than once.
+
+    Args:
+        trainer: a DPOTrainer whose forwards are packed.
+        folder: where they are kept.
+        progress: hears what was chosen.
+        wanted: keep them for all rows or for none; None: where it saves work.
+
+    Raises:
+        UserError: what is kept is not what the reference computes, or memory does not suffice for one pair.
+    """
+    collator: Collator = trainer.data_collator
+    if wanted is False or not collator.pack:
+        progress.log("reference: live, " + ("as set" if collator.pack else "as the forward is TRL's"))
+        return
+    passes = {"train": _train_passes(trainer), "eval": _evaluations(trainer)}
+    rows = {"train": trainer.train_dataset, "eval": trainer.eval_dataset}
+    used = [name for name in rows if rows[name] is not None and (wanted or passes[name] > 1)]
+    if not used:
+        progress.log("reference: live, as no row comes up twice")
+        return
+    path = folder / f"{fingerprint(trainer)[:16]}.jsonl"
+    examples = [row for name in used for row in rows[name]]
+    pairs = dict(zip(_keys(collator, examples), examples, strict=True))
+    with jsonl.Journal(path, wait=True) as journal:  # another run may be computing just these
+        known = {id: _tensor(row.log_probs) for id, row in jsonl.read_latest(path, Known).items()}
+        missing = {id for pair in pairs for id in pair if id not in known}
+        whole = [row for pair, row in pairs.items() if missing.isdisjoint(pair)]
+        progress.log(
+            f"reference: kept for {' and '.join(f'{name} ({passes[name]:.3g} passes)' for name in used)}; "
+            f"{len(whole)} of {len(pairs)} pairs are known"
+        )
+        if whole:
+            _check(trainer, whole[0], known, path)
+        # Always the same groups, whatever is known of them: a run that was killed here comes to the same values.
+        for group in _groups(pairs):
+            if missing.isdisjoint(id for pair in group for id in pair):
+                continue
+            for id, log_probs in _compute_what_fits(trainer, [pairs[pair] for pair in group]):
+                if id in missing:
+                    known[id] = log_probs
+                    journal.append(Known(id, log_probs.numpy().tobytes()))
+    collator.reference = known
+
+
+def fingerprint(trainer: Any) -> str:
+    """Hash of everything that the reference computes with."""
+    model = trainer.ref_model or trainer.model
+    adapters = getattr(model, "peft_config", {})
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if ".default." not in name:  # what is trained
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            digest.update(value.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
+    settings = [
+        model.config.to_dict(),
+        adapters["ref"].to_dict() if "ref" in adapters else None,
+        [trainer.args.bf16, trainer.args.fp16, torch.get_float32_matmul_precision(), trainer.args.device.type],
+    ]
+    for one in settings:
+        kept = {key: value for key, value in one.items() if key not in NAMES_ONLY} if isinstance(one, dict) else one
+        digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def _train_passes(trainer: Any) -> float:
+    """How often a training row comes up."""
+    if trainer.args.max_steps <= 0:
+        return float(trainer.args.num_train_epochs)
+    pairs = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
+    return float(trainer.args.max_steps * pairs / len(trainer.train_dataset))
+
+
+def _evaluations(trainer: Any) -> float:
+    pairs = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
+    steps = _train_passes(trainer) * len(trainer.train_dataset) / pairs
+    return float(steps // trainer.args.eval_steps) if trainer.args.eval_strategy == "steps" else 1.0
+
+
+def _plain(collator: Collator, pack: bool) -> Collator:
+    return dataclasses.replace(collator, tokens_per_batch=None, reference=None, pack=pack)
+
+
+def _keys(collator: Collator, examples: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """(key of chosen, key of rejected) of each pair, cut as the collator cuts them."""
+    collate = _plain(collator, pack=False)
+    pairs = [row_keys(collate([example])) for example in examples]
+    return [(chosen, rejected) for chosen, rejected in pairs]
+
+
+def _groups(pairs: dict[tuple[str, str], dict[str, Any]]) -> Iterator[list[tuple[str, str]]]:
+    """Keys of pairs of like length together, at most TOKENS in a group, one pair at least."""
+    group: list[tuple[str, str]] = []
+    tokens = 0
+    for pair in sorted(pairs, key=lambda pair: (_tokens(pairs[pair]), pair)):
+        more = _tokens(pairs[pair])
+        if group and tokens + more > TOKENS:
+            yield group
+            group, tokens = [], 0
+        group.append(pair)
+        tokens += more
+    yield group
+
+
+def _tokens(example: dict[str, Any]) -> int:
+    return sum(len(example[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+
+
+def _compute_what_fits(trainer: Any, examples: list[dict[str, Any]]) -> list[tuple[str, Tensor]]:
+    """As `_compute`, in halves where memory lacks."""
+    try:
+        return list(_compute(trainer, examples))
+    except torch.OutOfMemoryError:
+        if len(examples) == 1:
+            raise UserError(
+                "memory does not suffice for the reference's forward of one pair",
+                hint="lower train.max_length, or set train.load_in_4bit = true", code=Exit.FAILED,
+            ) from None  # fmt: skip
+    half = len(examples) // 2  # outside of `except`, where the failed forward's memory is free
+    return _compute_what_fits(trainer, examples[:half]) + _compute_what_fits(trainer, examples[half:])
+
+
+def _compute(trainer: Any, examples: list[dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:
+    """(row key, its log-probabilities under the reference) of pairs."""
+    collated = _plain(trainer.data_collator, pack=True)(examples)
+    batch = trainer._prepare_inputs(collated)
+    model = trainer.ref_model or trainer.model
+    adapters = getattr(model, "peft_config", None)
+    model.eval()
+    with (
+        torch.no_grad(),
+        nullcontext() if adapters is None else use_adapter(model, "ref" if "ref" in adapters else None),
+        trainer.accelerator.autocast(),
+    ):
+        log_probs = model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            labels=batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100),
+            packing=batch["packing"],
+            fused_lm_head=True,
+        ).log_probs
+    scored = collated["completion_mask"][:, 1:].bool()
+    for key, row, mask in zip(row_keys(collated), log_probs.float().cpu(), scored, strict=True):
+        yield key, row[mask]
+
+
+def _check(trainer: Any, example: dict[str, Any], known: dict[str, Tensor], path: Path) -> None:
+    tolerance = TOLERANCE[torch.bfloat16 if trainer.args.bf16 else trainer.model.dtype]
+    for key, log_probs in _compute(trainer, [example]):
+        if not (log_probs - known[key]).abs().mean() <= tolerance:  # also for NaN
+            raise UserError(
+                "it does not hold what this reference computes", where=str(path), hint="delete it", code=Exit.FAILED
+            )
+
+
+def _tensor(content: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.float32)

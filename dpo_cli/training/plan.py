@@ -1,0 +1,340 @@
+"""What a training run will need, before it starts: steps, tokens, memory part by part, hours, dollars, and warnings.
+
+Reads the base model's config.json and tokenizer.json and the rows; writes nothing and needs no torch. Memory is that
+of one bfloat16 GPU at its largest forward: packed rows, each prompt once, or padded ones where the model can't be
+packed. The bytes of activations were measured with hooks on saved tensors in layers of a 3B Llama and are scaled by
+width. Hours come from counted operations and an assumed utilization. No GPU run has been compared with either. Not
+covered: the experts of a mixture, several GPUs.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from dpo_cli.config.settings import PlanSection, TrainingSection, TrainSection
+from dpo_cli.errors import UserError
+
+CHARACTERS_A_TOKEN = 3.5  # English, where there is no tokenizer to ask
+TURN_TOKENS = 5  # what a chat template adds to a message
+# Bytes a token and layer that the backward pass needs, over hidden + intermediate size: 143.9 kB at 3072 + 8192.
+ACTIVATION = 143.9e3 / (3072 + 8192)
+CONTEXT_GB = 0.8
+HEAD_CHUNK = 32768  # of the vocabulary: TRL's, float32 logits of one chunk at a time
+WARMUP_SHARE, FEW_PAIRS, LONGER_SHARE = 0.15, 500, 0.6
+HIGH_RATE = {"lora": 1e-4, "full": 5e-6}  # at beta 0.1; lower betas bear less
+
+
+class Shape(Struct, kw_only=True):
+    """Sizes of a Llama-like model (Llama, Qwen, Gemma, Mistral, ...), under the names of its config.json."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    vocab_size: int
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    tie_word_embeddings: bool | None = None
+    model_type: str = ""
+    sliding_window: int | None = None
+    use_sliding_window: bool = True
+    layer_types: list[str] | None = None
+    attention_dropout: float = 0.0
+    attn_logit_softcapping: float | None = None
+    num_local_experts: int | None = None
+    num_experts: int | None = None
+
+    @property
+    def ties(self) -> bool:
+        """Whether the head is the embedding; Gemma's configurations leave it out, and tie."""
+        return self.model_type.startswith("gemma") if self.tie_word_embeddings is None else self.tie_word_embeddings
+
+    def why_padded(self, longest: int) -> str | None:
+        """Why rows of up to `longest` tokens can't be packed, as `training/packed.py` would say; None: they can."""
+        if self.num_local_experts or self.num_experts:
+            return "it is a mixture of experts"
+        slides = self.layer_types is None or "sliding_attention" in self.layer_types
+        if slides and self.use_sliding_window and self.sliding_window and self.sliding_window < longest:
+            return f"attention slides over {self.sliding_window} tokens"
+        if self.attn_logit_softcapping:
+            return "attention scores are capped"
+        return "attention dropout is on" if self.attention_dropout else None
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Name -> (inputs, outputs) of a layer's linear modules."""
+        head = self.head_dim or self.hidden_size // self.num_attention_heads
+        queries, values = head * self.num_attention_heads, head * (self.num_key_value_heads or self.num_attention_heads)
+        hidden, inner = self.hidden_size, self.intermediate_size
+        return {
+            "q_proj": (hidden, queries), "k_proj": (hidden, values), "v_proj": (hidden, values),
+            "o_proj": (queries, hidden), "gate_proj": (hidden, inner), "up_proj": (hidden, inner),
+            "down_proj": (inner, hidden),
+        }  # fmt: skip
+
+    def linear_parameters(self) -> int:
+        """Weights of all layers."""
+        return self.num_hidden_layers * sum(ins * outs for ins, outs in self.linears().values())
+
+    def embedding_parameters(self) -> int:
+        """Weights of the embedding and, unless tied, of the head."""
+        return self.vocab_size * self.hidden_size * (1 if self.ties else 2)
+
+    def adapter_parameters(self, rank: int, targets: str | list[str]) -> int:
+        """Weights of a LoRA adapter."""
+        if targets == "all-linear":
+            targets = list(self.linears())
+        names = targets.split(",") if isinstance(targets, str) else targets
+        sizes = [sum(self.linears()[name]) for name in names if name in self.linears()]
+        return self.num_hidden_layers * rank * sum(sizes)
+
+
+class Plan(Struct, kw_only=True):
+    """What a run will need.
+
+    `tokens` are those that go through the policy, `largest` those of the largest forward, `forward` says how it is
+    laid out; `memory_gb` is by part, `usd` by backend.
+    """
+
+    pairs: int
+    held_out: int
+    steps: int
+    warmup_share: float
+    evaluations: int
+    tokens: int
+    longest: int
+    largest: int
+    forward: str
+    too_long: int
+    counted_by: str
+    memory_gb: dict[str, float]
+    total_gb: float
+    card_gb: float
+    fits: bool
+    hours: float
+    usd: dict[str, float]
+    warnings: list[str]
+
+
+class Lengths(Struct):
+    """Token counts of one row: the prompt, and each completion."""
+
+    prompt: int
+    completions: list[int]
+
+    def longest(self) -> int:
+        """Of prompt plus completion."""
+        return self.prompt + max(self.completions)
+
+    def scored(self) -> int:
+        """Of the completions."""
+        return sum(self.completions)
+
+    def packed(self) -> int:
+        """Of all, the prompt once."""
+        return self.prompt + self.scored()
+
+    def padded(self) -> int:
+        """Of all, each row with its prompt and as long as the longer one."""
+        return len(self.completions) * self.longest()
+
+
+def steps(section: TrainingSection, rows: int) -> int:
+    """Optimizer steps, as transformers counts them."""
+    if section.max_steps > 0:
+        return section.max_steps
+    batches = math.ceil(rows / section.per_device_train_batch_size)
+    made = math.ceil(section.num_train_epochs * math.ceil(batches / section.gradient_accumulation_steps))
+    return min(made, section.steps_at_most or made)
+
+
+def capped_steps(section: TrainingSection, rows: int) -> int:
+    """`max_steps` for transformers: set only where the epochs would make more steps than allowed."""
+    capped = section.max_steps <= 0 and section.steps_at_most is not None
+    return steps(section, rows) if capped else section.max_steps
+
+
+def read_shape(folder: Path) -> Shape:
+    """Sizes from config.json.
+
+    Raises:
+        UserError: it is not there, or is no config.json of a Llama-like model.
+    """
+    file = folder / "config.json"
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=Shape)
+    except (OSError, msgspec.MsgspecError) as error:
+        raise UserError(f"no sizes of a Llama-like model: {error}", where=str(file)) from None
+
+
+def token_counter(folder: Path) -> tuple[Callable[[str], int], str]:
+    """How to count the tokens of a text, and what that is called; by characters where there is no tokenizer."""
+    file = folder / "tokenizer.json"
+    try:
+        from tokenizers import Tokenizer
+    except ImportError:
+        file = Path()
+    if not file.is_file():
+        return (lambda text: math.ceil(len(text) / CHARACTERS_A_TOKEN)), f"characters / {CHARACTERS_A_TOKEN}"
+    tokenizer = Tokenizer.from_file(str(file))
+    return (lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)), "the base's tokenizer"
+
+
+def count(messages: Sequence[Any], tokens_of: Callable[[str], int]) -> int:
+    """Tokens of messages, about: what a chat template puts around them is taken as the same for all."""
+    return sum(tokens_of(message["content"]) + TURN_TOKENS for message in messages)
+
+
+def make(
+    section: TrainSection, plan: PlanSection, shape: Shape, adapter: tuple[int, str | list[str]],
+    lengths: Sequence[Lengths], held_out: Sequence[Lengths], counted_by: str,
+) -> Plan:  # fmt: skip
+    """Reckon a run of DPO.
+
+    Args:
+        section: settings of the run.
+        plan: the card and its prices.
+        shape: sizes of the base.
+        adapter: rank and target modules of the adapter that is trained.
+        lengths: of each pair, chosen before rejected, as they are before anything is shortened.
+        held_out: the same for evaluation.
+        counted_by: how.
+    """
+    cut, held = ([_shortened(row, section.max_length) for row in side] for side in (lengths, held_out))
+    longest = max((row.longest() for row in cut), default=0)
+    why = shape.why_padded(max([longest, *(row.longest() for row in held)]))
+    largest, scored = largest_forward(section, cut, why is None)
+    made = steps(section, len(lengths))
+    warmup = section.warmup_steps if section.warmup_ratio is None else math.ceil(made * section.warmup_ratio)
+    passes = made * section.per_device_train_batch_size * section.gradient_accumulation_steps / max(len(lengths), 1)
+    evaluations = math.ceil(made / section.eval_steps) if held_out else 0
+    memory = memory_gb(section, shape, adapter, largest, scored)
+    # Operations a parameter and token: 2 for the policy, 2 for the gradient of what came before, 2 for weights' own, 2
+    # for checkpointing; and 2 for the reference, once where it is kept.
+    steps_ops = 4 + (2 if section.full else 0) + (0 if section.gradient_checkpointing is False else 2)
+    kept = section.keep_reference is not False and why is None
+    ops = sum(
+        (mine * times + 2 * (min(1.0, times) if kept else times)) * _multiplications(shape, side, why is None)
+        for mine, times, side in ((steps_ops, passes, cut), (2, evaluations, held))
+    )
+    hours = ops / (plan.gpu_tflops * 1e12 * plan.utilization) / 3600
+    result = Plan(
+        pairs=len(lengths), held_out=len(held_out), steps=made, warmup_share=warmup / max(made, 1),
+        evaluations=evaluations, tokens=round(passes * sum(_size(row, why is None) for row in cut)),
+        longest=longest, largest=largest, forward="packed, each prompt once" if why is None else f"padded, since {why}",
+        too_long=sum(row.longest() > section.max_length for row in lengths), counted_by=counted_by,
+        memory_gb=memory, total_gb=sum(memory.values()), card_gb=plan.gpu_memory_gb,
+        fits=sum(memory.values()) <= plan.gpu_memory_gb, hours=hours,
+        usd={"modal": hours * plan.modal_usd_per_hour, "gke": hours * plan.gke_usd_per_hour, "local": 0.0},
+        warnings=[],
+    )  # fmt: skip
+    result.warnings = list(_warnings(result, section, warmup, lengths))
+    return result
+
+
+def largest_forward(section: TrainSection, lengths: Sequence[Lengths], packs: bool) -> tuple[int, int]:
+    """Tokens, and scored tokens, of the largest forward that these pairs can make."""
+    pairs = sorted(lengths, key=lambda row: _size(row, packs), reverse=True)
+    if section.tokens_per_batch is None:
+        pairs = pairs[: section.per_device_train_batch_size]
+        longest = max((row.longest() for row in pairs), default=0)
+        return sum(map(Lengths.packed, pairs)) if packs else 2 * len(pairs) * longest, _scored(pairs)
+    sizes = [_size(row, packs) for row in pairs]
+    tokens = min(sum(sizes), max(section.tokens_per_batch, max(sizes, default=0)))
+    return tokens, round(_scored(pairs) * tokens / max(1, sum(sizes)))
+
+
+def _size(row: Lengths, packs: bool) -> int:
+    """Tokens of a pair in a forward."""
+    return row.packed() if packs else row.padded()
+
+
+def _scored(pairs: Sequence[Lengths]) -> int:
+    return sum(row.scored() for row in pairs)
+
+
+def _shortened(row: Lengths, most: int) -> Lengths:
+    return Lengths(row.prompt - max(0, row.longest() - most), row.completions)
+
+
+def _multiplications(shape: Shape, rows: Sequence[Lengths], packs: bool) -> int:
+    """Weights times the tokens that meet them, in one forward over all rows."""
+    tokens = sum(_size(row, packs) for row in rows)
+    return shape.linear_parameters() * tokens + shape.vocab_size * shape.hidden_size * _scored(rows)
+
+
+def line(plan: Plan) -> str:
+    """The plan in one line."""
+    evaluations = f"{plan.evaluations} evaluation{'s' * (plan.evaluations != 1)}"
+    return (
+        f"plan: {plan.steps} steps on {plan.pairs} pairs ({plan.held_out} held out), {plan.tokens:,} tokens, "
+        f"{plan.forward}, {evaluations}; on a GPU about {plan.total_gb:.1f} of {plan.card_gb:g} GB "
+        f"and {plan.hours:.2f} hours, ${plan.usd['modal']:.2f}"
+    )
+
+
+def memory_gb(
+    section: TrainSection, shape: Shape, adapter: tuple[int, str | list[str]], tokens: int, scored: int
+) -> dict[str, float]:
+    """Peak memory by part, in GB, with `tokens` in a forward, `scored` of them in completions."""
+    linear, embedding, width = shape.linear_parameters(), shape.embedding_parameters(), shape.intermediate_size
+    trained = linear + embedding if section.full else shape.adapter_parameters(*adapter)
+    four_bit = 4.127 / 8  # with double quantisation, arXiv:2305.14314
+    weights = linear * four_bit + embedding * 2 if section.load_in_4bit else (linear + embedding) * 2
+    layer = ACTIVATION * (shape.hidden_size + width) * tokens
+    if section.gradient_checkpointing is not False:
+        activations = 2 * shape.hidden_size * tokens * shape.num_hidden_layers + layer
+    else:
+        activations = layer * shape.num_hidden_layers
+    parts = {
+        "weights": 4 * trained if section.full else weights,
+        "adapter": 0 if section.full else 4 * trained,
+        "reference": 4 * trained,
+        "gradients": 4 * trained,
+        "optimizer": 8 * trained,
+        "activations": activations,
+        "temporaries": 6 * tokens * width * 2,
+        "logits": 4 * scored * min(shape.vocab_size, HEAD_CHUNK),
+    }
+    return {name: size / 1e9 for name, size in parts.items()} | {"context": CONTEXT_GB}
+
+
+def _warnings(plan: Plan, section: TrainSection, warmup: int, lengths: Sequence[Lengths]) -> Any:
+    """Each names the number to change."""
+    if plan.warmup_share > WARMUP_SHARE:
+        if section.warmup_ratio is None:
+            change = f"set train.warmup_steps = {max(1, round(plan.steps * 0.1))}, now {warmup}"
+        else:
+            change = f"set train.warmup_ratio = 0.1, now {section.warmup_ratio:g}"
+        yield f"warmup is {plan.warmup_share:.0%} of {plan.steps} steps: {change}"
+    high = HIGH_RATE["full" if section.full else "lora"] * section.beta / 0.1
+    if section.learning_rate > high:
+        yield (
+            f"learning rate is high for beta {section.beta:g}: "
+            f"set train.learning_rate to {high:.2g} or less, now {section.learning_rate:.2g}"
+        )  # fmt: skip
+    if plan.pairs < FEW_PAIRS:
+        yield (
+            f"{plan.pairs} pairs are few; {FEW_PAIRS} or more make a result that can be told from chance: "
+            "more prompts, a larger generate.n or a smaller pair.min_gap"
+        )
+    longer = sum(row.completions[0] > row.completions[1] for row in lengths) / max(len(lengths), 1)
+    if longer > LONGER_SHARE:
+        yield (
+            f"chosen is longer than rejected in {longer:.0%} of the pairs, so the policy may learn length: "
+            "set pair.length_control = true and pair again"
+        )
+    if plan.too_long:
+        yield (
+            f"{plan.too_long} rows are longer than train.max_length = {section.max_length}: "
+            f"their prompts lose their oldest part; the longest is {max(row.longest() for row in lengths)}"
+        )
+    if not plan.fits:
+        yield (
+            f"{plan.total_gb:.1f} GB do not fit into {plan.card_gb:g} GB: set train.tokens_per_batch to less than the "
+            f"{plan.largest:,} tokens of the largest forward, or train.per_device_train_batch_size to less than "
+            f"{section.per_device_train_batch_size}"
+        )

@@ -1,0 +1,84 @@
+"""A run's folder read back: metrics, events and report, for `inspect run`, pages, sweeps and cards."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from dpo_cli.errors import UserError
+
+
+class Run(Struct, kw_only=True):
+    """`inspect run`: what a run folder holds.
+
+    `series` maps a metric's name to its points (step, value) and holds evaluations under their `eval_` names; a value
+    that is not a number is NaN (`null` in JSON). `last` is the last point of each. `config` is what the run was asked
+    for: settings, versions, hashes of its inputs.
+    """
+
+    name: str
+    series: dict[str, list[tuple[float, float]]]
+    last: dict[str, float]
+    events: list[dict[str, Any]]
+    report: dict[str, Any] | None
+    config: dict[str, Any] | None = None
+
+    def acts(self) -> list[dict[str, Any]]:
+        """What the guards found and did, in order: events with an action, rollbacks, the end."""
+        told = [event for event in self.events if "action" in event or event.get("event") in ("rolled_back", "ended")]
+        return [event for event in told if isinstance(event.get("step"), int | float)]
+
+
+def read_run(folder: Path) -> Run:
+    """Metrics, events and report of a run folder; of a run in progress, what is there.
+
+    Raises:
+        UserError: there is no such folder, or a file in it is not what it should be.
+    """
+    if not folder.is_dir():
+        near = sorted(path.name for path in folder.parent.iterdir() if path.is_dir()) if folder.parent.is_dir() else []
+        hint = f"runs there: {', '.join(near)}" if near else "nothing-dpo train makes one"
+        raise UserError("no such run", where=str(folder), hint=hint)
+    series: dict[str, list[tuple[float, float]]] = {}
+    for row in _json_lines(folder / "metrics.jsonl"):
+        step = row.get("step")
+        if not isinstance(step, int | float):
+            continue
+        for name, value in row.items():
+            if name != "step" and (value is None or isinstance(value, int | float)):
+                series.setdefault(name, []).append((step, math.nan if value is None else float(value)))
+    report, config = folder / "report.json", folder / "config.json"
+    return Run(
+        name=folder.name,
+        series=series,
+        last={name: points[-1][1] for name, points in series.items()},
+        events=_json_lines(folder / "events.jsonl"),
+        report=_object(report.read_text("utf-8"), str(report)) if report.exists() else None,
+        config=_object(config.read_text("utf-8"), str(config)) if config.exists() else None,
+    )
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a JSONL file; none if there is no file. Python's own parser, since trainers write bare NaN."""
+    if not path.exists():
+        return []
+    lines = path.read_text("utf-8").split("\n")
+    torn = lines.pop()  # what follows the last newline is nothing, or is still being written
+    rows = [_object(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    try:
+        return [*rows, _object(torn, str(path))]
+    except UserError:
+        return rows
+
+
+def _object(text: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"not a JSON object: {error}", where=where) from None
+    if not isinstance(value, dict):
+        raise UserError("not a JSON object", where=where)
+    return msgspec.convert(value, dict[str, Any])

@@ -1,0 +1,140 @@
+"""The same run with several values of one setting, side by side.
+
+Each value is a run of its own, `<name>-<setting>-<value>`, with an adapter folder of its own; a killed sweep goes on
+where it stopped. Reads and writes what `train` does. Not covered: several settings at once.
+"""
+
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from dpo_cli.config import resolve as configuration
+from dpo_cli.config.settings import Config
+from dpo_cli.errors import UserError
+from dpo_cli.jobs import launch
+from dpo_cli.progress import Progress
+from dpo_cli.stages.train import Trained
+from dpo_cli.training import guards, run_history
+from dpo_cli.training.run_history import Run
+
+SETTINGS = ("beta", "learning_rate", "r")
+
+
+class Point(Struct):
+    """One value of the setting, and what came of it: held out, at the checkpoint that was kept."""
+
+    value: float
+    run: str
+    adapter: str
+    verdict: str | None
+    accuracy: float | None
+    margin: float | None
+    loss: float | None
+    kl: float | None
+    accuracy_interval: tuple[float, float] | None = None
+    margin_interval: tuple[float, float] | None = None
+
+
+class Swept(Struct):
+    """All points, in the order given, and the value of the best one that passes its gates; None: none does.
+
+    The intervals are 95% ones; where they overlap, the order of the points is not shown.
+    """
+
+    setting: str
+    points: list[Point]
+    kl_limit: float
+    best: float | None
+
+
+def run(
+    config: Config, progress: Progress, text: str, name: str = "dpo", data: Path | None = None, fresh: bool = False,
+    limit: int | None = None, backend: str = "local",
+) -> Swept:  # fmt: skip
+    """Train once for each value.
+
+    Args:
+        config: every setting but the swept one.
+        progress: where each run stands.
+        text: `setting=value,value`, the setting being beta, learning_rate or r.
+        name: what the runs' names begin with.
+        data: as for `train.run`.
+        fresh: start all of them over.
+        limit: as for `train.run`.
+        backend: where they run.
+
+    Raises:
+        UserError: the text is no such thing, r is swept with an SFT adapter at hand, or what `train.run` raises.
+    """
+    setting, values = parse(text)
+    if setting == "r" and config.model.adapter:
+        raise UserError(
+            "the rank is the SFT adapter's", where="--sweep r", hint="--set model.adapter=none sweeps a fresh LoRA's"
+        )
+    points = []
+    for value, written in values:
+        one = msgspec.convert(msgspec.to_builtins(config), Config)
+        setattr(one.train, setting, value)
+        if len(values) > 1 and one.train.keep_reference is None:
+            one.train.keep_reference = True  # one pass of the reference serves all runs
+        one.model.dpo_adapter = f"{config.model.dpo_adapter}-{setting}-{written}"
+        progress.log(f"sweep: {setting} = {written}")
+        result = launch.train(
+            backend, one, progress, name=f"{name}-{setting}-{written}", data=data, fresh=fresh, limit=limit
+        )
+        points.append(_point(value, result))
+    within = [point for point in points if point.verdict == "pass" and (point.kl or 0.0) <= config.gate.kl_limit]
+    best = max(within, key=lambda point: (point.accuracy or 0.0, -(point.loss or 0.0)), default=None)
+    return Swept(setting, points, config.gate.kl_limit, best.value if best else None)
+
+
+def best_said(swept: Swept) -> str:
+    """Which one is the best, in words, and whether that can be told from chance."""
+    if swept.best is None:
+        return f"no run stayed within {swept.kl_limit:g} nats a token and passed its gates"
+    said = f"best: {swept.setting} = {swept.best:g}, the most accurate of those that pass"
+    best, *others = sorted(swept.points, key=lambda point: point.value != swept.best)
+    if best.accuracy_interval and any(
+        other.accuracy_interval and other.accuracy_interval[1] >= best.accuracy_interval[0] for other in others
+    ):
+        said += "; the intervals overlap, so the held-out pairs are too few to tell"
+    return said
+
+
+def runs_of(swept: Swept) -> dict[str, Run]:
+    """What the run folders of the points tell, as far as they are on this machine."""
+    return {point.run: run_history.read_run(Path(point.run)) for point in swept.points if Path(point.run).is_dir()}
+
+
+def page_path(swept: Swept) -> Path:
+    """Where a sweep's page goes: beside its runs, under what their names have in common."""
+    first = Path(swept.points[0].run)
+    return first.with_name(first.name[: first.name.rindex(f"-{swept.setting}-")] + f"-{swept.setting}.html")
+
+
+def parse(text: str) -> tuple[str, list[tuple[float, str]]]:
+    """Setting and values, each as a number and as written.
+
+    Raises:
+        UserError: no such setting, no values, or one that is out of its bounds.
+    """
+    setting, _, listed = text.partition("=")
+    setting = setting.strip().removeprefix("train.")
+    written = [value.strip() for value in listed.split(",") if value.strip()]
+    if setting not in SETTINGS or not written:
+        raise UserError(f"--sweep {text}", hint=f"--sweep SETTING=VALUE,VALUE with one of: {', '.join(SETTINGS)}")
+    resolved = [configuration.resolve(sets=[f"train.{setting}={value}"], environment={}).config for value in written]
+    return setting, [
+        (getattr(one.train, setting), value) for one, value in zip(resolved, dict.fromkeys(written), strict=True)
+    ]
+
+
+def _point(value: float, result: Trained) -> Point:
+    metrics, gates = result.metrics, result.gates
+    accuracy, margin = gates.get("held_out_accuracy"), gates.get("held_out_margin")
+    return Point(
+        value, result.run, result.adapter, result.verdict, accuracy.value if accuracy else None,
+        metrics.get(guards.MARGIN), metrics.get("eval_loss"), metrics.get(guards.KL),
+        accuracy.interval if accuracy else None, margin.interval if margin else None,
+    )  # fmt: skip
