@@ -17,7 +17,7 @@ from dpo_cli.jobs import registry as jobs
 from dpo_cli.jobs.backends import gke
 from dpo_cli.jobs.backends._gke_cluster import Cluster
 from dpo_cli.jobs.progress_lines import PREFIX, Line, Outcome
-from dpo_cli.stages.train import Trained
+from dpo_cli.training.run_history import Trained
 
 NAME = "nothing-dpo-train-dpo"
 PAIR = '{"prompt": "a", "chosen": "b", "rejected": "c"}\n'

@@ -25,8 +25,8 @@ from dpo_cli.progress import Silent
 from dpo_cli.stages import generate, judge, train
 from dpo_cli.stages.evaluate.win_rate import win_rate
 from dpo_cli.stages.pair import run
-from dpo_cli.stages.train import Trained
 from dpo_cli.statistics import bootstrap
+from dpo_cli.training.run_history import Trained
 
 ZEST = ["crisp", "daring", "fizzy", "keen", "lively", "peppery", "sunny", "zippy"]
 PLAIN = ["again", "beside", "from", "later", "often", "quite", "still", "under"]

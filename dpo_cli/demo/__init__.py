@@ -32,7 +32,7 @@ from dpo_cli.stages.generate import Generated
 from dpo_cli.stages.judge import Judged
 from dpo_cli.stages.pair import run as pair
 from dpo_cli.stages.pair.run import Paired
-from dpo_cli.stages.train import Trained
+from dpo_cli.training.run_history import Trained
 
 SETTINGS = """\
 # Made by `nothing-dpo demo`. The preset holds all settings of the demo; `nothing-dpo inspect config` prints them,

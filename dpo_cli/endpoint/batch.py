@@ -19,7 +19,7 @@ import msgspec
 from dpo_cli.data.files import write_file
 from dpo_cli.data.jsonl import Journal, read_latest
 from dpo_cli.data.records import content_id
-from dpo_cli.endpoint.batch_format import (  # fmt: skip
+from dpo_cli.endpoint.batch_format import (
     ENDED,
     Counts,
     Item,

@@ -23,7 +23,7 @@ from dpo_cli.jobs.registry import Job, Status
 from dpo_cli.jobs.spec import Spec
 from dpo_cli.progress import Progress
 from dpo_cli.stages import train as training
-from dpo_cli.stages.train import Trained
+from dpo_cli.training.run_history import Trained
 
 
 class Launched(Struct, kw_only=True):

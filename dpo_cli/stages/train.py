@@ -11,10 +11,9 @@ from collections.abc import Callable
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
-from msgspec import Struct
 
 from dpo_cli import __version__, errors
 from dpo_cli.adapter import Adapter, check_adapter, fingerprint
@@ -26,47 +25,25 @@ from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Progress, Silent
 from dpo_cli.training import distributed, plan
 from dpo_cli.training.encode import Encoded
-from dpo_cli.training.gates import Gate, check_gates, failure_reason
+from dpo_cli.training.gates import check_gates, failure_reason
 from dpo_cli.training.guards import best_step
 from dpo_cli.training.inputs import Inputs, Stage, base_folder, read_inputs
 from dpo_cli.training.preflight import of_encoded
-from dpo_cli.training.run_folder import RunFolder, check_replaceable, event, metric_rows, publish, weights_file
+from dpo_cli.training.run_folder import (
+    RunFolder,
+    check_replaceable,
+    event,
+    merged_folder,
+    metric_rows,
+    publish,
+    weights_file,
+)
+from dpo_cli.training.run_history import Trained
 from dpo_cli.training.template_check import check_tokens
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 WITHOUT_EFFECT = ("report_to", "merge")  # on what is trained: a run may go on with others
 BEST = {"dpo": ("eval_rewards/margins", 1), "sft": ("eval_loss", -1)}
-
-
-class Trained(Struct, kw_only=True):
-    """What became of a run.
-
-    `verdict` is pass or fail by the gates, none for a dry run; `reasons` are those gates that do not say yes. `step`
-    is that of the newest checkpoint, `ended` the fault that ended the run before its last step, `metrics` the last
-    training and evaluation lines, `refused` reason -> rows.
-    """
-
-    stage: Stage
-    run: str
-    adapter: str
-    rows: int
-    held_out: int
-    steps: int
-    step: int = 0
-    resumed_from: int | None = None
-    finished_before: bool = False
-    shortened: int = 0
-    refused: dict[str, int] = msgspec.field(default_factory=dict)
-    step_zero: dict[str, Any] | None = None
-    metrics: dict[str, Any] = msgspec.field(default_factory=dict)
-    gates: dict[str, Gate] = msgspec.field(default_factory=dict)
-    verdict: Literal["pass", "fail"] | None = None
-    reasons: list[str] = msgspec.field(default_factory=list)
-    ended: str | None = None
-    merged: dict[str, Any] | None = None
-    best_checkpoint: str | None = None
-    policy_sha256: str | None = None
-    reference_sha256: str | None = None
 
 
 def run(
@@ -262,11 +239,6 @@ def _merge(config: Config, base: Path, adapter: Path, inputs: Inputs) -> dict[st
     texts = [row.prompt[-1]["content"] + "\n" + row.completions[0][0]["content"] for row in inputs.rows[:4]]
     merged: dict[str, Any] = msgspec.to_builtins(merge(base, adapter, merged_folder(adapter), texts))
     return merged
-
-
-def merged_folder(adapter: Path) -> Path:
-    """Where an adapter's merged model goes: beside it."""
-    return adapter.with_name(f"{adapter.name}-merged")
 
 
 def _finished_before(report: dict[str, Any], folder: RunFolder, output: Path, base: str) -> Trained:

@@ -202,3 +202,8 @@ def _is_complete(checkpoint: Path) -> bool:
         return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, msgspec.MsgspecError):
         return False
+
+
+def merged_folder(adapter: Path) -> Path:
+    """Where an adapter's merged model goes: beside it."""
+    return adapter.with_name(f"{adapter.name}-merged")

@@ -3,12 +3,14 @@
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
 
 from dpo_cli.errors import UserError
+from dpo_cli.training.gates import Gate
+from dpo_cli.training.inputs import Stage
 
 
 class Run(Struct, kw_only=True):
@@ -82,3 +84,34 @@ def _object(text: str, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError("not a JSON object", where=where)
     return msgspec.convert(value, dict[str, Any])
+
+
+class Trained(Struct, kw_only=True):
+    """What became of a run.
+
+    `verdict` is pass or fail by the gates, none for a dry run; `reasons` are those gates that do not say yes. `step`
+    is that of the newest checkpoint, `ended` the fault that ended the run before its last step, `metrics` the last
+    training and evaluation lines, `refused` reason -> rows.
+    """
+
+    stage: Stage
+    run: str
+    adapter: str
+    rows: int
+    held_out: int
+    steps: int
+    step: int = 0
+    resumed_from: int | None = None
+    finished_before: bool = False
+    shortened: int = 0
+    refused: dict[str, int] = msgspec.field(default_factory=dict)
+    step_zero: dict[str, Any] | None = None
+    metrics: dict[str, Any] = msgspec.field(default_factory=dict)
+    gates: dict[str, Gate] = msgspec.field(default_factory=dict)
+    verdict: Literal["pass", "fail"] | None = None
+    reasons: list[str] = msgspec.field(default_factory=list)
+    ended: str | None = None
+    merged: dict[str, Any] | None = None
+    best_checkpoint: str | None = None
+    policy_sha256: str | None = None
+    reference_sha256: str | None = None

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def launched(console: Console, result: "Launched") -> None:
     """What became of a job: what its command says for itself, and what is known of the job."""
-    from dpo_cli.stages.train import Trained
+    from dpo_cli.training.run_history import Trained
 
     if result.result is not None and result.job.spec.command == "train":
         trained(console, msgspec.convert(result.result, Trained))

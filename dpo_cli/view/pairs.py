@@ -11,11 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_cli.analysis.data_stats import PairStats, words
-from dpo_cli.data.records import (
-    Message,
-    Preference,
-    text_of,
-)
+from dpo_cli.data.records import Message, Preference, text_of
 from dpo_cli.data.row_index import Rows
 from dpo_cli.view.console import NARROW
 from dpo_cli.view.facts import (

@@ -14,7 +14,7 @@ from dpo_cli.view.facts import fact_table, reason_lines
 from dpo_cli.view.text import number, safe, safe_line
 
 if TYPE_CHECKING:
-    from dpo_cli.stages.train import Trained
+    from dpo_cli.training.run_history import Trained
 
 # TRL's name of a metric, and the title of its plot. Those that a run lacks are left out.
 PLOTS = {

@@ -26,8 +26,8 @@ from dpo_cli.stages.evaluate import run as evaluate
 from dpo_cli.stages.evaluate.results import Evaluation
 from dpo_cli.stages.pair import run as pair
 from dpo_cli.stages.serve_config.server import ensure_served
-from dpo_cli.stages.train import Trained
 from dpo_cli.training.run_folder import RunFolder, publish
+from dpo_cli.training.run_history import Trained
 
 NEEDED = "adapter_config.json"
 EVEN = 0.5

@@ -14,9 +14,8 @@ from dpo_cli.config.settings import Config
 from dpo_cli.errors import UserError
 from dpo_cli.jobs import launch
 from dpo_cli.progress import Progress
-from dpo_cli.stages.train import Trained
 from dpo_cli.training import guards, run_history
-from dpo_cli.training.run_history import Run
+from dpo_cli.training.run_history import Run, Trained
 
 SETTINGS = ("beta", "learning_rate", "r")
 

@@ -15,8 +15,8 @@ from msgspec import Struct
 from dpo_cli import __version__
 from dpo_cli.adapter import RANKS, Adapter
 from dpo_cli.analysis.data_stats import PairStats
-from dpo_cli.stages.train import Trained
 from dpo_cli.training.gates import Gate
+from dpo_cli.training.run_history import Trained
 
 TAG = "nothing-dpo"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")

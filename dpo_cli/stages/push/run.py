@@ -24,9 +24,9 @@ from dpo_cli.errors import Exit, UserError, require
 from dpo_cli.progress import Progress
 from dpo_cli.stages.push import card, secrets
 from dpo_cli.stages.push.card import Facts
-from dpo_cli.stages.train import Trained, merged_folder
 from dpo_cli.storage import Sent, Source, sync
-from dpo_cli.training.run_folder import ADAPTER_FILES, MODEL_FILES, TOKENIZER_FILES, weights_file
+from dpo_cli.training.run_folder import ADAPTER_FILES, MODEL_FILES, TOKENIZER_FILES, merged_folder, weights_file
+from dpo_cli.training.run_history import Trained
 
 What = Literal["data", "adapter", "run"]
 
