@@ -158,11 +158,13 @@ def command(
 
         parameters = own + [
             introspect.Parameter(
-                variable, introspect.Parameter.KEYWORD_ONLY, annotation=annotation,
+                variable,
+                introspect.Parameter.KEYWORD_ONLY,
+                annotation=annotation,
                 default=False if get_args(annotation)[0] is bool else None,
             )
             for variable, annotation in extra.items()
-        ]  # fmt: skip
+        ]
         run.__signature__ = introspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         run.__doc__ = function.__doc__
@@ -228,9 +230,13 @@ def _root(
     "generate.contrast", "generate.contrast_url", "generate.contrast_model",
 )  # fmt: skip
 def generate(
-    session: Session, backend: Backend = "local", detach: Detach = False, no_fetch: NoFetch = False,
-    limit: Limit = None, dry_run: DryRun = False,
-) -> Exit | None:  # fmt: skip
+    session: Session,
+    backend: Backend = "local",
+    detach: Detach = False,
+    no_fetch: NoFetch = False,
+    limit: Limit = None,
+    dry_run: DryRun = False,
+) -> Exit | None:
     """Prompts to completions: sample the SFT adapter until every prompt has n."""
     from dpo_cli import view
     from dpo_cli.jobs import launch
@@ -256,9 +262,13 @@ def generate(
     "judge.concurrency", "judge.seed", "pair.min_gap", "pair.length_control",
 )  # fmt: skip
 def judge(
-    session: Session, backend: Backend = "local", detach: Detach = False, no_fetch: NoFetch = False,
-    limit: Limit = None, dry_run: DryRun = False,
-) -> Exit | None:  # fmt: skip
+    session: Session,
+    backend: Backend = "local",
+    detach: Detach = False,
+    no_fetch: NoFetch = False,
+    limit: Limit = None,
+    dry_run: DryRun = False,
+) -> Exit | None:
     """Completions to judgments to preference pairs."""
     from dpo_cli import view
     from dpo_cli.jobs import launch
@@ -360,22 +370,43 @@ def train(
         from dpo_cli.workflows import sweep as several
 
         swept = several.run(
-            session.config, session.progress(), sweep, name or stage, data=given, fresh=fresh, limit=limit,
+            session.config,
+            session.progress(),
+            sweep,
+            name or stage,
+            data=given,
+            fresh=fresh,
+            limit=limit,
             backend=backend,
-        )  # fmt: skip
+        )
         session.show(swept, view.swept)
         _write_page(session, several.page_path(swept), report.sweep(swept, several.runs_of(swept)))
         return Exit.GATE if swept.best is None else None
     if backend != "local" or detach or gpu or gpus * nodes > 1:
         spec = launch.spec(
-            backend, session.config, "train", gpu, stage=stage, name=name, data=given, limit=limit, fresh=fresh,
-            gpus=gpus, nodes=nodes,
-        )  # fmt: skip
+            backend,
+            session.config,
+            "train",
+            gpu,
+            stage=stage,
+            name=name,
+            data=given,
+            limit=limit,
+            fresh=fresh,
+            gpus=gpus,
+            nodes=nodes,
+        )
         return _launch(session, backend, spec, detach, no_fetch, dry_run)
     result = entry.run(
-        session.config, session.progress(), stage=stage, name=name or stage, data=given, fresh=fresh, limit=limit,
+        session.config,
+        session.progress(),
+        stage=stage,
+        name=name or stage,
+        data=given,
+        fresh=fresh,
+        limit=limit,
         dry_run=dry_run,
-    )  # fmt: skip
+    )
     session.show(result, view.trained)
     session.suggest("nothing-dpo generate" if stage == "sft" else f"nothing-dpo inspect run {name or stage}")
     return Exit.GATE if result.verdict == "fail" else None
@@ -618,13 +649,16 @@ Stats = Annotated[bool, typer.Option("--stats", help="Numbers over all rows.")]
 
 @command("pairs", parent=inspector)
 def inspect_pairs(
-    session: Session, identity: Identity = None, stats: Stats = False,
+    session: Session,
+    identity: Identity = None,
+    stats: Stats = False,
     browse: Annotated[bool, typer.Option("--browse", help="One after the other, with keys.")] = False,
     side: Annotated[Literal["train", "val", "both"], typer.Option(help="Side of the split.")] = "both",
-    limit: Page = 20, offset: Offset = 0,
+    limit: Page = 20,
+    offset: Offset = 0,
     lint: Annotated[bool, typer.Option("--lint", help="What is wrong with them; exit code 3 on errors.")] = False,
     fix: Annotated[Path | None, typer.Option(metavar="DIR", help="Lint, and write a cleaned copy there.")] = None,
-) -> Exit | None:  # fmt: skip
+) -> Exit | None:
     """Preference pairs: a page of them, one side by side, their statistics, or what is wrong with them."""
     from dpo_cli import view
     from dpo_cli.analysis import data_stats as numbers
@@ -683,10 +717,13 @@ def inspect_completions(
 
 @command("judgments", parent=inspector)
 def inspect_judgments(
-    session: Session, identity: Identity = None, stats: Stats = False,
+    session: Session,
+    identity: Identity = None,
+    stats: Stats = False,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="The numbers as a page with plots.")] = None,
-    limit: Page = 20, offset: Offset = 0,
-) -> None:  # fmt: skip
+    limit: Page = 20,
+    offset: Offset = 0,
+) -> None:
     """What the judge said, and whether to believe it."""
     from dpo_cli import html as report
     from dpo_cli import view
@@ -715,14 +752,16 @@ def inspect_judgments(
 
 @command("evaluation", parent=inspector)
 def inspect_evaluation(
-    session: Session, identity: Identity = None,
+    session: Session,
+    identity: Identity = None,
     browse: Annotated[bool, typer.Option("--browse", help="One after the other, with keys.")] = False,
     begin: Annotated[
         Literal["losses", "ties", "wins"], typer.Option("--from", help="Where to begin; the wins come last.")
     ] = "losses",
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="The result as a page with plots.")] = None,
-    limit: Page = 20, offset: Offset = 0,
-) -> None:  # fmt: skip
+    limit: Page = 20,
+    offset: Offset = 0,
+) -> None:
     """Wins and losses of the policy, side by side, and what the judge said of them."""
     from dpo_cli import html as report
     from dpo_cli import view
@@ -751,10 +790,11 @@ def inspect_evaluation(
 
 @command("run", parent=inspector)
 def inspect_run(
-    session: Session, name: Annotated[str, typer.Argument(metavar="[NAME]", help="Name of the run.")] = "dpo",
+    session: Session,
+    name: Annotated[str, typer.Argument(metavar="[NAME]", help="Name of the run.")] = "dpo",
     explain: Annotated[bool, typer.Option("--explain", help="What the guards found, and what mends it.")] = False,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="All of it as a page with plots.")] = None,
-) -> None:  # fmt: skip
+) -> None:
     """A training run: curves, guards, gates."""
     from dpo_cli import html as report
     from dpo_cli import view

@@ -16,7 +16,7 @@ from dpo_cli.engines.transformers import Model
 from dpo_cli.progress import Silent
 from dpo_cli.stages.evaluate import divergence
 from dpo_cli.stages.evaluate.divergence import Measured, measure
-from dpo_cli.stages.evaluate.sampling import Purse, Side
+from dpo_cli.stages.evaluate.sampling import RunBudget, Side
 from dpo_cli.training import kl as sampled_kl
 
 END, A, B, PAD, PROMPT = range(5)
@@ -74,7 +74,7 @@ def found(pair: tuple[Any, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) 
     (folder / "evaluation").mkdir()
     sides = [Side(name=name, config=settings, made_with={"side": name}) for name in ("reference", "policy")]
     prompts: Any = {str(number): ["word"] * (1 + number % 7) for number in range(COUNT)}
-    return measure(sides[0], sides[1], prompts, settings, Silent(), Purse(None)), seen
+    return measure(sides[0], sides[1], prompts, settings, Silent(), RunBudget(None)), seen
 
 
 def test_the_kl_of_known_distributions_by_hand(pair, tmp_path, monkeypatch):

@@ -288,9 +288,9 @@ def test_the_libraries_keep_off_the_terminal(start, tmp_path, capfd):
     train.run(config, progress)
     assert capfd.readouterr() == ("", "")
 
-    from dpo_cli.training.trainer import hushed
+    from dpo_cli.training.trainer import redirect_logs
 
-    with hushed(progress):
+    with redirect_logs(progress):
         logging.getLogger("trl.trainer").warning("a real\nwarning")
         warnings.warn("another one", stacklevel=1)
         warnings.warn("another one", stacklevel=1)

@@ -20,7 +20,7 @@ from dpo_cli.endpoint.http import Rejected
 from dpo_cli.errors import UserError
 from dpo_cli.judges import Task, llm, make_task, names
 from dpo_cli.judges._deprecations import ENDINGS, ending_warning
-from dpo_cli.judges._orders import Heard, aggregate, cyclic_orders, preference
+from dpo_cli.judges._orders import OrderVerdict, aggregate, cyclic_orders, preference
 from dpo_cli.judges._prompt import Verdict, read_verdict
 from dpo_cli.judges._ranking import label_of
 from dpo_cli.stages import judge
@@ -41,7 +41,7 @@ def test_scores_are_means_and_borda_points_break_ties():
     verdicts = [Verdict({"A": 8, "B": 6, "C": 5}, ["A", "B", "C"]), Verdict({"A": 9, "B": 7, "C": 7}, ["A", "C", "B"])]
     preferences = [preference(order.order, verdict) for order, verdict in zip(orders, verdicts, strict=True)]
     assert preferences == [[0, 1, 2], [1, 0, 2]]
-    scores, borda = aggregate([Heard(*one) for one in zip(orders, preferences, strict=True)])
+    scores, borda = aggregate([OrderVerdict(*one) for one in zip(orders, preferences, strict=True)])
     assert scores == {0: 7.5, 1: 7.5, 2: 6.0}
     assert borda == {0: (2 + 1) / 2, 1: (1 + 2) / 2, 2: 0}
 
@@ -52,7 +52,7 @@ def test_a_ranking_decides_between_equal_scores_and_never_against_unequal_ones()
 
 def test_thirds_do_not_break_ties():
     orders = [Order([0, 1], scores, "") for scores in ({"A": 1, "B": 7}, {"A": 1, "B": 1}, {"A": 7, "B": 1})]
-    scores, _ = aggregate([Heard(order, [0, 1]) for order in orders])
+    scores, _ = aggregate([OrderVerdict(order, [0, 1]) for order in orders])
     assert scores[0] == scores[1] == 3
 
 

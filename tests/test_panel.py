@@ -16,7 +16,7 @@ from dpo_cli.data.records import Judgment, Order
 from dpo_cli.endpoint import batch
 from dpo_cli.errors import UserError
 from dpo_cli.judges import llm, make_task
-from dpo_cli.judges._orders import Heard, cyclic_orders, is_enough
+from dpo_cli.judges._orders import OrderVerdict, cyclic_orders, is_enough
 from dpo_cli.judges._panel import agreement_weights, decide
 from dpo_cli.judges._ranking import any_inverts
 from dpo_cli.stages import judge
@@ -28,14 +28,14 @@ def task(*texts: str):
     return make_task(row(1, *texts), lambda text: True)
 
 
-def said(model: str | None, order: list[int], *scores: int) -> Heard:
+def said(model: str | None, order: list[int], *scores: int) -> OrderVerdict:
     """A verdict with these scores in the order of display, and a ranking to match."""
     labelled = dict(zip("ABCDEFGHI", map(float, scores), strict=False))
     best_first = [index for _, index in sorted(zip(scores, order, strict=True), key=lambda pair: -pair[0])]
-    return Heard(Order(order, labelled, "", model), best_first)
+    return OrderVerdict(Order(order, labelled, "", model), best_first)
 
 
-def judged(key: str, *heard: Heard) -> Judgment:
+def judged(key: str, *heard: OrderVerdict) -> Judgment:
     return Judgment(id=key, completions_id="", scores=[0.0] * 3, orders=[one.order for one in heard])
 
 

@@ -10,7 +10,7 @@ from dpo_cli import html
 from dpo_cli.data.records import Judgment
 from dpo_cli.html import svg
 from dpo_cli.training import guards, run_history
-from dpo_cli.workflows.sweep import Point, Swept
+from dpo_cli.workflows.sweep import Point, SweepResult
 
 HOSTILE = "</p></svg><script>alert(1)</script><img src=https://evil.example/x onerror='go()'>\u202e\x1b[31m &amp;"
 VOID = {"meta", "!doctype"}
@@ -195,7 +195,7 @@ def test_a_sweeps_page_shows_its_runs_side_by_side_and_says_when_the_best_is_not
     def point(value, accuracy, reach):
         return Point(value, f"runs/dpo-beta-{value}", "", "pass", accuracy, 0.2, 0.6, 0.02, reach, (0.1, 0.3))
 
-    swept = Swept("beta", [point(0.1, 0.6, (0.5, 0.7)), point(0.5, 0.9, (0.85, 0.95))], 0.1, 0.5)
+    swept = SweepResult("beta", [point(0.1, 0.6, (0.5, 0.7)), point(0.5, 0.9, (0.85, 0.95))], 0.1, 0.5)
     drawn = Page(html.sweep(swept, {point.run: measured() for point in swept.points}))
     assert "best: beta = 0.5, the most accurate of those that pass" in drawn.text and "★ 0.5" in drawn.text
     assert drawn.tags.count("svg") == 6 and "overlap, so" not in drawn.text

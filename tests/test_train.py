@@ -112,13 +112,13 @@ def test_killed_while_it_saves_it_goes_on_from_the_checkpoint_before(start, work
     from dpo_cli.training import run_folder, trainer
 
     folder, config = work
-    seal = run_folder.seal
+    mark_complete = run_folder.mark_complete
 
     def killed(checkpoint):
         if checkpoint.name == "checkpoint-6":
             (checkpoint / "optimizer.pt").write_bytes(b"torn")
             kill_this_process()
-        seal(checkpoint)
+        mark_complete(checkpoint)
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "seal", killed)

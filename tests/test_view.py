@@ -18,7 +18,7 @@ from dpo_cli.data.row_index import Rows
 from dpo_cli.errors import UserError
 from dpo_cli.training import run_history
 from dpo_cli.view import braille, pairs, progress, text
-from dpo_cli.workflows.sweep import Point, Swept
+from dpo_cli.workflows.sweep import Point, SweepResult
 
 # What rich itself writes: colours and styles.
 SGR = re.compile(r"\x1b\[[0-9;]*m")
@@ -187,7 +187,7 @@ def test_a_sweep_shows_its_numbers_and_plots_beside_each_other_and_names_the_bes
         for value, accuracy, margin, kl in ((0.05, 0.55, 0.4, 0.3), (0.5, 0.7, -0.2, 0.02))
     ]
     console = terminal(width)
-    view.swept(console, Swept("beta", points, 0.1, 0.5))
+    view.swept(console, SweepResult("beta", points, 0.1, 0.5))
     lines = unstyled(console).splitlines()
     assert max(map(len, lines)) <= width
     first, best = lines[1:3]

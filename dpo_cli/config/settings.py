@@ -27,9 +27,22 @@ MaxUsd = Annotated[
     NonNegative | None, Meta(description="Most dollars that this run may spend on new calls; the next counts anew.")
 ]
 LossType = Literal[
-    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
-    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
-]  # fmt: skip
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+]
 
 
 def _doc(text: str) -> Meta:
@@ -208,9 +221,7 @@ class GateSection(Struct, kw_only=True):
         NonNegative, _doc("Most that the first loss may be off ln 2, and a first margin off 0, in nats.")
     ] = 1e-3
     token_rows: Annotated[
-        int,
-        Meta(ge=0),
-        _doc("Rows that must be the same tokens on the server and by the SFT adapter's template."),
+        int, Meta(ge=0), _doc("Rows that must be the same tokens on the server and by the SFT adapter's template.")
     ] = 10
     loss_spike: Annotated[Positive, _doc("Training loss over the median of the logs before that is a spike.")] = 1.5
     chosen_falls: Annotated[
@@ -220,9 +231,7 @@ class GateSection(Struct, kw_only=True):
         Positive, _doc("Length of the policy's samples over the reference's, or the inverse, that is a drift.")
     ] = 1.5
     nan_rollbacks: Annotated[
-        int,
-        Meta(ge=0),
-        _doc("Rollbacks, each to a tenth of the rate, before a loss that is no number ends the run."),
+        int, Meta(ge=0), _doc("Rollbacks, each to a tenth of the rate, before a loss that is no number ends the run.")
     ] = 1
     smaller_batch: Annotated[bool, _doc("Halve the rows a forward where memory lacks; a step keeps its rows.")] = True
 
@@ -244,8 +253,7 @@ class EvaluateSection(Struct, kw_only=True):
     samples: Annotated[Count, _doc("Completions a prompt and adapter.")] = 1
     kl_prompts: Annotated[int, Meta(ge=0), _doc("Prompts on which KL is measured; 0: none.")] = 32
     kl_by_endpoint: Annotated[
-        bool,
-        _doc("Also by an endpoint, one request at a time; vLLM on a CPU dies of it beside others."),
+        bool, _doc("Also by an endpoint, one request at a time; vLLM on a CPU dies of it beside others.")
     ] = False
     rate: Annotated[bool, _doc("Also have each completion rated by itself, from 1 to 10.")] = True
     gate: Annotated[

@@ -47,8 +47,10 @@ def disk_error(error: OSError, path: Path) -> UserError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
             "the disk is full; everything written before is kept",
-            where=str(path), hint="free some space, then run the same command again", code=Exit.FAILED,
-        )  # fmt: skip
+            where=str(path),
+            hint="free some space, then run the same command again",
+            code=Exit.FAILED,
+        )
     return UserError(error.strerror or str(error), where=str(path), code=Exit.FAILED)
 
 

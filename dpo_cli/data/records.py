@@ -163,9 +163,11 @@ def read_messages(value: Any, field: str, role: str = "user") -> list[Message]:
 def _is_plain(value: Any) -> bool:
     """Whether this is a message already, with nothing to drop: five times faster than converting it."""
     return (
-        isinstance(value, dict) and len(value) == 2
-        and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
-    )  # fmt: skip
+        isinstance(value, dict)
+        and len(value) == 2
+        and isinstance(value.get("role"), str)
+        and isinstance(value.get("content"), str)
+    )
 
 
 def read_prompt(row: dict[str, Any]) -> list[Message]:
@@ -218,10 +220,15 @@ def read_preference(row: dict[str, Any]) -> Preference:
     extra = {name: row.get(name) for name in Preference.__struct_fields__[4:]}
     try:
         return msgspec.convert(
-            {"id": row.get("id") or preference_id(prompt, chosen, rejected), "prompt": prompt, "chosen": chosen,
-             "rejected": rejected, **extra},
+            {
+                "id": row.get("id") or preference_id(prompt, chosen, rejected),
+                "prompt": prompt,
+                "chosen": chosen,
+                "rejected": rejected,
+                **extra,
+            },
             Preference,
-        )  # fmt: skip
+        )
     except msgspec.ValidationError as error:
         raise ValueError(str(error)) from None
 

@@ -121,8 +121,16 @@ def run(folder: Path, progress: Progress, fresh: bool = False, sizes: Sizes | No
             example = _example(Path(evaluation.path))
         served = serve_config.render(serve_config.plan(settings), settings, "cli")
     return Demonstrated(
-        folder=str(folder), sft=sft, generated=generated, judged=judged, paired=paired, dpo=dpo,
-        evaluation=evaluation, example=example, serve_config=served, seconds=seconds,
+        folder=str(folder),
+        sft=sft,
+        generated=generated,
+        judged=judged,
+        paired=paired,
+        dpo=dpo,
+        evaluation=evaluation,
+        example=example,
+        serve_config=served,
+        seconds=seconds,
         verdict="pass" if evaluation.interval[0] > 0.5 else "fail",
         next=[
             f"cd {folder}",
@@ -130,7 +138,7 @@ def run(folder: Path, progress: Progress, fresh: bool = False, sizes: Sizes | No
             "nothing-dpo inspect run dpo",
             "nothing-dpo train --name again --beta 0.1",
         ],
-    )  # fmt: skip
+    )
 
 
 def _claim(folder: Path, fresh: bool) -> None:

@@ -16,9 +16,16 @@ CHAT_TEMPLATE = (
 
 
 def make_base(
-    folder: Path, texts: list[str], *, vocabulary: int = 768, hidden: int = 64, layers: int = 2, heads: int = 2,
-    context: int = 2048, seed: int = 0,
-) -> Path:  # fmt: skip
+    folder: Path,
+    texts: list[str],
+    *,
+    vocabulary: int = 768,
+    hidden: int = 64,
+    layers: int = 2,
+    heads: int = 2,
+    context: int = 2048,
+    seed: int = 0,
+) -> Path:
     """Save a byte-level BPE tokenizer trained on `texts`, and a randomly initialised Llama, in `folder`.
 
     hidden / heads must be a width that vLLM has kernels for; on a CPU 32, 64, 80, 96, 112 or 128.
@@ -41,27 +48,45 @@ def make_base(
         ),
     )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token="<|begin|>", eos_token="<|end|>", pad_token="<|pad|>",
-        additional_special_tokens=["<|start|>"], chat_template=CHAT_TEMPLATE, model_max_length=context,
+        tokenizer_object=bpe,
+        bos_token="<|begin|>",
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        additional_special_tokens=["<|start|>"],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=context,
         clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    )
     tokenizer.save_pretrained(folder)
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=hidden * 3, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=context,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=hidden * 3,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=context,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 
 def pretrain(
-    folder: Path, texts: list[str], progress: Progress, *, steps: int, batch_size: int = 16,
-    learning_rate: float = 4e-3, seed: int = 0,
-) -> None:  # fmt: skip
+    folder: Path,
+    texts: list[str],
+    progress: Progress,
+    *,
+    steps: int,
+    batch_size: int = 16,
+    learning_rate: float = 4e-3,
+    seed: int = 0,
+) -> None:
     """Teach the model in `folder` to continue `texts`: next-token loss on whole texts, one cycle of learning rate."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -32,7 +32,7 @@ from dpo_cli.endpoint.batch_format import (
     request_line,
 )
 from dpo_cli.endpoint.client import MAX_WAIT_SECONDS, RESTART_SECONDS, Endpoint
-from dpo_cli.endpoint.http import CHAT, JSON, Again, Down, Rejected
+from dpo_cli.endpoint.http import CHAT, JSON, Rejected, Retryable, Unreachable
 from dpo_cli.endpoint.prices import Price
 from dpo_cli.endpoint.responses import Reply, one_line, read_error, read_reply
 from dpo_cli.errors import Exit, UserError
@@ -47,7 +47,7 @@ SUBMISSIONS = 5  # attempts to make one batch
 CLOCK_SECONDS = 3600  # by which the server's clock may differ from ours
 
 
-class Owed(Rejected):
+class PendingRequest(Rejected):
     """A request that no batch has answered yet."""
 
     def __init__(self, key: str, body: dict[str, Any]) -> None:
@@ -110,13 +110,13 @@ class Batches:
         """
         key, reply = self._endpoint.recall(body, replicate)
         if reply is None:
-            raise self._rejected.get(key) or Owed(key, body)
+            raise self._rejected.get(key) or PendingRequest(key, body)
         if key not in self._seen:
             self._seen.add(key)
             self._endpoint.spend.reused += 1
         return reply
 
-    async def collect(self, owed: Iterable[Owed], wait: bool = True) -> bool:
+    async def collect(self, owed: Iterable[PendingRequest], wait: bool = True) -> bool:
         """Put requests into batches and take in what is answered, also of the batches of former runs.
 
         Requests that expired, or failed in a way that may pass, are left without an answer.
@@ -157,16 +157,16 @@ class Batches:
     def _open(self) -> list[Row]:
         return [row for row in self._rows.values() if not row.ended]
 
-    def _worst(self, one: Owed) -> float:
+    def _worst(self, one: PendingRequest) -> float:
         return self._endpoint.budget.worst(one.body, len(one.line), self._price(one.body["model"]))
 
-    def _cut(self, todo: dict[str, Owed]) -> list[Owed] | None:
+    def _cut(self, todo: dict[str, PendingRequest]) -> list[PendingRequest] | None:
         """The next requests of one model that fit into a file, the queue and the budget; None while they don't."""
         budget, waiting = self._endpoint.budget, sum(row.tokens for row in self._open())
         room = self._queue - waiting
         if waiting and room < self._queue / 2:
             return None  # rather later than many small ones
-        shard: list[Owed] = []
+        shard: list[PendingRequest] = []
         size = tokens = 0
         usd = 0.0
         model = next(iter(todo.values())).body["model"]
@@ -181,16 +181,19 @@ class Batches:
             shard.append(one)
         return shard or None
 
-    def _intend(self, shard: list[Owed]) -> Row:
+    def _intend(self, shard: list[PendingRequest]) -> Row:
         """Write down a batch before anything of it is sent."""
         content = b"".join(one.line for one in shard)
         turn = 0  # the same requests again are another batch
         while (name := content_id(content.decode(), turn)) in self._rows:
             turn += 1
         row = Row(
-            id=name, requests=len(shard), tokens=sum(self._endpoint.budget.tokens(len(one.line)) for one in shard),
-            model=shard[0].body["model"], created=int(time.time()),
-        )  # fmt: skip
+            id=name,
+            requests=len(shard),
+            tokens=sum(self._endpoint.budget.tokens(len(one.line)) for one in shard),
+            model=shard[0].body["model"],
+            created=int(time.time()),
+        )
         write_file(self._input(row), content)
         self._write(row)
         self._held[row.id] = sum(map(self._worst, shard))
@@ -222,16 +225,18 @@ class Batches:
                 if row.batch is None:
                     creation = {"data": msgspec.json.encode(row.creation), "headers": JSON}
                     row.batch = await self._make("/batches", partial(dict, creation))
-            except Again as fault:
+            except Retryable as fault:
                 self._log(f"batch {row.id}: {fault}; looking whether it was made")
                 continue
             self._write(row)
             self._log(f"batch {row.batch}: {row.requests:,} requests")
             return
         raise UserError(
-            f"no batch made in {SUBMISSIONS} attempts", where=self._endpoint.url, code=Exit.FAILED,
+            f"no batch made in {SUBMISSIONS} attempts",
+            where=self._endpoint.url,
+            code=Exit.FAILED,
             hint="everything is kept: run the same command again",
-        )  # fmt: skip
+        )
 
     async def _make(self, path: str, content: Callable[[], dict[str, Any]]) -> str:
         """The id of what a POST makes."""
@@ -328,17 +333,19 @@ class Batches:
                 return await self._endpoint.connection.send(method, path, **content())
             except Rejected as error:
                 raise self._refusal(path, error) from None
-            except (Down, Again) as fault:
+            except (Unreachable, Retryable) as fault:
                 after = None
-                if isinstance(fault, Again):
+                if isinstance(fault, Retryable):
                     after = fault.after
                     if method == "POST" and fault.status != 429:
                         raise
                 if time.monotonic() > end:
                     raise UserError(
-                        f"no answer: {fault}", where=self._endpoint.url, code=Exit.FAILED,
+                        f"no answer: {fault}",
+                        where=self._endpoint.url,
+                        code=Exit.FAILED,
                         hint="everything is kept: run the same command again",
-                    ) from None  # fmt: skip
+                    ) from None
                 await asyncio.sleep(min(pause if after is None else after, MAX_WAIT_SECONDS))
                 pause = min(MAX_POLL_SECONDS, 2 * pause)
 
@@ -346,9 +353,11 @@ class Batches:
         if error.status in (404, 405) and path in ("/files", "/batches"):
             return UserError(f"no Batch API there ({error})", where=self._endpoint.url, hint="without --batch")
         return UserError(
-            f"{path} is refused ({error})", where=self._endpoint.url, code=Exit.FAILED,
+            f"{path} is refused ({error})",
+            where=self._endpoint.url,
+            code=Exit.FAILED,
             hint=f"is it the key and the project that made the batch? {self._journal.path} has them all",
-        )  # fmt: skip
+        )
 
     def _form(self, row: Row) -> Any:
         import aiohttp

@@ -34,9 +34,11 @@ class Row(Struct, omit_defaults=True):
     def creation(self) -> dict[str, Any]:
         """The request that makes the batch; its metadata is by which the server's list of batches is searched."""
         return {
-            "input_file_id": self.file, "endpoint": f"/v1{CHAT}", "completion_window": "24h",
+            "input_file_id": self.file,
+            "endpoint": f"/v1{CHAT}",
+            "completion_window": "24h",
             "metadata": {"input": self.id, "made_by": "nothing-dpo"},
-        }  # fmt: skip
+        }
 
 
 class Item(Struct):

@@ -102,8 +102,9 @@ class Budget:
         parts += [f"up to ${self.unseen:,.4f} for answers that were lost"] * (self.unseen > 0)
         return UserError(
             f"the budget is reached: {', '.join(parts)}, and the next step may cost up to ${worst:,.4f}",
-            hint="everything paid is kept: the same command goes on, and --max-usd counts anew", code=Exit.BUDGET,
-        )  # fmt: skip
+            hint="everything paid is kept: the same command goes on, and --max-usd counts anew",
+            code=Exit.BUDGET,
+        )
 
     def _release(self, worst: float) -> None:
         self._reserved -= worst

@@ -22,7 +22,7 @@ from dpo_cli.data.records import Usage, content_id
 from dpo_cli.endpoint.budget import Budget, output_cap
 from dpo_cli.endpoint.concurrency import Pace
 from dpo_cli.endpoint.costs import Estimate, Receipt, estimate
-from dpo_cli.endpoint.http import CHAT, COMPLETIONS, JSON, Again, Connection, Down, Rejected
+from dpo_cli.endpoint.http import CHAT, COMPLETIONS, JSON, Connection, Rejected, Retryable, Unreachable
 from dpo_cli.endpoint.in_flight import Sent
 from dpo_cli.endpoint.prices import Price, Tier, is_local, price_of
 from dpo_cli.endpoint.responses import Choice, Reply, one_line, read_error, read_reply
@@ -166,9 +166,13 @@ class Endpoint:
         if key in self._replies:
             return False
         paid = _Paid(
-            id=key, choices=reply.choices, usage=reply.usage, model=reply.model, usd=reply.usd,
+            id=key,
+            choices=reply.choices,
+            usage=reply.usage,
+            model=reply.model,
+            usd=reply.usd,
             prompt_token_ids=reply.prompt_token_ids,
-        )  # fmt: skip
+        )
         self.spend.calls += 1
         self.spend.usage += reply.usage
         self.spend.usd += reply.usd
@@ -180,7 +184,7 @@ class Endpoint:
         """Names that the endpoint serves; empty if it does not say."""
         try:
             listing = msgspec.json.decode(await self.connection.send("GET", "/models"), type=_Models)
-        except (Down, Again, Rejected, UserError, msgspec.MsgspecError):
+        except (Unreachable, Retryable, Rejected, UserError, msgspec.MsgspecError):
             return []
         return [one_line(model.id) for model in listing.data]
 
@@ -224,9 +228,9 @@ class Endpoint:
             try:
                 worst = self.budget.worst(body, len(content), price)
                 return await self._attempt(key, content, worst, price, path)
-            except Down as fault:
+            except Unreachable as fault:
                 self._bear_with(fault)
-            except Again as fault:
+            except Retryable as fault:
                 attempts += 1
                 resends += fault.paid
                 if attempts == ATTEMPTS or resends > RESENDS:
@@ -251,12 +255,12 @@ class Endpoint:
                 self.spend.interrupted += self._sent.begin(key)
                 lost = True
                 reply = await self._send(content, path)
-            except Again as fault:
+            except Retryable as fault:
                 lost = fault.paid
                 if fault.congestion:
                     self._pace.cut(sent)
                 raise
-            except (Down, Rejected, UserError):
+            except (Unreachable, Rejected, UserError):
                 lost = False
                 raise
             finally:
@@ -281,16 +285,18 @@ class Endpoint:
         if self._pace.hold(seconds) and seconds >= LONG_SECONDS:
             self._log(f"{self.url} asks to wait {seconds:.0f} s")
 
-    def _give_up(self, fault: Again) -> None:
+    def _give_up(self, fault: Retryable) -> None:
         self._lost += 1
         if self._lost == LOST_IN_A_ROW:
             raise UserError(
                 f"{self._lost} requests in a row got no answer; the last: {fault}",
-                where=self.url, hint="everything paid is kept: run the same command again", code=Exit.FAILED,
-            )  # fmt: skip
+                where=self.url,
+                hint="everything paid is kept: run the same command again",
+                code=Exit.FAILED,
+            )
         raise Rejected(fault.status, str(fault))
 
-    def _bear_with(self, fault: Down) -> None:
+    def _bear_with(self, fault: Unreachable) -> None:
         """Wait for a server that restarts; not for one that was never there.
 
         Raises:
@@ -316,7 +322,7 @@ class Endpoint:
             inner = read_error(body)  # some proxies wrap an error into a 200
             if inner.code and inner.code.isdigit():
                 raise self.connection.fault(path, int(inner.code), inner) from None
-            raise Again(200, f"the reply is no chat completion: {error}", paid=True) from None
+            raise Retryable(200, f"the reply is no chat completion: {error}", paid=True) from None
 
 
 class _Paid(Struct, omit_defaults=True):

@@ -36,10 +36,12 @@ class Receipt(Struct, kw_only=True):
         """One line, for a run that ends before it could show a table."""
         usage = self.usage
         said = [
-            f"{self.calls:,} calls paid", f"{self.failed:,} failed",
+            f"{self.calls:,} calls paid",
+            f"{self.failed:,} failed",
             f"{usage.input:,} tokens in ({usage.cached:,} cached)",
-            f"{usage.output:,} out ({usage.reasoning:,} reasoning)", f"${self.usd:,.4f}",
-        ]  # fmt: skip
+            f"{usage.output:,} out ({usage.reasoning:,} reasoning)",
+            f"${self.usd:,.4f}",
+        ]
         if twice := self.resent + self.interrupted:
             said.append(f"{twice:,} perhaps paid twice")
         return " · ".join(said)
@@ -66,11 +68,14 @@ class Estimate(Struct, kw_only=True):
             return None if one is None or two is None else one + two
 
         return Estimate(
-            calls=self.calls + other.calls, input=self.input + other.input,
-            output_low=self.output_low + other.output_low, output_worst=self.output_worst + other.output_worst,
-            usd_low=both(self.usd_low, other.usd_low), usd_worst=both(self.usd_worst, other.usd_worst),
+            calls=self.calls + other.calls,
+            input=self.input + other.input,
+            output_low=self.output_low + other.output_low,
+            output_worst=self.output_worst + other.output_worst,
+            usd_low=both(self.usd_low, other.usd_low),
+            usd_worst=both(self.usd_worst, other.usd_worst),
             assumptions=list(dict.fromkeys(self.assumptions + other.assumptions)),
-        )  # fmt: skip
+        )
 
 
 def estimate(

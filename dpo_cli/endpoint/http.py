@@ -35,11 +35,11 @@ class Rejected(Exception):
         self.code = code
 
 
-class Down(Exception):
+class Unreachable(Exception):
     """There is no connection to the server."""
 
 
-class Again(Exception):
+class Retryable(Exception):
     """No answer this time; `paid` if the request may have been paid, `after` seconds if the server says so."""
 
     def __init__(
@@ -123,11 +123,11 @@ class Connection:
         except aiohttp.ClientSSLError as error:
             raise UserError(f"no secure connection: {error}", where=self.url, code=Exit.FAILED) from None
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            raise Down(str(error)) from None
+            raise Unreachable(str(error)) from None
         except TimeoutError:
-            raise Again(0, f"no reply within {self._timeout:g} s", paid=True, congestion=True) from None
+            raise Retryable(0, f"no reply within {self._timeout:g} s", paid=True, congestion=True) from None
         except (aiohttp.ClientError, OSError) as error:
-            raise Again(0, f"connection lost: {error}", paid=True) from None
+            raise Retryable(0, f"connection lost: {error}", paid=True) from None
         self.responses += 1
         if response.status != 200:
             raise self.fault(path, response.status, read_error(body), retry_after(response.headers))
@@ -150,7 +150,7 @@ class Connection:
             hint = "the URL is the one before /chat/completions, most often ending in /v1"
             return UserError(f"no chat completions there, {said}", where=self.url, hint=hint)
         if status in (408, 409, 425, 429) or status >= 500:
-            return Again(status, said, after=after, congestion=status in (408, 429, 503))
+            return Retryable(status, said, after=after, congestion=status in (408, 429, 503))
         return Rejected(status, message, error.param, error.code)
 
 

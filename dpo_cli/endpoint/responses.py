@@ -67,9 +67,13 @@ class _Choice(Struct):
             raise msgspec.ValidationError("a choice without a message")
         message = self.message or _Message(self.text)
         return Choice(
-            message.content or "", self.finish_reason or "", message.refusal, _numbers(self.token_ids, _ids),
-            _numbers(self.logprobs, _log_probs), _numbers(self.prompt_logprobs, _prompt_log_probs),
-        )  # fmt: skip
+            message.content or "",
+            self.finish_reason or "",
+            message.refusal,
+            _numbers(self.token_ids, _ids),
+            _numbers(self.logprobs, _log_probs),
+            _numbers(self.prompt_logprobs, _prompt_log_probs),
+        )
 
 
 def _numbers(value: Any, read: Callable[[Any], list[T]]) -> list[T]:

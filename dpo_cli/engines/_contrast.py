@@ -41,11 +41,13 @@ def split(request: Request, good: str, bad: str) -> list[Request]:
     first = len(request.have)
     return [
         Request(
-            id=f"{request.id}/{index}", prompt=_with_system(request.prompt, good if index == 0 else bad),
-            have=request.have, need=1,
+            id=f"{request.id}/{index}",
+            prompt=_with_system(request.prompt, good if index == 0 else bad),
+            have=request.have,
+            need=1,
         )
         for index in range(first, first + request.need)
-    ]  # fmt: skip
+    ]
 
 
 def _with_system(prompt: list[Message], text: str) -> list[Message]:
@@ -57,8 +59,9 @@ def _with_system(prompt: list[Message], text: str) -> list[Message]:
 
 def _join(key: str, parts: list[Sampled]) -> Sampled:
     return Sampled(
-        id=key, texts=[text for part in parts for text in part.texts],
+        id=key,
+        texts=[text for part in parts for text in part.texts],
         finish_reasons=[reason for part in parts for reason in part.finish_reasons],
         usage=sum((part.usage for part in parts), Usage()),
         error=next((part.error for part in parts if part.error is not None), None),
-    )  # fmt: skip
+    )

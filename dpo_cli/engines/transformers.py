@@ -63,9 +63,12 @@ def sample(requests: list[Request], config: Config, deliver: Callable[[Sampled],
 
 
 def load(
-    base: str, adapter: str | None, template: dict[str, Any] | None = None, device: str | None = None,
+    base: str,
+    adapter: str | None,
+    template: dict[str, Any] | None = None,
+    device: str | None = None,
     merge: bool | None = None,
-) -> Model:  # fmt: skip
+) -> Model:
     """Load a base model, with or without a LoRA adapter.
 
     Args:
@@ -91,8 +94,9 @@ def load(
     except (OSError, ValueError) as error:
         raise UserError(
             f"no base model at '{base}': {str(error).splitlines()[0]}",
-            where="model.base", hint="--set model.base=FOLDER, or a Hub id that this machine can reach",
-        ) from None  # fmt: skip
+            where="model.base",
+            hint="--set model.base=FOLDER, or a Hub id that this machine can reach",
+        ) from None
     if tokenizer.chat_template is None:
         raise UserError(f"the tokenizer of '{base}' has no chat template", where="model.base", hint="use a chat model")
     if adapter is not None:
@@ -106,9 +110,12 @@ def load(
 
 
 def run(
-    model: Model, requests: list[Request], settings: GenerateSection, deliver: Callable[[Sampled], None],
+    model: Model,
+    requests: list[Request],
+    settings: GenerateSection,
+    deliver: Callable[[Sampled], None],
     progress: Progress,
-) -> None:  # fmt: skip
+) -> None:
     """Sample every request, at most `settings.batch_size` sequences at once.
 
     `deliver` gets each request once, when its last sequence is finished: longest prompts first. A prompt that leaves
@@ -366,9 +373,13 @@ class _Batch:
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """Logits of the next token, (rows, vocabulary); appends to the cache."""
         output = self.model.network(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
             logits_to_keep=1,
-        )  # fmt: skip
+        )
         logits: Tensor = output.logits[:, -1]
         return logits
 
@@ -383,15 +394,17 @@ def _with_adapter(network: Any, adapter: str, merge: bool) -> Any:
 
     if not (Path(adapter) / "adapter_config.json").is_file():
         raise UserError(
-            f"no adapter at '{adapter}' (no adapter_config.json there)", where="model.adapter",
+            f"no adapter at '{adapter}' (no adapter_config.json there)",
+            where="model.adapter",
             hint="nothing-dpo train --stage sft makes one, or --set model.adapter=FOLDER",
-        )  # fmt: skip
+        )
     try:
         with warnings.catch_warnings(action="ignore"):
             network = PeftModel.from_pretrained(network, adapter)
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(
             f"the adapter at '{adapter}' does not load on this base model: {str(error).splitlines()[0]}",
-            where="model.adapter", hint="its adapter_config.json names its base: --set model.base=...",
-        ) from None  # fmt: skip
+            where="model.adapter",
+            hint="its adapter_config.json names its base: --set model.base=...",
+        ) from None
     return network.merge_and_unload() if merge else network

@@ -72,10 +72,12 @@ def _places(name: str, places: list[Estimate]) -> str:
     caption = "<figcaption>Mean score by place of display, less the mean of its order.</figcaption>"
     return caption + lines(
         "Mean score by place of display",
-        {name: [(place, found.value) for place, found in enumerate(places)]}, "place of display", "points",
+        {name: [(place, found.value) for place, found in enumerate(places)]},
+        "place of display",
+        "points",
         {name: [(place, found.low, found.high) for place, found in enumerate(places)]},
         [label_of(place) for place in range(len(places))],
-    )  # fmt: skip
+    )
 
 
 def _interval(name: str, found: Proportion, mark: float) -> str:
@@ -109,9 +111,12 @@ def _length(raw: LengthEffect, controlled: LengthEffect) -> str:
     for name, effect in (("as given", raw), ("with --length-control", controlled)):
         slope = effect.slope.value if effect.slope else 0.0
         plot = scatter(
-            f"Score against length, {name}", effect.points, slope, "100 characters above the prompt's mean",
+            f"Score against length, {name}",
+            effect.points,
+            slope,
+            "100 characters above the prompt's mean",
             "points above the prompt's mean",
-        )  # fmt: skip
+        )
         if effect.longer_chosen:
             plot += _interval("longer one chosen", effect.longer_chosen, HALF)
         cards.append(figure(f"Scores {name}", f"{_slope(effect.slope)} points per 100 characters.", plot))
@@ -140,17 +145,18 @@ def _example(example: Example) -> str:
         ranking = row.ranking or range(len(judged.completions))
         parts += [
             _answer(row, judged.completions[index], index, place, len(ranking))
-            for place, index in enumerate(ranking) if index < len(judged.completions)
-        ]  # fmt: skip
+            for place, index in enumerate(ranking)
+            if index < len(judged.completions)
+        ]
     return f'<div class="card example">{"".join(parts)}</div>'
 
 
 def _answer(row: Judgment, text: str, index: int, place: int, count: int) -> str:
     given = [
         f"{order.scores[label]:.3g} shown as {label}"
-        for order in row.orders or [] if index in order.order
-        and (label := label_of(order.order.index(index))) in order.scores
-    ]  # fmt: skip
+        for order in row.orders or []
+        if index in order.order and (label := label_of(order.order.index(index))) in order.scores
+    ]
     score = f"{row.scores[index]:.3g}" if row.scores and index < len(row.scores) else "no score"
     kind = "" if not row.scores else " best" if place == 0 else " worst" if place == count - 1 else ""
     head = escaped(" · ".join([f"completion {index}", f"{len(text):,} characters", *given]))

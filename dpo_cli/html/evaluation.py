@@ -38,14 +38,14 @@ def evaluation(result: Evaluation, rows: Sequence[Compared]) -> str:
             f"{escaped(judge)} · {spent}</p>",
             _findings(result.findings),
             grid("tiles", _tiles(result)),
-            '<h2>How sure is that</h2>' + grid("plots", _plots(result, rows)),
+            "<h2>How sure is that</h2>" + grid("plots", _plots(result, rows)),
             _gates(result),
             *(f"<h2>{name}</h2>{''.join(map(_example, some))}" for name, some in _ends(rows) if some),
             "<h2>What was compared</h2>" + _sides(result),
             "<footer>Intervals are 95%: of the win rate by bootstrap over prompts, at equal lengths from a logistic "
             "regression on the difference in length (arXiv:2404.04475). Ties count half. Made by nothing-dpo.</footer>",
         ],
-    )  # fmt: skip
+    )
 
 
 def _findings(findings: Iterable[str]) -> str:
@@ -78,8 +78,11 @@ def _plots(result: Evaluation, rows: Sequence[Compared]) -> Iterable[str]:
     names = ["lost", "even", "won"]
     counted = bars("Outcomes", names, [result.losses, result.ties, result.wins], "by the policy")
     yield figure("Win rate", "Dashed: what two equal adapters would have.", drawn + counted)
-    changes = [fmean(row.policy_scores) - fmean(row.reference_scores) for row in rows
-               if row.policy_scores and row.reference_scores]  # fmt: skip
+    changes = [
+        fmean(row.policy_scores) - fmean(row.reference_scores)
+        for row in rows
+        if row.policy_scores and row.reference_scores
+    ]
     longer = [(fmean(map(len, row.policy)) - fmean(map(len, row.reference))) / 100 for row in rows]
     wins = [(x, row.win) for x, row in zip(longer, rows, strict=True)]
     parts = scatter("Win against length", wins, None, "100 characters longer than the reference", "won by the policy")

@@ -126,8 +126,12 @@ def _gates(report: dict[str, Any]) -> str:
     for name, gate in gates.items():
         reach = gate.get("interval")
         between = " – ".join(map(_value, reach)) if reach else ""
-        rows.append((*(escaped(cell) for cell in (name, _value(gate.get("value")), between, _value(gate.get("limit")))),
-                     word(gate.get("ok"))))  # fmt: skip
+        rows.append(
+            (
+                *(escaped(cell) for cell in (name, _value(gate.get("value")), between, _value(gate.get("limit")))),
+                word(gate.get("ok")),
+            )
+        )
     share = gates.get(SHARE, {})
     drawn = ""
     if share.get("interval"):
@@ -172,8 +176,9 @@ def _band(found: Run) -> list[tuple[float, float, float]]:
     errors = dict(found.series.get(f"{MARGIN}_stderr", []))
     return [
         (step, value - 1.96 * errors[step], value + 1.96 * errors[step])
-        for step, value in found.series.get(MARGIN, []) if step in errors
-    ]  # fmt: skip
+        for step, value in found.series.get(MARGIN, [])
+        if step in errors
+    ]
 
 
 def _acts(acts: list[dict[str, Any]]) -> str:
@@ -183,8 +188,9 @@ def _acts(acts: list[dict[str, Any]]) -> str:
     for number, act in enumerate(acts, 1):
         details = ", ".join(
             f"{key.replace('_', ' ')} {_value(value)}"
-            for key, value in act.items() if key not in ("event", "step", "time", "action")
-        )  # fmt: skip
+            for key, value in act.items()
+            if key not in ("event", "step", "time", "action")
+        )
         action = str(act.get("action", ""))
         style = "" if action == WARNED else ' class="no"'
         cells = (str(number), f"{act['step']:,}", str(act.get("event", "")))

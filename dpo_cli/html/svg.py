@@ -128,10 +128,16 @@ def scatter(title: str, points: Sequence[tuple[float, float]], slope: float | No
 
 
 def lines(
-    title: str, curves: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str,
-    bands: Mapping[str, Sequence[tuple[float, float, float]]] | None = None, x_names: Sequence[str] = (),
-    limit: float | None = None, marks: Mapping[float, str] | None = None, unjoined: Collection[str] = (),
-) -> str:  # fmt: skip
+    title: str,
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    x_label: str,
+    y_label: str,
+    bands: Mapping[str, Sequence[tuple[float, float, float]]] | None = None,
+    x_names: Sequence[str] = (),
+    limit: float | None = None,
+    marks: Mapping[float, str] | None = None,
+    unjoined: Collection[str] = (),
+) -> str:
     """Curves by name, through points in order of x; what is not finite is left out.
 
     Args:
@@ -170,9 +176,12 @@ def lines(
 
 
 def against(
-    title: str, curve: tuple[str, Sequence[tuple[float, float]]],
-    points: Mapping[str, Sequence[tuple[float, float, str]]], x_label: str, y_label: str,
-) -> str:  # fmt: skip
+    title: str,
+    curve: tuple[str, Sequence[tuple[float, float]]],
+    points: Mapping[str, Sequence[tuple[float, float, str]]],
+    x_label: str,
+    y_label: str,
+) -> str:
     """Named points in groups, beside a curve that they are held against.
 
     Args:

@@ -9,12 +9,12 @@ from dpo_cli.html.page import columns, document, figure, grid, word
 from dpo_cli.html.svg import escaped, lines
 from dpo_cli.training.guards import KL, MARGIN
 from dpo_cli.training.run_history import Run
-from dpo_cli.workflows.sweep import Point, Swept, best_said
+from dpo_cli.workflows.sweep import Point, SweepResult, best_said
 
 Interval = tuple[float, float] | None
 
 
-def sweep(swept: Swept, runs: Mapping[str, Run]) -> str:
+def sweep(swept: SweepResult, runs: Mapping[str, Run]) -> str:
     """The page.
 
     Args:
@@ -37,14 +37,20 @@ def sweep(swept: Swept, runs: Mapping[str, Run]) -> str:
     )
 
 
-def _side_by_side(swept: Swept, names: list[str]) -> str:
+def _side_by_side(swept: SweepResult, names: list[str]) -> str:
     points = swept.points
-    accuracy = _plot(swept, names, "Accuracy", [point.accuracy for point in points],
-                     [point.accuracy_interval for point in points], 0.5)  # fmt: skip
-    margin = _plot(swept, names, "Margin", [point.margin for point in points],
-                   [point.margin_interval for point in points], 0.0)  # fmt: skip
-    kl = _plot(swept, names, "KL per token", [point.kl for point in points], [None] * len(points),
-               swept.kl_limit)  # fmt: skip
+    accuracy = _plot(
+        swept,
+        names,
+        "Accuracy",
+        [point.accuracy for point in points],
+        [point.accuracy_interval for point in points],
+        0.5,
+    )
+    margin = _plot(
+        swept, names, "Margin", [point.margin for point in points], [point.margin_interval for point in points], 0.0
+    )
+    kl = _plot(swept, names, "KL per token", [point.kl for point in points], [None] * len(points), swept.kl_limit)
     return grid(
         "thirds",
         [
@@ -56,15 +62,14 @@ def _side_by_side(swept: Swept, names: list[str]) -> str:
 
 
 def _plot(
-    swept: Swept, names: list[str], title: str, values: list[float | None], reach: list[Interval],
-    limit: float,
-) -> str:  # fmt: skip
+    swept: SweepResult, names: list[str], title: str, values: list[float | None], reach: list[Interval], limit: float
+) -> str:
     curve = [(float(place), value) for place, value in enumerate(values) if value is not None]
     band = [(float(place), *ends) for place, ends in enumerate(reach) if ends]
     return lines(title, {title: curve}, swept.setting, "", {title: band}, names, limit)
 
 
-def _table(swept: Swept) -> str:
+def _table(swept: SweepResult) -> str:
     def row(point: Point) -> list[str]:
         best = point.value == swept.best
         name = f"<b>★ {point.value:g}</b>" if best else f"{point.value:g}"
@@ -76,9 +81,12 @@ def _table(swept: Swept) -> str:
     return columns(headers, map(row, swept.points))
 
 
-def _over_each_other(swept: Swept, names: list[str], runs: Mapping[str, Run]) -> str:
-    plots = (("Held-out margin", MARGIN, "", 0.0), ("KL", KL, "nats a token", swept.kl_limit),
-             ("Held-out loss", "eval_loss", "nats", None))  # fmt: skip
+def _over_each_other(swept: SweepResult, names: list[str], runs: Mapping[str, Run]) -> str:
+    plots = (
+        ("Held-out margin", MARGIN, "", 0.0),
+        ("KL", KL, "nats a token", swept.kl_limit),
+        ("Held-out loss", "eval_loss", "nats", None),
+    )
     cards = []
     for title, metric, unit, limit in plots:
         curves = {

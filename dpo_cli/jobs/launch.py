@@ -88,9 +88,11 @@ def train(
     if launched.result is None:
         code = Exit.INTERRUPTED if not launched.status.ended else Exit(launched.status.exit_code or Exit.FAILED)
         raise UserError(
-            launched.status.reason or launched.status.state, where=launched.job.id,
-            hint=launched.hint or f"nothing-dpo jobs attach {launched.job.id}", code=code,
-        )  # fmt: skip
+            launched.status.reason or launched.status.state,
+            where=launched.job.id,
+            hint=launched.hint or f"nothing-dpo jobs attach {launched.job.id}",
+            code=code,
+        )
     return msgspec.convert(launched.result, Trained)
 
 

@@ -25,18 +25,10 @@ VOLUME = "/vol"
 
 
 # What each command reads from the data folder, and what it leaves there.
-READ = {
-    "train": ("train.jsonl", "val.jsonl"),
-    "generate": (),
-    "judge": ("completions.jsonl",),
-}
+READ = {"train": ("train.jsonl", "val.jsonl"), "generate": (), "judge": ("completions.jsonl",)}
 
 
-MADE = {
-    "train": (),
-    "generate": ("completions.jsonl",),
-    "judge": ("judgments.jsonl", "train.jsonl", "val.jsonl"),
-}
+MADE = {"train": (), "generate": ("completions.jsonl",), "judge": ("judgments.jsonl", "train.jsonl", "val.jsonl")}
 
 
 NOT_HOME = ("checkpoints",)  # of a run's folder: gigabytes, of use where they are
@@ -91,10 +83,19 @@ class Spec(Struct, kw_only=True):
 
 
 def make(
-    config: Config, command: Command, *, name: str | None = None, stage: Literal["dpo", "sft"] = "dpo",
-    data: Path | None = None, limit: int | None = None, fresh: bool = False, gpu: str | None = None, gpus: int = 1,
-    nodes: int = 1, volume: str | None = VOLUME,
-) -> Spec:  # fmt: skip
+    config: Config,
+    command: Command,
+    *,
+    name: str | None = None,
+    stage: Literal["dpo", "sft"] = "dpo",
+    data: Path | None = None,
+    limit: int | None = None,
+    fresh: bool = False,
+    gpu: str | None = None,
+    gpus: int = 1,
+    nodes: int = 1,
+    volume: str | None = VOLUME,
+) -> Spec:
     """The spec of a command.
 
     Args:
@@ -115,10 +116,18 @@ def make(
         raise UserError(f"'{name}' is no name for a run", hint="--name takes a folder name without '/'")
     settings = msgspec.convert(as_dict(config), Config)  # a copy
     spec = Spec(
-        command=command, stage=stage, name=name, config={}, limit=limit, gpu=gpu, gpus=gpus, nodes=nodes,
-        data=str(data.absolute()) if data else None, fresh=os.urandom(8).hex() if fresh else None,
+        command=command,
+        stage=stage,
+        name=name,
+        config={},
+        limit=limit,
+        gpu=gpu,
+        gpus=gpus,
+        nodes=nodes,
+        data=str(data.absolute()) if data else None,
+        fresh=os.urandom(8).hex() if fresh else None,
         base=config.model.base,
-    )  # fmt: skip
+    )
     if volume is not None:
         _move(spec, settings, data, _Places(PurePosixPath(volume), spec))
     spec.config = as_dict(settings)

@@ -51,9 +51,16 @@ def run(spec: Spec, progress: Progress, after_save: Callable[[], None] | None = 
 
         data = Path(spec.data) if spec.data else None
         return train.run(
-            config, progress, spec.stage, spec.name, data, bool(spec.fresh), spec.limit,
-            after_save=after_save, submission=spec.fresh,
-        )  # fmt: skip
+            config,
+            progress,
+            spec.stage,
+            spec.name,
+            data,
+            bool(spec.fresh),
+            spec.limit,
+            after_save=after_save,
+            submission=spec.fresh,
+        )
     if spec.command == "generate":
         from dpo_cli.stages import generate
 

@@ -85,6 +85,10 @@ def make_task(row: Completions, usable: Callable[[str], bool], failures: int = 0
         for index, text in enumerate(row.completions)
     ]
     return Task(
-        id=row.id, completions_id=completions_id(row.completions), prompt=row.prompt, completions=row.completions,
-        stands=stands, failures=failures,
-    )  # fmt: skip
+        id=row.id,
+        completions_id=completions_id(row.completions),
+        prompt=row.prompt,
+        completions=row.completions,
+        stands=stands,
+        failures=failures,
+    )

@@ -65,8 +65,11 @@ def agree(ours: Mapping[str, Judgment], theirs: Mapping[str, Judgment]) -> Agree
     scale = math.sqrt((pairs - our_ties) * (pairs - their_ties))
     ordered = alike + contrary
     return Agreement(
-        prompts=prompts, pairs=pairs, alike=alike, contrary=contrary,
+        prompts=prompts,
+        pairs=pairs,
+        alike=alike,
+        contrary=contrary,
         tau=(alike - contrary) / scale if scale else None,
         share=alike / ordered if ordered else None,
         interval=wilson(alike, ordered),
-    )  # fmt: skip
+    )

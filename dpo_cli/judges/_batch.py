@@ -6,14 +6,14 @@ without a verdict then is an error, which the next run tries again.
 
 from collections.abc import Awaitable, Callable, Sequence
 
-from dpo_cli.endpoint.batch import Batches, Owed
+from dpo_cli.endpoint.batch import Batches, PendingRequest
 from dpo_cli.judges import Task
 
 ROUNDS = 4
 
 
 async def answer(
-    tasks: Sequence[Task], owed: Callable[[Task], Awaitable[list[Owed]]], batches: Batches, wait: bool
+    tasks: Sequence[Task], owed: Callable[[Task], Awaitable[list[PendingRequest]]], batches: Batches, wait: bool
 ) -> Sequence[Task]:
     """Have everything answered that the tasks owe.
 

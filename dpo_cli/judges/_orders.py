@@ -16,7 +16,7 @@ from dpo_cli.judges._ranking import conclude, label_of
 MOST = 8  # orders of one prompt, whatever the number of candidates
 
 
-class Heard(Struct):
+class OrderVerdict(Struct):
     """A verdict: the order and its scores, and completion indices, best first."""
 
     order: Order
@@ -40,7 +40,7 @@ def cyclic_orders(task: Task, orders: Orders, seed: int) -> list[list[int]]:
     return [base[shift:] + base[:shift] for shift in shifts]
 
 
-def is_enough(task: Task, orders: Orders, asked: int, heard: Sequence[Heard]) -> bool:
+def is_enough(task: Task, orders: Orders, asked: int, heard: Sequence[OrderVerdict]) -> bool:
     """Whether no further order need be asked: with `auto`, after two that do not conflict.
 
     They conflict where one of them inverts the best and the worst of their mean; as long as one of the two is without
@@ -61,7 +61,7 @@ def preference(order: list[int], verdict: Verdict) -> list[int]:
     return [index_of[label] for label in labels]
 
 
-def aggregate(heard: Sequence[Heard]) -> tuple[dict[int, float], dict[int, float]]:
+def aggregate(heard: Sequence[OrderVerdict]) -> tuple[dict[int, float], dict[int, float]]:
     """Mean score and mean Borda points (the number of candidates beaten in an order) of each completion."""
     total = dict.fromkeys(sorted(heard[0].best_first), 0.0)
     borda = dict(total)

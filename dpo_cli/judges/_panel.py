@@ -20,14 +20,14 @@ import msgspec
 from dpo_cli.data.records import Judgment, Order
 from dpo_cli.judges import Task
 from dpo_cli.judges._agreement import agree
-from dpo_cli.judges._orders import Heard, aggregate, preference
+from dpo_cli.judges._orders import OrderVerdict, aggregate, preference
 from dpo_cli.judges._prompt import Verdict, read_verdict
 from dpo_cli.judges._ranking import conclude, label_of
 
 DIGITS = 9  # a sum of weighted means has noise below that, which must break no tie
 
 
-def decide(task: Task, heard: Sequence[Heard], weights: Mapping[str, float] | None = None) -> Judgment:
+def decide(task: Task, heard: Sequence[OrderVerdict], weights: Mapping[str, float] | None = None) -> Judgment:
     """The judgment of one model or a panel: the weighted mean of its models' mean scores, then of their Borda points.
 
     Args:
@@ -35,7 +35,7 @@ def decide(task: Task, heard: Sequence[Heard], weights: Mapping[str, float] | No
         heard: every verdict.
         weights: model -> weight; unset: equal.
     """
-    by_model: dict[str | None, list[Heard]] = defaultdict(list)
+    by_model: dict[str | None, list[OrderVerdict]] = defaultdict(list)
     for one in heard:
         by_model[one.order.model].append(one)
     share = {model: weights.get(model or "", 0.0) if weights else 1.0 for model in by_model}
@@ -83,9 +83,7 @@ def settle(tasks: Sequence[Task], judgments: Mapping[str, Judgment]) -> list[Jud
         judgments: by id.
     """
     known = ((task, judgments.get(task.id)) for task in tasks)
-    current = [
-        (task, row) for task, row in known if row and row.scores and row.completions_id == task.completions_id
-    ]  # fmt: skip
+    current = [(task, row) for task, row in known if row and row.scores and row.completions_id == task.completions_id]
     weights = agreement_weights([row for _, row in current])
     return [_again(task, row, weights) for task, row in current if row.weights != weights]
 
@@ -97,10 +95,10 @@ def _again(task: Task, row: Judgment, weights: Mapping[str, float]) -> Judgment:
     )
 
 
-def _recall(task: Task, order: Order) -> Heard:
+def _recall(task: Task, order: Order) -> OrderVerdict:
     """A verdict from its record: the scores as they stand there, the ranking from the judge's words."""
     labels = [label_of(place) for place in range(len(order.order))]
     shown = [task.completions[index] for index in order.order] + [part["content"] for part in task.prompt]
     ranking = read_verdict(order.raw, labels, shown).ranking
     scores = {label: int(score) for label, score in order.scores.items()}
-    return Heard(order, preference(order.order, Verdict(scores, ranking)))
+    return OrderVerdict(order, preference(order.order, Verdict(scores, ranking)))

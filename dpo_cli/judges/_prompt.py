@@ -7,11 +7,13 @@ these lines is ours. Pure functions, without a network.
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from msgspec import Struct
 
 from dpo_cli.data.records import Message, content_id
+from dpo_cli.errors import UserError
 
 LOWEST, HIGHEST = 1, 10
 
@@ -228,6 +230,20 @@ def _fence(nonce: str, name: str, text: str) -> str:
 
 
 def _closed(properties: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "type": "object", "properties": properties, "required": list(properties), "additionalProperties": False,
-    }  # fmt: skip
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+
+
+def read_rubric(path: str | None) -> str:
+    """The criteria: the user's file, or the one that is shipped.
+
+    Raises:
+        UserError: the file can't be read or is empty.
+    """
+    file = Path(path) if path else Path(__file__).with_name("rubric.md")
+    try:
+        text = file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"can't read the rubric: {error}", where="judge.rubric") from None
+    if not text.strip():
+        raise UserError("the rubric is empty", where=str(file))
+    return text

@@ -35,10 +35,14 @@ def conclude(
     shown = [index for index in ranking if task.stands[index] == index]
     orders = orders or []
     return Judgment(
-        id=task.id, completions_id=task.completions_id,
-        scores=[rank[stand][0] for stand in task.stands], ranking=ranking, orders=orders,
-        consistent=not any_inverts(orders, shown[0], shown[-1], weights or {}), weights=dict(weights or {}),
-    )  # fmt: skip
+        id=task.id,
+        completions_id=task.completions_id,
+        scores=[rank[stand][0] for stand in task.stands],
+        ranking=ranking,
+        orders=orders,
+        consistent=not any_inverts(orders, shown[0], shown[-1], weights or {}),
+        weights=dict(weights or {}),
+    )
 
 
 def any_inverts(orders: Sequence[Order], better: int, worse: int, weights: Mapping[str, float]) -> bool:

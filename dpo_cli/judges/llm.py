@@ -21,7 +21,7 @@ from msgspec import Struct
 
 from dpo_cli.config.settings import Config, JudgeSection
 from dpo_cli.data.records import Judgment, Order, Usage, content_id
-from dpo_cli.endpoint.batch import Batches, Owed, waiting
+from dpo_cli.endpoint.batch import Batches, PendingRequest, waiting
 from dpo_cli.endpoint.client import Endpoint
 from dpo_cli.endpoint.costs import Estimate, Receipt
 from dpo_cli.endpoint.costs import estimate as price_estimate
@@ -32,8 +32,17 @@ from dpo_cli.errors import UserError
 from dpo_cli.judges import Task, _panel
 from dpo_cli.judges._batch import answer
 from dpo_cli.judges._deprecations import ending_warning
-from dpo_cli.judges._orders import Heard, cyclic_orders, is_enough, preference
-from dpo_cli.judges._prompt import GRADE, RANKING, RATING, Form, read_verdict, verdict_schema, write_message
+from dpo_cli.judges._orders import OrderVerdict, cyclic_orders, is_enough, preference
+from dpo_cli.judges._prompt import (
+    GRADE,
+    RANKING,
+    RATING,
+    Form,
+    read_rubric,
+    read_verdict,
+    verdict_schema,
+    write_message,
+)
 from dpo_cli.judges._ranking import label_of
 from dpo_cli.progress import Progress
 
@@ -100,9 +109,7 @@ def estimate(tasks: Sequence[Task], config: Config, form: Form = RANKING) -> Est
         if settings.orders == "auto":
             assumed += ", and every third order is asked"
         price = _price(config, tier)(model)
-        one = price_estimate(
-            owed, size, typical, owed * cap, price, given=settings.price is not None, typical=assumed
-        )  # fmt: skip
+        one = price_estimate(owed, size, typical, owed * cap, price, given=settings.price is not None, typical=assumed)
         if warning := _ending(model):
             one.assumptions.append(warning)
         found.append(one)
@@ -120,9 +127,8 @@ def settle(tasks: Iterable[Task], judgments: Mapping[str, Judgment], config: Con
 
 
 def judge(
-    tasks: Sequence[Task], config: Config, deliver: Callable[[Judgment], None], progress: Progress,
-    form: Form = RANKING,
-) -> Receipt:  # fmt: skip
+    tasks: Sequence[Task], config: Config, deliver: Callable[[Judgment], None], progress: Progress, form: Form = RANKING
+) -> Receipt:
     """Judge every task over the network.
 
     Raises:
@@ -145,11 +151,16 @@ async def _judge(
 ) -> Receipt:
     settings = config.judge
     async with Endpoint(
-        settings.url, api_key_variable=KEY_VARIABLE, ledger=Path(config.data) / LEDGER,
-        concurrency=settings.concurrency, timeout=max(settings.timeout, FLEX_SECONDS if settings.flex else 0),
-        price=_price(config, _live_tier(config)), max_usd=settings.max_usd, log=progress.log,
-    ) as endpoint:  # fmt: skip
-        court = Court(endpoint, config, progress.log, form)
+        settings.url,
+        api_key_variable=KEY_VARIABLE,
+        ledger=Path(config.data) / LEDGER,
+        concurrency=settings.concurrency,
+        timeout=max(settings.timeout, FLEX_SECONDS if settings.flex else 0),
+        price=_price(config, _live_tier(config)),
+        max_usd=settings.max_usd,
+        log=progress.log,
+    ) as endpoint:
+        court = LlmJudge(endpoint, config, progress.log, form)
         done = failed = 0
 
         async def handle(task: Task) -> None:
@@ -161,9 +172,13 @@ async def _judge(
         def tell() -> None:
             spend = endpoint.spend
             progress.update(
-                done, tokens=spend.usage.input + spend.usage.output, in_flight=endpoint.in_flight + spend.waiting,
-                retries=spend.retries, failed=failed, usd=spend.usd,
-            )  # fmt: skip
+                done,
+                tokens=spend.usage.input + spend.usage.output,
+                in_flight=endpoint.in_flight + spend.waiting,
+                retries=spend.retries,
+                failed=failed,
+                usd=spend.usd,
+            )
 
         async def report() -> None:
             while True:
@@ -214,7 +229,7 @@ class Dialect(Struct, frozen=True):
     dropped: frozenset[str] = frozenset()
 
 
-class Court:
+class LlmJudge:
     """One endpoint, and what has been learnt about it, for many tasks."""
 
     def __init__(self, endpoint: Endpoint, config: Config, log: Callable[[str], None], form: Form) -> None:
@@ -229,11 +244,11 @@ class Court:
     async def judgment(self, task: Task) -> Judgment:
         """The judgment of one task: scored, skipped where the judge refuses, or an error where it can't be had."""
         paid: list[Reply] = []
-        heard: list[Heard] = []
+        heard: list[OrderVerdict] = []
         judgment = Judgment(id=task.id, completions_id=task.completions_id)
         try:
             for model in self.settings.models:
-                mine: list[Heard] = []
+                mine: list[OrderVerdict] = []
                 for asked, order in enumerate(self._orders(task)):
                     if is_enough(task, self.settings.orders, asked, mine):
                         break
@@ -250,17 +265,17 @@ class Court:
         judgment.usd = sum(reply.usd for reply in paid)
         return judgment
 
-    async def owed(self, task: Task) -> list[Owed]:
+    async def owed(self, task: Task) -> list[PendingRequest]:
         """What a task would ask next, an order each, where `chat` sends nothing itself."""
         found = []
         for model in self.settings.models:
-            mine: list[Heard] = []
+            mine: list[OrderVerdict] = []
             for asked, order in enumerate(self._orders(task)):
                 if is_enough(task, self.settings.orders, asked, mine):
                     break
                 try:
                     mine.append(await self._hear(task, order, model, []))
-                except Owed as request:
+                except PendingRequest as request:
                     found.append(request)
                 except (_Refused, _Invalid, Rejected):
                     return found  # whatever the others say
@@ -269,7 +284,7 @@ class Court:
     def _orders(self, task: Task) -> list[list[int]]:
         return cyclic_orders(task, self.settings.orders, self.settings.seed)
 
-    async def _hear(self, task: Task, order: list[int], model: str, paid: list[Reply]) -> Heard:
+    async def _hear(self, task: Task, order: list[int], model: str, paid: list[Reply]) -> OrderVerdict:
         """A model's verdict on one order.
 
         What was asked before is in the ledger and free, so each run may ask twice more than the failed ones before it.
@@ -299,7 +314,7 @@ class Court:
             else:
                 scores = {label: float(score) for label, score in verdict.scores.items()}
                 name = model if len(self.settings.models) > 1 else None
-                return Heard(Order(order, scores, choice.text, name), preference(order, verdict))
+                return OrderVerdict(Order(order, scores, choice.text, name), preference(order, verdict))
 
     async def _ask(
         self, model: str, message: str, labels: list[str], cap: int, replicate: int, paid: list[Reply]
@@ -350,9 +365,14 @@ def compose(task: Task, order: list[int], rubric: str, seed: int, form: Form) ->
 
 
 def request(
-    model: str, message: str, labels: list[str], cap: int, settings: JudgeSection, dialect: Dialect,
+    model: str,
+    message: str,
+    labels: list[str],
+    cap: int,
+    settings: JudgeSection,
+    dialect: Dialect,
     form: Form = RANKING,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """The request body; beyond OpenAI only what every endpoint knows: model, messages, format and output cap."""
     body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": message}]}
     openai = _is_openai(settings.url)
@@ -380,22 +400,6 @@ def refused_field(body: dict[str, Any], rejected: Rejected) -> str | None:
     said = rejected.param or rejected.message
     named = ((match.start(), field) for field, words in _FIELDS.items() if (match := words.search(said)))
     return min(((place, field) for place, field in named if field in body), default=(0, None))[1]
-
-
-def read_rubric(path: str | None) -> str:
-    """The criteria: the user's file, or the one that is shipped.
-
-    Raises:
-        UserError: the file can't be read or is empty.
-    """
-    file = Path(path) if path else Path(__file__).with_name("rubric.md")
-    try:
-        text = file.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"can't read the rubric: {error}", where="judge.rubric") from None
-    if not text.strip():
-        raise UserError("the rubric is empty", where=str(file))
-    return text
 
 
 def _is_openai(url: str) -> bool:

@@ -205,8 +205,9 @@ def _refuse_mixture(config: Config, engine: str, path: Path, kinds: dict[tuple[b
             changes = ", ".join(f"{name} {before.get(name)} (now {now.get(name)})" for name in differing)
             raise UserError(
                 f"made with other settings: {changes}",
-                where=f"{path}:{number}", hint="--data FOLDER for a set of its own, or go on with the old settings",
-            )  # fmt: skip
+                where=f"{path}:{number}",
+                hint="--data FOLDER for a set of its own, or go on with the old settings",
+            )
 
 
 class _Open(Struct):
@@ -227,13 +228,17 @@ def _open_rows(config: Config, engine: str, requests: list[Request], path: Path)
     rows = {
         request.id: _Open(
             Completions(
-                id=request.id, prompt=request.prompt, completions=[], finish_reasons=[], model=config.model.name,
+                id=request.id,
+                prompt=request.prompt,
+                completions=[],
+                finish_reasons=[],
+                model=config.model.name,
                 sampling=sampling,
             ),
             had=0,
         )
         for request in requests
-    }  # fmt: skip
+    }
     for _, row in read_rows(path, Completions):
         if row.id in rows:
             rows[row.id] = _Open(row, had=len(row.completions))

@@ -76,8 +76,8 @@ def run(config: Config, progress: Progress, limit: int | None = None, dry_run: b
     tasks, skips = _plan(rows, known, config)
     before = len(rows) - len(tasks) - len(skips)
     result = Judged(
-        total=len(rows), done_before=before, owed=len(tasks), calls=judge.calls(tasks, config), path=str(path),
-    )  # fmt: skip
+        total=len(rows), done_before=before, owed=len(tasks), calls=judge.calls(tasks, config), path=str(path)
+    )
     if dry_run:
         if (estimate := getattr(judge, "estimate", None)) is not None:
             result.estimate = estimate(tasks, config)
@@ -180,10 +180,11 @@ def _refuse_another_judge(path: Path, known: dict[str, Judgment], identity: dict
         keys = [key for key in [*then, *identity] if then.get(key) != identity.get(key)]
         differ = [f"{_key(key)} was {then.get(key)!r}, now {identity.get(key)!r}" for key in dict.fromkeys(keys)]
         raise UserError(
-            f"it holds judgments by another judge: {'; '.join(differ)}", where=str(path),
+            f"it holds judgments by another judge: {'; '.join(differ)}",
+            where=str(path),
             hint=f"set that back, or copy {COMPLETIONS} to another folder and use --data, or rm {path} to judge anew "
             "(replies that are paid for stay in the ledger)",
-        )  # fmt: skip
+        )
 
 
 def _key(name: str) -> str:

@@ -47,10 +47,17 @@ BEST = {"dpo": ("eval_rewards/margins", 1), "sft": ("eval_loss", -1)}
 
 
 def run(
-    config: Config, progress: Progress, stage: Stage = "dpo", name: str = "dpo", data: Path | None = None,
-    fresh: bool = False, limit: int | None = None, dry_run: bool = False,
-    after_save: Callable[[], None] | None = None, submission: str | None = None,
-) -> Trained:  # fmt: skip
+    config: Config,
+    progress: Progress,
+    stage: Stage = "dpo",
+    name: str = "dpo",
+    data: Path | None = None,
+    fresh: bool = False,
+    limit: int | None = None,
+    dry_run: bool = False,
+    after_save: Callable[[], None] | None = None,
+    submission: str | None = None,
+) -> Trained:
     """Train, or go on training, the run `name`.
 
     Args:
@@ -81,13 +88,17 @@ def run(
     output = _output(config, stage)
     section = config.train if stage == "dpo" else config.sft
     result = Trained(
-        stage=stage, run=str(folder.path), adapter=str(output), rows=len(inputs.rows), held_out=len(inputs.held_out),
+        stage=stage,
+        run=str(folder.path),
+        adapter=str(output),
+        rows=len(inputs.rows),
+        held_out=len(inputs.held_out),
         steps=plan.steps(section, len(inputs.rows)),
-    )  # fmt: skip
+    )
     if dry_run:
         result.step = max(folder.complete_checkpoints(), default=0)
         return result
-    if not distributed.first():
+    if not distributed.is_main_process():
         return _assist(result, config, base, adapter, inputs, folder)
     if fresh and not (submission and folder.submission() == submission):
         with jsonl.Journal(folder.events):
@@ -105,20 +116,21 @@ def run(
         )
         report = folder.finished()
         if report is not None:
-            distributed.agreed(False)
+            distributed.broadcast(False)
             return _finished_before(report, folder, output, config.model.base)
         checkpoints = folder.complete_checkpoints()
         result.resumed_from = max(checkpoints, default=None)
         if stage == "sft" and output.exists() and not fresh and not checkpoints:
             raise UserError(
-                "there is an SFT adapter already", where=str(output),
+                "there is an SFT adapter already",
+                where=str(output),
                 hint="set model.adapter to another folder, or replace it with --fresh",
-            )  # fmt: skip
+            )
         trains = not _is_trained(folder)
         if trains:
             for torn in folder.drop_incomplete():
                 progress.log(f"{torn} was cut short and is dropped")
-        if distributed.agreed(trains):
+        if distributed.broadcast(trains):
             progress.begin("train", result.steps, result.resumed_from or 0)
             try:
                 _train(config, stage, base, adapter, inputs, folder, events, progress)
@@ -139,21 +151,27 @@ def _assist(
     result: Trained, config: Config, base: Path, adapter: Adapter | None, inputs: Inputs, folder: RunFolder
 ) -> Trained:
     """Train in a process that is not the first: what is written and told is the first one's."""
-    if distributed.agreed(False):
+    if distributed.broadcast(False):
         with distributed.journal(folder.events) as events:
             _train(config, result.stage, base, adapter, inputs, folder, events, Silent())
     return result
 
 
 def _train(
-    config: Config, stage: Stage, base: Path, adapter: Adapter | None, inputs: Inputs, folder: RunFolder,
-    events: jsonl.Journal, progress: Progress,
-) -> None:  # fmt: skip
+    config: Config,
+    stage: Stage,
+    base: Path,
+    adapter: Adapter | None,
+    inputs: Inputs,
+    folder: RunFolder,
+    events: jsonl.Journal,
+    progress: Progress,
+) -> None:
     """Encode the rows and run the stage's trainer; everything that needs torch is imported here."""
     from dpo_cli.training import trackers, trainer
 
     section = config.train if stage == "dpo" else config.sft
-    with trainer.hushed(progress), trackers.tracked(section, folder.path, progress):
+    with trainer.redirect_logs(progress), trackers.tracked(section, folder.path, progress):
         encoder = trainer.load_encoder(base, config.model, section.max_length)
         rows, held_out = (encoder.encode([row[:2] for row in side]) for side in (inputs.rows, inputs.held_out))
         _tell(rows, held_out, events, progress)
@@ -202,9 +220,14 @@ def _tell(rows: Encoded, held_out: Encoded, events: jsonl.Journal, progress: Pro
 
 
 def _finish(
-    result: Trained, folder: RunFolder, output: Path, config: Config, base: Path, inputs: Inputs,
+    result: Trained,
+    folder: RunFolder,
+    output: Path,
+    config: Config,
+    base: Path,
+    inputs: Inputs,
     identity: dict[str, Any],
-) -> Trained:  # fmt: skip
+) -> Trained:
     """Judge the run by its best checkpoint, put its adapter in its place, write the report."""
     state = folder.trainer_state()
     checkpoints = folder.complete_checkpoints()
@@ -249,9 +272,11 @@ def _finished_before(report: dict[str, Any], folder: RunFolder, output: Path, ba
         checkpoint = folder.checkpoints / str(result.best_checkpoint)
         if not checkpoint.exists():
             raise UserError(
-                "this run is finished, but its adapter and its checkpoints are gone", where=str(folder.path),
-                hint="--fresh trains again", code=Exit.FAILED,
-            )  # fmt: skip
+                "this run is finished, but its adapter and its checkpoints are gone",
+                where=str(folder.path),
+                hint="--fresh trains again",
+                code=Exit.FAILED,
+            )
         publish(checkpoint, output, base)
     return result
 
@@ -268,15 +293,17 @@ def _sft_adapter(config: Config) -> Adapter | None:
     path = Path(config.model.adapter)
     if Path(config.runs).resolve() in path.resolve().parents:
         raise UserError(
-            "this is a run's own checkpoint, not an adapter to start from", where=str(path),
+            "this is a run's own checkpoint, not an adapter to start from",
+            where=str(path),
             hint="to resume the run: the same command with its --name; to start from its result: --adapter FOLDER with "
             "the folder that it published, another --dpo-adapter and another --name",
-        )  # fmt: skip
+        )
     if not path.exists():
         raise UserError(
-            "no SFT adapter here", where=str(path),
+            "no SFT adapter here",
+            where=str(path),
             hint="nothing-dpo train --stage sft makes one; --set model.adapter=none trains a fresh LoRA instead",
-        )  # fmt: skip
+        )
     return check_adapter(path, config.model.base)
 
 
@@ -290,9 +317,10 @@ def _output(config: Config, stage: Stage) -> Path:
         start = Path(config.model.adapter).resolve()
         if start == output.resolve() or start in output.resolve().parents or output.resolve() in start.parents:
             raise UserError(
-                "the DPO adapter would overwrite the SFT adapter", where=str(output),
+                "the DPO adapter would overwrite the SFT adapter",
+                where=str(output),
                 hint="to start from its result: another --dpo-adapter and --name; to resume: leave out --adapter",
-            )  # fmt: skip
+            )
     check_replaceable(output)
     return output
 

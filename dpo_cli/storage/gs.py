@@ -42,9 +42,11 @@ class Bucket:
             blob = self.bucket.blob(self.prefix + name, chunk_size=PART)
             with self._explained(), _open(source) as file:
                 blob.upload_from_file(
-                    _Counted(file, done), checksum="crc32c", if_generation_match=self._generations.get(blob.name, 0),
+                    _Counted(file, done),
+                    checksum="crc32c",
+                    if_generation_match=self._generations.get(blob.name, 0),
                     size=file.seek(0, 2) - file.seek(0),
-                )  # fmt: skip
+                )
             self._generations[blob.name] = blob.generation
 
     def receive(self, name: str, path: Path, done: Done) -> None:

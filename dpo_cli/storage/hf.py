@@ -47,8 +47,9 @@ class Repository:
             file.path.removeprefix(self.path): Stored(
                 file.size, f"sha256:{file.lfs.sha256}" if file.lfs else f"git:{file.blob_id}"
             )
-            for file in tree if isinstance(file, RepoFile)
-        }  # fmt: skip
+            for file in tree
+            if isinstance(file, RepoFile)
+        }
 
     def send(self, files: Mapping[str, Source], done: Done) -> None:
         from huggingface_hub import CommitOperationAdd

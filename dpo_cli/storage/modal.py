@@ -51,10 +51,12 @@ class Volume:
             content = self._read(marker)
             listed = read_manifest(content, f"modal://{self.name}/{inside}{marker}") | {marker: hashed(content)}
             self._arrived = {
-                name: stored for name, stored in listed.items()
-                if name in entries and entries[name].size == stored.size
+                name: stored
+                for name, stored in listed.items()
+                if name in entries
+                and entries[name].size == stored.size
                 and entries[name].mtime <= entries[marker].mtime  # not written by another since
-            }  # fmt: skip
+            }
         entries.pop(INCOMPLETE, None)
         return {name: self._arrived.get(name, Stored(entry.size, None)) for name, entry in entries.items()}
 

@@ -170,9 +170,11 @@ def _receive(storage: Storage, name: str, stored: Stored, path: Path, done: Done
         storage.receive(name, part, done)
         if part.stat().st_size != stored.size or (stored.checksum and not _is_same(part, stored)):
             raise UserError(
-                f"{name} is not what was sent: its size or checksum differs", where=str(path),
-                hint="the same command again; if it stays so, push it again", code=Exit.FAILED,
-            )  # fmt: skip
+                f"{name} is not what was sent: its size or checksum differs",
+                where=str(path),
+                hint="the same command again; if it stays so, push it again",
+                code=Exit.FAILED,
+            )
         part.replace(path)
     except OSError as error:
         raise disk_error(error, path) from error

@@ -18,12 +18,12 @@ def several() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def first() -> bool:
+def is_main_process() -> bool:
     """Whether this is the process that writes."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def agreed(value: T) -> T:
+def broadcast(value: T) -> T:
     """The first process's value, once all of them ask."""
     if not several():
         return value
@@ -47,10 +47,10 @@ class Unwritten(jsonl.Journal):
 
 def journal(path: Path) -> jsonl.Journal:
     """A JSONL file open for appending, in the first process."""
-    return jsonl.Journal(path) if first() else Unwritten(path)
+    return jsonl.Journal(path) if is_main_process() else Unwritten(path)
 
 
 def write_rows(path: Path, rows: Iterable[Any]) -> None:
     """As `store.write_rows`, in the first process."""
-    if first():
+    if is_main_process():
         jsonl.write_rows(path, rows)

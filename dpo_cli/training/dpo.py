@@ -88,9 +88,16 @@ class Trainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ignore
     best = BEST
 
     def __init__(
-        self, *, events: jsonl.Journal, kl_prompts: list[list[int]], kl_tokens: int, kl_limit: float = math.inf,
-        tolerance: float = 1e-3, easy_first: bool = False, **trl: Any,
-    ) -> None:  # fmt: skip
+        self,
+        *,
+        events: jsonl.Journal,
+        kl_prompts: list[list[int]],
+        kl_tokens: int,
+        kl_limit: float = math.inf,
+        tolerance: float = 1e-3,
+        easy_first: bool = False,
+        **trl: Any,
+    ) -> None:
         self.easy_first = easy_first
         super().__init__(**trl)
         self.kl_limit = kl_limit
@@ -152,8 +159,9 @@ class Trainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ignore
         said = f"loss {loss.item():.4f}" + (f" instead of {expected:.4f}" if expected else "")
         raise UserError(
             f"step zero: {said}, margins up to {margin:.4f} instead of 0; {self._likely_cause()}; nothing was trained",
-            hint="the reference must be a frozen copy of the adapter that is trained", code=Exit.FAILED,
-        )  # fmt: skip
+            hint="the reference must be a frozen copy of the adapter that is trained",
+            code=Exit.FAILED,
+        )
 
     def _likely_cause(self) -> str:
         if self.ref_model is not None:
@@ -206,9 +214,15 @@ class Trainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ignore
         stops = self.model.generation_config.eos_token_id
         stops = set(stops if isinstance(stops, list) else [stops]) | {self._tokenizer.eos_token_id}
         return sample(
-            model, self.kl_prompts, self.kl_tokens, self._tokenizer.pad_token_id, stops - {None}, self.args.seed,
-            self.accelerator.autocast, self._may_stop,
-        )  # fmt: skip
+            model,
+            self.kl_prompts,
+            self.kl_tokens,
+            self._tokenizer.pad_token_id,
+            stops - {None},
+            self.args.seed,
+            self.accelerator.autocast,
+            self._may_stop,
+        )
 
     def _may_stop(self, *_: Any) -> bool:
         """Let a signal end the measurement of KL, which can take longer than a job has left; never ends it itself."""
@@ -217,9 +231,16 @@ class Trainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ignore
 
 
 def train(
-    config: Config, base: Path, adapter: Path | None, tokenizer: PreTrainedTokenizerBase, rows: list[Sequences],
-    held_out: list[Sequences], run: RunFolder, events: jsonl.Journal, progress: Progress,
-) -> None:  # fmt: skip
+    config: Config,
+    base: Path,
+    adapter: Path | None,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[Sequences],
+    held_out: list[Sequences],
+    run: RunFolder,
+    events: jsonl.Journal,
+    progress: Progress,
+) -> None:
     """Train `adapter` against its own frozen copy, a fresh LoRA against the base, or all weights against theirs.
 
     Args:
@@ -265,7 +286,7 @@ def train(
                 eval_dataset=_dataset(held_out) if held_out else None,
                 processing_class=tokenizer,
                 peft_config=None if adapter is not None or section.full else fresh_lora(section),
-            )  # fmt: skip
+            )
         except ValueError as error:
             raise UserError(f"TRL refuses this setting: {error}") from None
         if section.load_in_4bit:

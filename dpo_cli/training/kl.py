@@ -13,9 +13,15 @@ import torch
 
 @torch.no_grad()
 def sample(
-    model: Any, prompts: list[list[int]], tokens: int, pad: int, stops: set[int], seed: int,
-    autocast: Callable[[], AbstractContextManager[Any]], may_stop: Callable[..., bool],
-) -> list[list[int]]:  # fmt: skip
+    model: Any,
+    prompts: list[list[int]],
+    tokens: int,
+    pad: int,
+    stops: set[int],
+    seed: int,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    may_stop: Callable[..., bool],
+) -> list[list[int]]:
     """One completion a prompt, to the stop token or `tokens`.
 
     Args:
@@ -36,18 +42,30 @@ def sample(
     with torch.random.fork_rng([device] if device.type == "cuda" else []), autocast():
         torch.manual_seed(seed)
         output = model.generate(
-            input_ids=torch.tensor(ids, device=device), attention_mask=torch.tensor(mask, device=device),
-            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=tokens,
-            eos_token_id=sorted(stops), pad_token_id=pad, stopping_criteria=[may_stop],
-        )  # fmt: skip
+            input_ids=torch.tensor(ids, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            repetition_penalty=1.0,
+            max_new_tokens=tokens,
+            eos_token_id=sorted(stops),
+            pad_token_id=pad,
+            stopping_criteria=[may_stop],
+        )
     return [_until(row, stops) for row in output[:, width:].tolist()]
 
 
 @torch.no_grad()
 def kl(
-    model: Any, reference: Callable[[], AbstractContextManager[Any]], prompts: list[list[int]],
-    completions: list[list[int]], autocast: Callable[[], AbstractContextManager[Any]], may_stop: Callable[..., bool],
-) -> tuple[float, float]:  # fmt: skip
+    model: Any,
+    reference: Callable[[], AbstractContextManager[Any]],
+    prompts: list[list[int]],
+    completions: list[list[int]],
+    autocast: Callable[[], AbstractContextManager[Any]],
+    may_stop: Callable[..., bool],
+) -> tuple[float, float]:
     """KL of the two on these completions of the prompts: nats a token, nats a sequence.
 
     Args:

@@ -37,9 +37,16 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     """Writes metrics.jsonl, shows progress, asks the guards, and ends the run when a signal asks for it."""
 
     def __init__(
-        self, trainer: Any, run: RunFolder, metrics: jsonl.Journal, events: jsonl.Journal, progress: Progress,
-        stop: Stop, state: State, gate: GateSection | None,
-    ) -> None:  # fmt: skip
+        self,
+        trainer: Any,
+        run: RunFolder,
+        metrics: jsonl.Journal,
+        events: jsonl.Journal,
+        progress: Progress,
+        stop: Stop,
+        state: State,
+        gate: GateSection | None,
+    ) -> None:
         self.trainer = trainer
         self.run = run
         self.metrics = metrics
@@ -168,9 +175,12 @@ def tell(finding: Finding, step: int, events: jsonl.Journal, progress: Progress)
 
 
 def fit(
-    make: Callable[[State], Any], run: RunFolder, events: jsonl.Journal, progress: Progress,
+    make: Callable[[State], Any],
+    run: RunFolder,
+    events: jsonl.Journal,
+    progress: Progress,
     gate: GateSection | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Train from the newest complete checkpoint, or from the start, to the end that max_steps or a guard sets.
 
     Args:
@@ -204,9 +214,11 @@ def fit(
                 finding = guards.after_out_of_memory(state, batch, eval_batch, budget) if halve else None
                 if finding is None:
                     raise UserError(
-                        f"the memory does not suffice for {'one row' if halve else 'a forward'}", where=str(run.path),
-                        hint=advice("out_of_memory"), code=Exit.FAILED,
-                    )  # fmt: skip
+                        f"the memory does not suffice for {'one row' if halve else 'a forward'}",
+                        where=str(run.path),
+                        hint=advice("out_of_memory"),
+                        code=Exit.FAILED,
+                    )
                 tell(finding, step, events, progress)
                 run.save_guard_state(max(run.complete_checkpoints(), default=0), state)
                 continue
@@ -218,18 +230,25 @@ def fit(
         newest = max(run.complete_checkpoints(), default=0)
         if not newest:
             raise UserError(
-                "the loss is not a number, and no checkpoint was good", where=str(run.path),
-                hint=advice("nan"), code=Exit.FAILED,
-            )  # fmt: skip
-        if distributed.first():
+                "the loss is not a number, and no checkpoint was good",
+                where=str(run.path),
+                hint=advice("nan"),
+                code=Exit.FAILED,
+            )
+        if distributed.is_main_process():
             run.save_guard_state(newest, state)
         events.append(event("ended", newest, reason=state.ended))
 
 
 def _attempt(
-    make: Callable[[State], Any], run: RunFolder, events: jsonl.Journal, progress: Progress, stop: Stop, state: State,
+    make: Callable[[State], Any],
+    run: RunFolder,
+    events: jsonl.Journal,
+    progress: Progress,
+    stop: Stop,
+    state: State,
     gate: GateSection | None,
-) -> tuple[Outcome, int, Any]:  # fmt: skip
+) -> tuple[Outcome, int, Any]:
     """Train until something happens: the outcome, the step, and the trainer.
 
     metrics.jsonl is written anew from the checkpoint's own log first, so that no step is there twice or missing.
@@ -268,11 +287,11 @@ def _roll_back(
     """Go back to the last good checkpoint, or to the start."""
     limit = gate.kl_limit if gate else float("inf")
     rows = [row for _, row in jsonl.read_rows(run.metrics, dict[str, Any])]
-    good = distributed.agreed(guards.last_good(run.complete_checkpoints(), rows, limit) or 0)
-    if distributed.first():
+    good = distributed.broadcast(guards.last_good(run.complete_checkpoints(), rows, limit) or 0)
+    if distributed.is_main_process():
         run.save_guard_state(good, state)
         run.drop_after(good)
-    distributed.agreed(good)  # the others go on from there when it is done
+    distributed.broadcast(good)  # the others go on from there when it is done
     events.append(event("rolled_back", step, to=good))
     progress.log(f"step {step}: rolled back to {f'checkpoint-{good}' if good else 'the start'}")
 
@@ -285,13 +304,17 @@ def _raise_stopped(stop: Stop, step: int, run: RunFolder, events: jsonl.Journal)
         raise KeyboardInterrupt
     raise UserError(
         f"stopped by SIGTERM after step {step}; step {saved} is saved",
-        where=str(run.path), hint="the same command goes on from there", code=Exit.PREEMPTED,
-    )  # fmt: skip
+        where=str(run.path),
+        hint="the same command goes on from there",
+        code=Exit.PREEMPTED,
+    )
 
 
 def _evaluation(row: dict[str, Any]) -> str:
     names = {
-        "held-out loss": "eval_loss", "margin": "eval_rewards/margins", "accuracy": "eval_rewards/accuracies",
+        "held-out loss": "eval_loss",
+        "margin": "eval_rewards/margins",
+        "accuracy": "eval_rewards/accuracies",
         "KL in nats a token": "eval_kl_nats_per_token",
-    }  # fmt: skip
+    }
     return ", ".join(f"{name} {row[key]:.4f}" for name, key in names.items() if key in row)

@@ -54,8 +54,9 @@ def merge(base: Path, adapter: Path, output: Path, texts: list[str]) -> Merged:
     if not mean <= tolerance:
         raise UserError(
             f"the merged model's log-probabilities are off by {mean:.2g} nats a token, more than {tolerance:.2g}",
-            where=str(adapter), code=Exit.FAILED,
-        )  # fmt: skip
+            where=str(adapter),
+            code=Exit.FAILED,
+        )
     staged = output.with_name(f".{output.name}.new")
     shutil.rmtree(staged, ignore_errors=True)
     merged.save_pretrained(staged)

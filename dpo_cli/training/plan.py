@@ -70,10 +70,14 @@ class Shape(Struct, kw_only=True):
         queries, values = head * self.num_attention_heads, head * (self.num_key_value_heads or self.num_attention_heads)
         hidden, inner = self.hidden_size, self.intermediate_size
         return {
-            "q_proj": (hidden, queries), "k_proj": (hidden, values), "v_proj": (hidden, values),
-            "o_proj": (queries, hidden), "gate_proj": (hidden, inner), "up_proj": (hidden, inner),
+            "q_proj": (hidden, queries),
+            "k_proj": (hidden, values),
+            "v_proj": (hidden, values),
+            "o_proj": (queries, hidden),
+            "gate_proj": (hidden, inner),
+            "up_proj": (hidden, inner),
             "down_proj": (inner, hidden),
-        }  # fmt: skip
+        }
 
     def linear_parameters(self) -> int:
         """Weights of all layers."""
@@ -189,9 +193,14 @@ def count(messages: Sequence[Any], tokens_of: Callable[[str], int]) -> int:
 
 
 def make(
-    section: TrainSection, plan: PlanSection, shape: Shape, adapter: tuple[int, str | list[str]],
-    lengths: Sequence[Lengths], held_out: Sequence[Lengths], counted_by: str,
-) -> Plan:  # fmt: skip
+    section: TrainSection,
+    plan: PlanSection,
+    shape: Shape,
+    adapter: tuple[int, str | list[str]],
+    lengths: Sequence[Lengths],
+    held_out: Sequence[Lengths],
+    counted_by: str,
+) -> Plan:
     """Reckon a run of DPO.
 
     Args:
@@ -222,15 +231,25 @@ def make(
     )
     hours = ops / (plan.gpu_tflops * 1e12 * plan.utilization) / 3600
     result = Plan(
-        pairs=len(lengths), held_out=len(held_out), steps=made, warmup_share=warmup / max(made, 1),
-        evaluations=evaluations, tokens=round(passes * sum(_size(row, why is None) for row in cut)),
-        longest=longest, largest=largest, forward="packed, each prompt once" if why is None else f"padded, since {why}",
-        too_long=sum(row.longest() > section.max_length for row in lengths), counted_by=counted_by,
-        memory_gb=memory, total_gb=sum(memory.values()), card_gb=plan.gpu_memory_gb,
-        fits=sum(memory.values()) <= plan.gpu_memory_gb, hours=hours,
+        pairs=len(lengths),
+        held_out=len(held_out),
+        steps=made,
+        warmup_share=warmup / max(made, 1),
+        evaluations=evaluations,
+        tokens=round(passes * sum(_size(row, why is None) for row in cut)),
+        longest=longest,
+        largest=largest,
+        forward="packed, each prompt once" if why is None else f"padded, since {why}",
+        too_long=sum(row.longest() > section.max_length for row in lengths),
+        counted_by=counted_by,
+        memory_gb=memory,
+        total_gb=sum(memory.values()),
+        card_gb=plan.gpu_memory_gb,
+        fits=sum(memory.values()) <= plan.gpu_memory_gb,
+        hours=hours,
         usd={"modal": hours * plan.modal_usd_per_hour, "gke": hours * plan.gke_usd_per_hour, "local": 0.0},
         warnings=[],
-    )  # fmt: skip
+    )
     result.warnings = list(_warnings(result, section, warmup, lengths))
     return result
 
@@ -315,7 +334,7 @@ def _warnings(plan: Plan, section: TrainSection, warmup: int, lengths: Sequence[
         yield (
             f"learning rate is high for beta {section.beta:g}: "
             f"set train.learning_rate to {high:.2g} or less, now {section.learning_rate:.2g}"
-        )  # fmt: skip
+        )
     if plan.pairs < FEW_PAIRS:
         yield (
             f"{plan.pairs} pairs are few; {FEW_PAIRS} or more make a result that can be told from chance: "

@@ -59,9 +59,14 @@ def run(config: Config, data: Path | None = None, limit: int | None = None) -> P
         ]
 
     return plan.make(
-        config.train, config.plan, plan.read_shape(folder), _adapter(config), lengths(inputs.rows),
-        lengths(inputs.held_out), counted_by,
-    )  # fmt: skip
+        config.train,
+        config.plan,
+        plan.read_shape(folder),
+        _adapter(config),
+        lengths(inputs.rows),
+        lengths(inputs.held_out),
+        counted_by,
+    )
 
 
 def of_encoded(config: Config, base: Path, rows: Sequence[Sequences], held_out: Sequence[Sequences]) -> Plan:

@@ -125,7 +125,7 @@ class RunFolder:
         return json.loads((checkpoint / "trainer_state.json").read_text()) if checkpoint else {}
 
 
-def seal(checkpoint: Path) -> None:
+def mark_complete(checkpoint: Path) -> None:
     """Mark a checkpoint as complete, once all of it is on the disk."""
     sizes = {}
     for file in sorted(checkpoint.iterdir()):

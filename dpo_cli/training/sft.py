@@ -31,9 +31,15 @@ class Trainer(ResumableTrainer, SFTTrainer):  # type: ignore[misc]
 
 
 def train(
-    section: SftSection, base: Path, tokenizer: PreTrainedTokenizerBase, rows: list[Sequences],
-    held_out: list[Sequences], run: RunFolder, events: jsonl.Journal, progress: Progress,
-) -> None:  # fmt: skip
+    section: SftSection,
+    base: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[Sequences],
+    held_out: list[Sequences],
+    run: RunFolder,
+    events: jsonl.Journal,
+    progress: Progress,
+) -> None:
     """Train a fresh LoRA.
 
     Args:

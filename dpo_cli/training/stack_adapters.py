@@ -54,9 +54,7 @@ def stack(adapters: Sequence[Path], output: Path, base: str) -> None:
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     save_file(made, staged / ADAPTER_FILES[1], metadata={"format": "pt"})
-    combined = settings[0] | {
-        "r": rank, "lora_alpha": rank, "target_modules": targets, "base_model_name_or_path": base,
-    }  # fmt: skip
+    combined = settings[0] | {"r": rank, "lora_alpha": rank, "target_modules": targets, "base_model_name_or_path": base}
     files.write_json(staged / ADAPTER_FILES[0], combined)
     shutil.rmtree(output, ignore_errors=True)
     staged.rename(output)

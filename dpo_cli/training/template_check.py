@@ -27,9 +27,13 @@ Row = tuple[list[Message], list[Message]]
 
 
 def check_tokens(
-    encoder: Encoder, rows: Sequence[Row], url: str | None, adapter: Path | None, events: jsonl.Journal,
+    encoder: Encoder,
+    rows: Sequence[Row],
+    url: str | None,
+    adapter: Path | None,
+    events: jsonl.Journal,
     progress: Progress,
-) -> bool:  # fmt: skip
+) -> bool:
     """Compare the rows' token ids, and their prompts', with the adapter's and the server's.
 
     Args:
@@ -86,9 +90,13 @@ def own_template(adapter: Path) -> str | None:
 
 
 def _compare(
-    encoder: Encoder, rows: Sequence[Row], other: Callable[[list[Message], bool], list[int]], name: str, where: str,
+    encoder: Encoder,
+    rows: Sequence[Row],
+    other: Callable[[list[Message], bool], list[int]],
+    name: str,
+    where: str,
     events: jsonl.Journal,
-) -> None:  # fmt: skip
+) -> None:
     """Raise UserError at the first row that the other side encodes in another way."""
     for prompt, completion in rows:
         for messages, answer_next in ((prompt, True), (prompt + completion, False)):
@@ -98,10 +106,11 @@ def _compare(
             cause = difference(ours, theirs, encoder.tokenizer, name, answer_next)
             events.append(event("tokens", 0, ok=False, cause=cause, where=where))
             raise UserError(
-                f"template mismatch: {cause}", where=where,
+                f"template mismatch: {cause}",
+                where=where,
                 hint="one base and one chat template for SFT, training and serving: nothing-dpo serve-config",
                 code=Exit.FAILED,
-            )  # fmt: skip
+            )
 
 
 def difference(ours: list[int], theirs: list[int], tokenizer: Any, name: str, answer_next: bool) -> str:

@@ -35,7 +35,7 @@ from dpo_cli.training import distributed, guards
 from dpo_cli.training.encode import Encoder
 from dpo_cli.training.guards import State
 from dpo_cli.training.plan import capped_steps
-from dpo_cli.training.run_folder import GUARDS, RunFolder, metric_rows, seal
+from dpo_cli.training.run_folder import GUARDS, RunFolder, mark_complete, metric_rows
 from dpo_cli.training.trackers import PROJECT, tracker
 
 METERS = "meters.json"
@@ -96,7 +96,7 @@ class ResumableTrainer:
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         (checkpoint / METERS).write_text(json.dumps(meters))
         write_json(checkpoint / GUARDS, self.guard_state)
-        seal(checkpoint)
+        mark_complete(checkpoint)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         # Which checkpoint rotation keeps: transformers would look at the metric alone, not at KL.
@@ -162,9 +162,14 @@ class ResumableTrainer:
 
 
 def arguments(
-    section: TrainingSection, run: RunFolder, evaluates: bool, metric: str, sign: int, rows: int = 0,
+    section: TrainingSection,
+    run: RunFolder,
+    evaluates: bool,
+    metric: str,
+    sign: int,
+    rows: int = 0,
     state: State | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Keyword arguments of TRL's configuration classes.
 
     Args:
@@ -239,9 +244,11 @@ def load_base(folder: Path, section: TrainingSection) -> Any:
     if section.load_in_4bit:
         errors.require("qlora", "load_in_4bit")
         quantization = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
-        )  # fmt: skip
+        )
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=quantization)
         keep_differentiable(model)
         return model
@@ -274,9 +281,12 @@ def fresh_lora(section: TrainingSection) -> LoraConfig:
     """A new adapter's configuration."""
     targets = section.target_modules
     return LoraConfig(
-        task_type="CAUSAL_LM", r=section.r, lora_alpha=section.lora_alpha, lora_dropout=section.lora_dropout,
+        task_type="CAUSAL_LM",
+        r=section.r,
+        lora_alpha=section.lora_alpha,
+        lora_dropout=section.lora_dropout,
         target_modules=targets.split(",") if isinstance(targets, str) and "," in targets else targets,
-    )  # fmt: skip
+    )
 
 
 def peak_memory() -> float:
@@ -287,7 +297,7 @@ def peak_memory() -> float:
 
 
 @contextmanager
-def hushed(progress: Progress) -> Iterator[None]:
+def redirect_logs(progress: Progress) -> Iterator[None]:
     """Keep the libraries off the terminal: their warnings go to the progress log, each once; bars go nowhere."""
     handler = _ToProgress(progress)
     transformers_logging.disable_progress_bar()

@@ -45,9 +45,12 @@ def comparison_list(console: Console, rows: Rows, first: int, count: int) -> Non
         row = rows.decode(line, Compared)
         cells = ending(row.prompt), excerpt(row.reference[0]), excerpt(row.policy[0])
         table.add_row(
-            Text(f"{index:,}", "dim"), safe_line(row.id[:ID_SHOWN], LABEL), _outcome(row.win), _scores(row),
+            Text(f"{index:,}", "dim"),
+            safe_line(row.id[:ID_SHOWN], LABEL),
+            _outcome(row.win),
+            _scores(row),
             *cells[not roomy :],
-        )  # fmt: skip
+        )
     console.print(table)
     console.print(position(rows, first, len(page)))
 
@@ -104,8 +107,11 @@ def planned(console: Console, result: "Planned") -> None:
     """What `evaluate` would do."""
     table = fact_table()
     table.add_row("prompts", f"{result.prompts:,}")
-    table.add_row("owed", f"{result.completions:,} completions · {result.comparisons:,} comparisons, "
-                  f"{result.ratings:,} ratings of a single answer")  # fmt: skip
+    table.add_row(
+        "owed",
+        f"{result.completions:,} completions · {result.comparisons:,} comparisons, "
+        f"{result.ratings:,} ratings of a single answer",
+    )
     add_estimate(table, result.estimate)
     console.print(table)
 
@@ -116,8 +122,11 @@ def evaluated(console: Console, result: "Evaluation") -> None:
     table.add_row("win rate", _clear(result.win_rate, result.interval))
     controlled = _clear(result.length_controlled_win_rate, result.length_controlled_interval)
     table.add_row("", controlled.append("  at equal lengths", "dim"))
-    table.add_row("prompts", f"{result.wins:,} won · {result.ties:,} even · {result.losses:,} lost"
-                  + (f" · {result.failed:,} without a result" if result.failed else ""))  # fmt: skip
+    table.add_row(
+        "prompts",
+        f"{result.wins:,} won · {result.ties:,} even · {result.losses:,} lost"
+        + (f" · {result.failed:,} without a result" if result.failed else ""),
+    )
     if result.scores is not None:
         table.add_row("score", f"{number(result.scores.reference)} → {number(result.scores.policy)}, each by itself")
     table.add_row("length", f"{number(result.lengths.reference)} → {number(result.lengths.policy)} characters")

@@ -54,9 +54,13 @@ def presets(console: Console, costs: "Sequence[Cost]") -> None:
     for cost in costs:
         sets = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in cost.settings.items())
         table.add_row(
-            Text(cost.name, "cyan"), Text(f"{cost.memory_gb:.1f}", "" if cost.fits else "bold red"), f"{cost.steps:,}",
-            f"{cost.hours:.2f}", f"{cost.usd:.2f}", safe(sets or "the defaults", "dim"),
-        )  # fmt: skip
+            Text(cost.name, "cyan"),
+            Text(f"{cost.memory_gb:.1f}", "" if cost.fits else "bold red"),
+            f"{cost.steps:,}",
+            f"{cost.hours:.2f}",
+            f"{cost.usd:.2f}",
+            safe(sets or "the defaults", "dim"),
+        )
     console.print(table)
     console.print(
         Text(

@@ -16,15 +16,15 @@ from dpo_cli.workflows.sweep import best_said
 if TYPE_CHECKING:
     from dpo_cli.demo import Demonstrated
     from dpo_cli.endpoint.costs import Estimate
-    from dpo_cli.workflows.sweep import Swept
+    from dpo_cli.workflows.sweep import SweepResult
 
 if TYPE_CHECKING:
     from dpo_cli.endpoint.costs import Estimate
     from dpo_cli.workflows.protocol import Followed
-    from dpo_cli.workflows.rounds import Ran, Round, Step
+    from dpo_cli.workflows.rounds import Round, RoundsResult, Step
 
 
-def ran(console: Console, result: "Ran") -> None:
+def ran(console: Console, result: "RoundsResult") -> None:
     """The table of rounds."""
     table = _table("round", "pairs", "accuracy", "KL", "wins", "score", "length", "spent", "gates")
     for one in result.rounds:
@@ -46,9 +46,12 @@ def steps(console: Console, planned: Sequence["Step"]) -> None:
     table = _table("round", "stage", "", "what", "dollars")
     for step in planned:
         table.add_row(
-            str(step.round), Text(step.stage, "cyan"), Text(step.state, "green" if step.state == "done" else "yellow"),
-            safe_line(step.what), _cost(step.estimate),
-        )  # fmt: skip
+            str(step.round),
+            Text(step.stage, "cyan"),
+            Text(step.state, "green" if step.state == "done" else "yellow"),
+            safe_line(step.what),
+            _cost(step.estimate),
+        )
     console.print(table)
 
 
@@ -56,13 +59,21 @@ def followed(console: Console, result: "Followed") -> None:
     """The topics of a protocol, one line each, and what came out."""
     table = _table("topic", "quiz", "voice", "kept", "because", "spent")
     for one in result.topics:
-        quiz, voice = ([percent(mark) for mark in marks] for marks in (
-            [mark.accuracy for mark in (one.sft, one.dpo) if mark], [mark.voice for mark in (one.sft, one.dpo) if mark])
-        )  # fmt: skip
+        quiz, voice = (
+            [percent(mark) for mark in marks]
+            for marks in (
+                [mark.accuracy for mark in (one.sft, one.dpo) if mark],
+                [mark.voice for mark in (one.sft, one.dpo) if mark],
+            )
+        )
         table.add_row(
-            safe_line(one.topic, "cyan"), Text(" → ".join(quiz), "green" if one.ok else "red"), " → ".join(voice),
-            safe_line(one.kept), safe(one.why), dollars(one.usd),
-        )  # fmt: skip
+            safe_line(one.topic, "cyan"),
+            Text(" → ".join(quiz), "green" if one.ok else "red"),
+            " → ".join(voice),
+            safe_line(one.kept),
+            safe(one.why),
+            dollars(one.usd),
+        )
     console.print(table)
     console.print(safe(f"\nmodel    {result.model}"))
     if result.adapter:
@@ -74,14 +85,18 @@ def _cells(one: "Round") -> list[str | Text]:
     metrics = trained.metrics if trained else {}
     gates = Text("fail", "red") if one.stopped else Text("pass", "green")
     return [
-        str(one.number), f"{one.pairs:,} + {one.held_out:,}", percent(metrics.get("eval_rewards/accuracies")),
+        str(one.number),
+        f"{one.pairs:,} + {one.held_out:,}",
+        percent(metrics.get("eval_rewards/accuracies")),
         number(metrics.get(KL)),
         "–" if held is None else f"{percent(held.win_rate)} [{percent(held.interval[0])}, {percent(held.interval[1])}]",
-        "–" if held is None or held.scores is None
+        "–"
+        if held is None or held.scores is None
         else f"{number(held.scores.reference)} → {number(held.scores.policy)}",
         "–" if held is None else f"{number(held.lengths.reference)} → {number(held.lengths.policy)}",
-        dollars(one.usd), gates,
-    ]  # fmt: skip
+        dollars(one.usd),
+        gates,
+    ]
 
 
 def _cost(found: "Estimate | None") -> str:
@@ -97,12 +112,13 @@ def _table(*headers: str) -> Table:
     return table
 
 
-def swept(console: Console, result: "Swept") -> None:
+def swept(console: Console, result: "SweepResult") -> None:
     """A sweep's runs side by side, by number and as plots: accuracy with its interval, margin, KL; the best named."""
     points, width = result.points, max(6, min(BAR_WIDTH, (console.width - NUMBERS_WIDTH) // 3))
-    margins, kls = (max((abs(value or 0.0) for value in values), default=0.0) for values in (
-        [point.margin for point in points], [*(point.kl for point in points), result.kl_limit])
-    )  # fmt: skip
+    margins, kls = (
+        max((abs(value or 0.0) for value in values), default=0.0)
+        for values in ([point.margin for point in points], [*(point.kl for point in points), result.kl_limit])
+    )
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", pad_edge=False)
     table.add_column(result.setting, justify="right", no_wrap=True)
     for header in ("accuracy", "margin", "KL"):
@@ -114,11 +130,15 @@ def swept(console: Console, result: "Swept") -> None:
         best = point.value == result.best
         table.add_row(
             Text(f"{'★ ' if best else ''}{point.value:g}", "bold green" if best else ""),
-            percent(point.accuracy), accuracy_of(point, width),
-            number(point.margin), signed(point.margin, margins, width),
-            number(point.kl), within_limit(point.kl, kls, result.kl_limit, width), number(point.loss),
+            percent(point.accuracy),
+            accuracy_of(point, width),
+            number(point.margin),
+            signed(point.margin, margins, width),
+            number(point.kl),
+            within_limit(point.kl, kls, result.kl_limit, width),
+            number(point.loss),
             Text(point.verdict or "–", "green" if point.verdict == "pass" else "red"),
-        )  # fmt: skip
+        )
     console.print(table)
     console.print(Text(f"accuracy: ├─┤ 95%, ┊ chance · KL in nats a token: ┊ {result.kl_limit:g}, the limit", "dim"))
     console.print(Text(best_said(result), "bold red" if result.best is None else "bold green"))

@@ -148,13 +148,15 @@ def of_topic(config: Config, topic: Topic, base: str) -> Config:
         config,
         data=str(Path(config.data) / topic.name),
         model=replace(
-            config.model, base=base, adapter=str(adapters / f"{topic.name}-sft"),
+            config.model,
+            base=base,
+            adapter=str(adapters / f"{topic.name}-sft"),
             dpo_adapter=str(adapters / f"{topic.name}-dpo"),
         ),
         generate=replace(config.generate, prompts=topic.prompts, engine="transformers"),
         evaluate=replace(config.evaluate, prompts=topic.prompts),
         train=replace(config.train, merge=False),
-    )  # fmt: skip
+    )
 
 
 def _learn(topic: Topic, protocol: Protocol, config: Config, progress: Progress) -> Learnt:
@@ -162,9 +164,13 @@ def _learn(topic: Topic, protocol: Protocol, config: Config, progress: Progress)
     train.run(config, progress, "sft", f"{topic.name}-sft", Path(topic.content))
     before, usd = _mark(topic, protocol, config, "reference", progress)
     result = Learnt(
-        topic=topic.name, sft=before, kept=str(config.model.adapter), why="", usd=usd,
+        topic=topic.name,
+        sft=before,
+        kept=str(config.model.adapter),
+        why="",
+        usd=usd,
         ok=before.accuracy >= protocol.accuracy,
-    )  # fmt: skip
+    )
     if before.accuracy < protocol.accuracy:
         result.why = f"the quiz is below {protocol.accuracy:g}: more SFT, not DPO"
         return result
@@ -196,9 +202,11 @@ def _mark(topic: Topic, protocol: Protocol, config: Config, side: Side, progress
     rated = evaluate.rate(config, progress, side)
     if asked.failed:
         raise UserError(
-            f"{asked.failed} questions have no result", where=topic.quiz, hint="the same command asks again",
+            f"{asked.failed} questions have no result",
+            where=topic.quiz,
+            hint="the same command asks again",
             code=Exit.FAILED,
-        )  # fmt: skip
+        )
     low, high = protocol.scale
     return Mark(asked.accuracy[side].value, (rated.score - low) / (high - low)), asked.usd + rated.usd
 

@@ -57,7 +57,7 @@ class Round(Struct, kw_only=True):
         return self.sampling_usd + self.judging_usd + (self.evaluation.usd if self.evaluation else 0.0)
 
 
-class Ran(Struct, kw_only=True):
+class RoundsResult(Struct, kw_only=True):
     """Every round so far; `adapter` is the last one that passed, None if none did, and `serve_config` serves it."""
 
     rounds: list[Round]
@@ -77,7 +77,7 @@ class Step(Struct):
     estimate: Estimate | None = None
 
 
-def run(config: Config, progress: Progress, backend: str = "local", limit: int | None = None) -> Ran:
+def run(config: Config, progress: Progress, backend: str = "local", limit: int | None = None) -> RoundsResult:
     """Do every round, or go on with them.
 
     Args:
@@ -100,11 +100,13 @@ def run(config: Config, progress: Progress, backend: str = "local", limit: int |
             break
         publish(Path(one.round.adapter), Path(config.model.dpo_adapter), config.model.base)
     good = [done for done in rounds if not done.stopped]
-    return Ran(
-        rounds=rounds, verdict="pass" if len(good) == len(rounds) else "fail",
-        adapter=config.model.dpo_adapter if good else None, usd=sum(done.usd for done in rounds),
+    return RoundsResult(
+        rounds=rounds,
+        verdict="pass" if len(good) == len(rounds) else "fail",
+        adapter=config.model.dpo_adapter if good else None,
+        usd=sum(done.usd for done in rounds),
         serve_config=serve_config.render(serve_config.plan(config), config, "cli") if good else None,
-    )  # fmt: skip
+    )
 
 
 def of_round(config: Config, number: int) -> Config:
@@ -125,10 +127,8 @@ def plan(config: Config, progress: Progress, limit: int | None = None) -> list[S
     """
     _check(config)
     return [
-        step
-        for number in range(1, config.run.rounds + 1)
-        for step in _Stages(config, number, progress, limit).steps()
-    ]  # fmt: skip
+        step for number in range(1, config.run.rounds + 1) for step in _Stages(config, number, progress, limit).steps()
+    ]
 
 
 def _check(config: Config) -> None:
@@ -158,9 +158,14 @@ class _Stages:
             self._make_pairs()
         was = self.folder.finished()
         made.trained = launch.train(
-            backend, self.config, self.progress, name=self.name, data=Path(self.config.data), fresh=False,
+            backend,
+            self.config,
+            self.progress,
+            name=self.name,
+            data=Path(self.config.data),
+            fresh=False,
             limit=self.limit,
-        )  # fmt: skip
+        )
         self._write()
         if made.trained.verdict == "fail":
             return self._stop("; ".join(made.trained.reasons) or "training did not pass its gates")
@@ -242,16 +247,20 @@ class _Stages:
         if failed > self.config.run.max_failed * total:
             why = next(iter(reasons), "")
             raise UserError(
-                f"{stage}: {failed:,} of {total:,} prompts failed; the first: {why}", where=self.name,
-                hint="the same command tries them again; run.max_failed is the share that may fail", code=Exit.FAILED,
-            )  # fmt: skip
+                f"{stage}: {failed:,} of {total:,} prompts failed; the first: {why}",
+                where=self.name,
+                hint="the same command tries them again; run.max_failed is the share that may fail",
+                code=Exit.FAILED,
+            )
 
     def _refuse_waiting(self, count: int) -> None:
         if count:
             raise UserError(
-                f"{count:,} requests are in batches that have not ended", where=self.name,
-                hint="the same command takes them in; a batch ends within a day", code=Exit.FAILED,
-            )  # fmt: skip
+                f"{count:,} requests are in batches that have not ended",
+                where=self.name,
+                hint="the same command takes them in; a batch ends within a day",
+                code=Exit.FAILED,
+            )
 
     def _stop(self, reason: str | None) -> Round:
         self.round.stopped = reason

@@ -35,7 +35,7 @@ class Point(Struct):
     margin_interval: tuple[float, float] | None = None
 
 
-class Swept(Struct):
+class SweepResult(Struct):
     """All points, in the order given, and the value of the best one that passes its gates; None: none does.
 
     The intervals are 95% ones; where they overlap, the order of the points is not shown.
@@ -48,9 +48,15 @@ class Swept(Struct):
 
 
 def run(
-    config: Config, progress: Progress, text: str, name: str = "dpo", data: Path | None = None, fresh: bool = False,
-    limit: int | None = None, backend: str = "local",
-) -> Swept:  # fmt: skip
+    config: Config,
+    progress: Progress,
+    text: str,
+    name: str = "dpo",
+    data: Path | None = None,
+    fresh: bool = False,
+    limit: int | None = None,
+    backend: str = "local",
+) -> SweepResult:
     """Train once for each value.
 
     Args:
@@ -85,10 +91,10 @@ def run(
         points.append(_point(value, result))
     within = [point for point in points if point.verdict == "pass" and (point.kl or 0.0) <= config.gate.kl_limit]
     best = max(within, key=lambda point: (point.accuracy or 0.0, -(point.loss or 0.0)), default=None)
-    return Swept(setting, points, config.gate.kl_limit, best.value if best else None)
+    return SweepResult(setting, points, config.gate.kl_limit, best.value if best else None)
 
 
-def best_said(swept: Swept) -> str:
+def best_said(swept: SweepResult) -> str:
     """Which one is the best, in words, and whether that can be told from chance."""
     if swept.best is None:
         return f"no run stayed within {swept.kl_limit:g} nats a token and passed its gates"
@@ -101,12 +107,12 @@ def best_said(swept: Swept) -> str:
     return said
 
 
-def runs_of(swept: Swept) -> dict[str, Run]:
+def runs_of(swept: SweepResult) -> dict[str, Run]:
     """What the run folders of the points tell, as far as they are on this machine."""
     return {point.run: run_history.read_run(Path(point.run)) for point in swept.points if Path(point.run).is_dir()}
 
 
-def page_path(swept: Swept) -> Path:
+def page_path(swept: SweepResult) -> Path:
     """Where a sweep's page goes: beside its runs, under what their names have in common."""
     first = Path(swept.points[0].run)
     return first.with_name(first.name[: first.name.rindex(f"-{swept.setting}-")] + f"-{swept.setting}.html")
@@ -133,7 +139,14 @@ def _point(value: float, result: Trained) -> Point:
     metrics, gates = result.metrics, result.gates
     accuracy, margin = gates.get("held_out_accuracy"), gates.get("held_out_margin")
     return Point(
-        value, result.run, result.adapter, result.verdict, accuracy.value if accuracy else None,
-        metrics.get(guards.MARGIN), metrics.get("eval_loss"), metrics.get(guards.KL),
-        accuracy.interval if accuracy else None, margin.interval if margin else None,
-    )  # fmt: skip
+        value,
+        result.run,
+        result.adapter,
+        result.verdict,
+        accuracy.value if accuracy else None,
+        metrics.get(guards.MARGIN),
+        metrics.get("eval_loss"),
+        metrics.get(guards.KL),
+        accuracy.interval if accuracy else None,
+        margin.interval if margin else None,
+    )

@@ -107,11 +107,12 @@ def check_length_bias(pairs: Sequence[Pair], limit: float) -> Iterator[Finding]:
     longer = found.low > limit
     extreme = sorted(pairs, key=_excess, reverse=longer)[:EXAMPLES]
     yield warning(
-        "length-bias", extreme,
+        "length-bias",
+        extreme,
         f"the longer side is chosen in {found.share:.0%} ({found.low:.0%} to {found.high:.0%}) of {found.n} pairs, "
         f"{'more' if longer else 'less'} than {limit if longer else 1 - limit:.0%}: length alone may be learned; "
         "the most extreme rows are named",
-    )  # fmt: skip
+    )
 
 
 def _excess(pair: Pair) -> int:

@@ -103,10 +103,14 @@ def lint(
     severities = Counter(finding.severity for finding in findings)
     sides = Counter(pair.side for pair in pairs)
     return Lint(
-        train=sides["train"], val=sides["val"], errors=severities["error"], warnings=severities["warning"],
-        findings=findings, longer_chosen=corpus.longer_chosen(pairs),
+        train=sides["train"],
+        val=sides["val"],
+        errors=severities["error"],
+        warnings=severities["warning"],
+        findings=findings,
+        longer_chosen=corpus.longer_chosen(pairs),
         tokens="tokenizer" if count_tokens else f"estimated, {rules.CHARACTERS_PER_TOKEN} characters a token",
-    )  # fmt: skip
+    )
 
 
 def read_split(train: Path, val: Path) -> list[Pair]:
@@ -189,7 +193,10 @@ def write_fixed(pairs: Sequence[Pair], findings: Iterable[Finding], folder: Path
         write_rows(path, [pair.row for pair in fixed if pair.side == side])
     sides = Counter(pair.side for pair in fixed)
     return Fixed(
-        train=sides["train"], val=sides["val"], dropped=len(pairs) - len(fixed),
+        train=sides["train"],
+        val=sides["val"],
+        dropped=len(pairs) - len(fixed),
         moved=sum(before[pair.where] != pair.side for pair in fixed),
-        train_path=str(paths["train"]), val_path=str(paths["val"]),
-    )  # fmt: skip
+        train_path=str(paths["train"]),
+        val_path=str(paths["val"]),
+    )

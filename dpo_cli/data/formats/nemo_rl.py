@@ -84,9 +84,10 @@ def recipe(train: Sequence[Preference], val: Sequence[Preference], folder: Path,
     settings = config.train
     if settings.loss_type != "sigmoid" or settings.label_smoothing:
         raise UserError(
-            "NeMo RL's DPO has the sigmoid loss without label smoothing only", where="train.loss_type",
+            "NeMo RL's DPO has the sigmoid loss without label smoothing only",
+            where="train.loss_type",
             hint="--set train.loss_type=sigmoid --set train.label_smoothing=0",
-        )  # fmt: skip
+        )
     batch, micro_batch = batches(config, len(train), gpus=1)
     steps = max(1, math.ceil(settings.num_train_epochs * (len(train) // batch)))
     modules = settings.target_modules
@@ -144,7 +145,7 @@ def recipe(train: Sequence[Preference], val: Sequence[Preference], folder: Path,
             "wandb": {"project": "nothing-dpo", "name": config.model.dpo_name},
         },
         "cluster": {"gpus_per_node": 1, "num_nodes": 1},
-    }  # fmt: skip
+    }
 
 
 def _data(dataset: str, has_val: bool, folder: Path) -> dict[str, Any]:
@@ -172,9 +173,10 @@ def model_name(folder: Path, config: Config) -> str:
         return _base(config)
     if not (absolute(adapter) / "adapter_config.json").is_file():
         raise UserError(
-            "no SFT adapter there to start from", where=adapter,
+            "no SFT adapter there to start from",
+            where=adapter,
             hint="name it with --adapter, or --set model.adapter=none to start from the base model",
-        )  # fmt: skip
+        )
     return str(folder / MERGED)
 
 
@@ -222,9 +224,10 @@ def _launch_script(folder: Path, pairs: int, config: Config) -> str:
     merge = ""
     if config.model.adapter is not None:
         merge = _MERGE.format(
-            base=shlex.quote(_base(config)), adapter=shlex.quote(str(absolute(config.model.adapter))),
+            base=shlex.quote(_base(config)),
+            adapter=shlex.quote(str(absolute(config.model.adapter))),
             merged=shlex.quote(str(folder / MERGED)),
-        )  # fmt: skip
+        )
     return f"""\
 #!/usr/bin/env bash
 # NeMo RL on the exported pairs. From the root of a NeMo RL checkout:

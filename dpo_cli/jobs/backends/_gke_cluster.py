@@ -95,9 +95,12 @@ class Cluster:
         """Let a Job's pods go, or start them again."""
         with self._explained():
             self._batch.patch_namespaced_job(
-                name, self.namespace, {"spec": {"suspend": suspended}}, field_validation="Strict",
+                name,
+                self.namespace,
+                {"spec": {"suspend": suspended}},
+                field_validation="Strict",
                 _request_timeout=TIMEOUT,
-            )  # fmt: skip
+            )
 
     def pods(self, job: str) -> list[Any]:
         """The pods of a Job, the oldest first; of one with several nodes, those of the first."""
@@ -113,9 +116,14 @@ class Cluster:
         with self._explained():
             try:
                 response = self._core.read_namespaced_pod_log(
-                    pod.metadata.name, self.namespace, container=pod.spec.containers[0].name, follow=follow,
-                    timestamps=True, _preload_content=False, _request_timeout=TIMEOUT,
-                )  # fmt: skip
+                    pod.metadata.name,
+                    self.namespace,
+                    container=pod.spec.containers[0].name,
+                    follow=follow,
+                    timestamps=True,
+                    _preload_content=False,
+                    _request_timeout=TIMEOUT,
+                )
             except ApiException as error:
                 if error.status in (400, 404):
                     return
@@ -169,9 +177,10 @@ class Cluster:
         try:
             with self._explained():
                 events = self._core.list_namespaced_event(
-                    self.namespace, field_selector=f"involvedObject.name={pod.metadata.name},reason={reason}",
+                    self.namespace,
+                    field_selector=f"involvedObject.name={pod.metadata.name},reason={reason}",
                     _request_timeout=TIMEOUT,
-                ).items  # fmt: skip
+                ).items
         except UserError:
             return ""
         return f"; {reason}: {events[-1].message}" if events else ""

@@ -43,9 +43,13 @@ ACCELERATORS = {
 # Staged writes make fsync as good as close; a streamed file is lost whole if the process is killed before it closes it.
 # A directory is renamed object by object in a bucket without hierarchical names, which must be allowed.
 MOUNT_OPTIONS = (
-    "implicit-dirs", f"uid={USER}", f"gid={USER}", "metadata-cache:negative-ttl-secs:0",
-    "write:enable-streaming-writes:false", "file-system:rename-dir-limit:10000",
-)  # fmt: skip
+    "implicit-dirs",
+    f"uid={USER}",
+    f"gid={USER}",
+    "metadata-cache:negative-ttl-secs:0",
+    "write:enable-streaming-writes:false",
+    "file-system:rename-dir-limit:10000",
+)
 # Of the sidecar that mounts the bucket: processor, memory, disk. No limit ("0") is refused beside Autopilot's GPUs.
 SIDECAR = {"train": ("1", "1Gi", "10Gi"), "generate": ("250m", "256Mi", "1Gi"), "judge": ("250m", "256Mi", "1Gi")}
 
@@ -102,10 +106,12 @@ def service(name: str, spec: Spec, gke: GkeSection) -> k8s.V1Service:
         kind="Service",
         metadata=k8s.V1ObjectMeta(name=name, namespace=gke.namespace, labels=_labels(spec)),
         spec=k8s.V1ServiceSpec(
-            cluster_ip="None", selector={JOB_OF_POD: name}, publish_not_ready_addresses=True,
+            cluster_ip="None",
+            selector={JOB_OF_POD: name},
+            publish_not_ready_addresses=True,
             ports=[k8s.V1ServicePort(name="rendezvous", port=PORT)],
         ),
-    )  # fmt: skip
+    )
 
 
 def sent(spec: Spec, gke: GkeSection) -> Spec:
@@ -197,13 +203,16 @@ def _pod(name: str, spec: Spec, gke: GkeSection) -> k8s.V1PodSpec:
         node_selector=_node_selector(spec, gke) if training else None,
         tolerations=_tolerations(gke) if training else None,
         security_context=k8s.V1PodSecurityContext(
-            run_as_non_root=True, run_as_user=USER, run_as_group=USER, fs_group=USER,
+            run_as_non_root=True,
+            run_as_user=USER,
+            run_as_group=USER,
+            fs_group=USER,
             seccomp_profile=k8s.V1SeccompProfile(type="RuntimeDefault"),
         ),
         init_containers=[_wait_for_data(spec, gke)],
         containers=[_container(name, spec, gke)],
         volumes=_volumes(spec, gke),
-    )  # fmt: skip
+    )
 
 
 def _node_selector(spec: Spec, gke: GkeSection) -> dict[str, str]:
@@ -224,9 +233,10 @@ def _tolerations(gke: GkeSection) -> list[k8s.V1Toleration]:
 def _volumes(spec: Spec, gke: GkeSection) -> list[k8s.V1Volume]:
     if not gke.bucket:
         raise UserError(
-            "no bucket for data and results", where="gke.bucket",
+            "no bucket for data and results",
+            where="gke.bucket",
             hint=f"gcloud storage buckets create gs://NAME --location {gke.region} --uniform-bucket-level-access",
-        )  # fmt: skip
+        )
     bucket = k8s.V1CSIVolumeSource(
         driver="gcsfuse.csi.storage.gke.io",
         volume_attributes={"bucketName": gke.bucket, "mountOptions": ",".join(MOUNT_OPTIONS)},
@@ -243,9 +253,7 @@ def _resources(spec: Spec, gke: GkeSection) -> dict[str, str]:
     """Requests, and limits as well: a GPU's must be equal, and a pod that takes no more than it asked for stays."""
     if spec.command != "train":
         return SMALL
-    return {
-        "cpu": gke.cpu, "memory": gke.memory, "ephemeral-storage": gke.disk, "nvidia.com/gpu": str(spec.gpus),
-    }  # fmt: skip
+    return {"cpu": gke.cpu, "memory": gke.memory, "ephemeral-storage": gke.disk, "nvidia.com/gpu": str(spec.gpus)}
 
 
 def _wait_for_data(spec: Spec, gke: GkeSection) -> k8s.V1Container:
@@ -322,12 +330,14 @@ def image(gke: GkeSection) -> str:
     """
     if not gke.image:
         raise UserError(
-            "no image to run", where="gke.image",
+            "no image to run",
+            where="gke.image",
             hint="build and push examples/gke/Dockerfile, then --set gke.image=HOST/PROJECT/REPOSITORY/NAME@sha256:…",
-        )  # fmt: skip
+        )
     if not re.search(r"@sha256:[0-9a-f]{64}$", gke.image) and not gke.allow_tag:
         raise UserError(
-            f"'{gke.image}' has no digest: a pod that replaces another could run another image", where="gke.image",
+            f"'{gke.image}' has no digest: a pod that replaces another could run another image",
+            where="gke.image",
             hint=f"gcloud artifacts docker images describe {gke.image} shows it; or --set gke.allow_tag=true",
-        )  # fmt: skip
+        )
     return gke.image

@@ -159,10 +159,10 @@ class _Story:
         if pod.status.phase in ("Succeeded", "Failed"):
             self._over.add(name)
             if pod.status.phase == "Failed":
-                yield _obituary(pod)
+                yield _describe_failure(pod)
 
 
-def _obituary(pod: Any) -> str:
+def _describe_failure(pod: Any) -> str:
     """How a pod failed."""
     end = end_of(pod)
     code = f"exit code {end.code}" if end else "no exit code"

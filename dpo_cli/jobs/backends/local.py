@@ -54,9 +54,14 @@ def submit(spec: Spec, config: Config, progress: Progress) -> Job:
     with log.open("wb") as output, lock.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         process = subprocess.Popen(
-            _command(), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-            pass_fds=[held.fileno()], env={**os.environ, worker.SPEC: msgspec.json.encode(spec).decode()},
-        )  # fmt: skip
+            _command(),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=[held.fileno()],
+            env={**os.environ, worker.SPEC: msgspec.json.encode(spec).decode()},
+        )
     started.handle = {"pid": str(process.pid), "log": str(log)}
     return started
 
@@ -145,5 +150,6 @@ def _check_card(spec: Spec) -> None:
     if sum(spec.gpu.lower() in name.lower() for name in listed) < spec.gpus:
         raise UserError(
             f"no {spec.gpus} × {spec.gpu} here: {', '.join(listed) or 'no NVIDIA card'}",
-            where="--gpu", hint="--backend modal or gke, or leave --gpu out",
-        )  # fmt: skip
+            where="--gpu",
+            hint="--backend modal or gke, or leave --gpu out",
+        )

@@ -120,7 +120,7 @@ def submit(spec: Spec, config: Config, progress: Progress) -> Job:
 
     made = settings(spec, config)
     root = f"modal://{config.modal.volume}"
-    with explained(config):
+    with translate_errors(config):
         preflight(config, [made["first_secret"], made["second_secret"]])
         transfer.refuse_missing(spec, root, VOLUME)
         transfer.upload(spec, root, VOLUME, progress)
@@ -164,7 +164,7 @@ def status(job: Job, config: Config) -> Status:
 
     if "call_id" not in job.handle:
         return Status("cancelled") if job.cancelled else Status("pending", None, HALF)
-    with explained(config):
+    with translate_errors(config):
         call = modal.FunctionCall.from_id(job.handle["call_id"])
         try:
             returned = within(CONNECT_SECONDS, lambda: _returned(call))
@@ -197,7 +197,7 @@ def logs(job: Job, config: Config, follow: bool) -> Iterator[str]:
     """Lines of the call's containers, from the first on; a container after the first is said to be another attempt."""
     if "call_id" not in job.handle:
         raise UserError(HALF, where=job.id, hint=f"nothing-dpo jobs cancel {job.id}, then the same command")
-    with explained(config):
+    with translate_errors(config):
         lines = _Lines(job)
         for entry in _apart(_entries(job, config, follow)):
             yield from lines.of(entry)
@@ -293,7 +293,7 @@ def cancel(job: Job, config: Config) -> None:
     """Cancel the call and end its container, or all of the app if the call is not known; nothing is tried again."""
     import modal
 
-    with explained(config):
+    with translate_errors(config):
         if "call_id" not in job.handle:
             within(CONNECT_SECONDS, lambda: modal.App.lookup(job.handle["app_id"]).stop())
             return
@@ -307,7 +307,7 @@ def fetch(job: Job, config: Config, into: Path, progress: Progress) -> None:
 
 
 @contextmanager
-def explained(config: Config) -> Iterator[None]:
+def translate_errors(config: Config) -> Iterator[None]:
     """What the client raises, as one line and the command that mends it."""
     from modal import exception
 

@@ -27,7 +27,7 @@ from dpo_cli.endpoint.prices import price_of
 from dpo_cli.endpoint.responses import Reply
 from dpo_cli.engines.endpoint import KEY_VARIABLE
 from dpo_cli.progress import Progress
-from dpo_cli.stages.evaluate.sampling import FOLDER, Purse, Side
+from dpo_cli.stages.evaluate.sampling import FOLDER, RunBudget, Side
 
 ROWS, LEDGER = "kl.jsonl", "kl.replies.jsonl"
 TOGETHER = 8  # prompts that are sampled in one batch; the draws depend on what is in it
@@ -58,7 +58,7 @@ class Unmeasurable(Exception):
 
 
 def measure(
-    reference: Side, policy: Side, prompts: Prompts, config: Config, progress: Progress, purse: Purse
+    reference: Side, policy: Side, prompts: Prompts, config: Config, progress: Progress, purse: RunBudget
 ) -> Divergence:
     """Measure KL on the first `evaluate.kl_prompts` of the prompts.
 
@@ -103,10 +103,12 @@ def measure(
         raise Unmeasurable("no prompt leaves room in the model's context")
     nats = [row.nats for row in rows]
     return Divergence(
-        nats_per_sequence=fmean(nats), error=stdev(nats) / math.sqrt(len(nats)) if len(nats) > 1 else None,
-        nats_per_token=sum(nats) / sum(row.tokens for row in rows), n=len(rows),
+        nats_per_sequence=fmean(nats),
+        error=stdev(nats) / math.sqrt(len(nats)) if len(nats) > 1 else None,
+        nats_per_token=sum(nats) / sum(row.tokens for row in rows),
+        n=len(rows),
         how="log-ratio" if by_endpoint else "whole vocabulary",
-    )  # fmt: skip
+    )
 
 
 def _compute(
@@ -115,9 +117,9 @@ def _compute(
     """In this process, with both adapters on one base."""
     from dpo_cli.stages.evaluate.adapters import load_both
     from dpo_cli.training.kl import kl, sample
-    from dpo_cli.training.trainer import hushed
+    from dpo_cli.training.trainer import redirect_logs
 
-    with hushed(progress):
+    with redirect_logs(progress):
         model, as_reference = load_both(config)
         pad = min(model.ends) if model.tokenizer.pad_token_id is None else model.tokenizer.pad_token_id
         most, how = config.generate.max_tokens, (nullcontext, lambda *_: False)  # no autocast, and no stop on the way
@@ -135,16 +137,27 @@ def _compute(
 
 
 async def _ask(
-    reference: Side, policy: Side, prompts: Prompts, config: Config, progress: Progress, purse: Purse,
+    reference: Side,
+    policy: Side,
+    prompts: Prompts,
+    config: Config,
+    progress: Progress,
+    purse: RunBudget,
     deliver: Callable[[str, float, int], None],
-) -> None:  # fmt: skip
+) -> None:
     """By the endpoint: the policy writes and says how likely that was; the reference says how likely it finds it."""
     settings = policy.config.generate
     async with Endpoint(
-        settings.url or "", api_key_variable=KEY_VARIABLE, api_key_required=False,
-        ledger=Path(config.data) / FOLDER / LEDGER, concurrency=1, timeout=settings.timeout,
-        price=partial(price_of, settings.url or "", override=settings.price), max_usd=purse.left, log=progress.log,
-    ) as endpoint:  # fmt: skip
+        settings.url or "",
+        api_key_variable=KEY_VARIABLE,
+        api_key_required=False,
+        ledger=Path(config.data) / FOLDER / LEDGER,
+        concurrency=1,
+        timeout=settings.timeout,
+        price=partial(price_of, settings.url or "", override=settings.price),
+        max_usd=purse.left,
+        log=progress.log,
+    ) as endpoint:
 
         async def handle(key: str) -> None:
             written = await endpoint.chat(_writing(policy, key, prompts[key]))
@@ -170,14 +183,24 @@ async def _ask(
 def _writing(policy: Side, key: str, prompt: list[Message]) -> dict[str, Any]:
     settings, template = policy.config.generate, policy.config.model.chat_template_kwargs
     return {
-        "model": policy.config.model.name, "messages": prompt, "max_tokens": settings.max_tokens, "temperature": 1.0,
-        "top_p": 1.0, "seed": int(content_id("kl", settings.seed, key), 16) % 2**31, "logprobs": True,
-        "return_token_ids": True, **({"chat_template_kwargs": template} if template else {}),
-    }  # fmt: skip
+        "model": policy.config.model.name,
+        "messages": prompt,
+        "max_tokens": settings.max_tokens,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "seed": int(content_id("kl", settings.seed, key), 16) % 2**31,
+        "logprobs": True,
+        "return_token_ids": True,
+        **({"chat_template_kwargs": template} if template else {}),
+    }
 
 
 def _scoring(reference: Side, written: Reply) -> dict[str, Any]:
     ids = [*written.prompt_token_ids, *written.choices[0].token_ids]
     return {
-        "model": reference.config.model.name, "prompt": ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0,
-    }  # fmt: skip
+        "model": reference.config.model.name,
+        "prompt": ids,
+        "max_tokens": 1,
+        "temperature": 0.0,
+        "prompt_logprobs": 0,
+    }

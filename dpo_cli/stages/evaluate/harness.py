@@ -65,9 +65,15 @@ def harness(config: Config, progress: Progress, tasks: Sequence[str], limit: int
             model = {"pretrained": config.model.base} | ({"peft": adapter} if adapter else {})
             try:
                 done = simple_evaluate(
-                    model="hf", model_args=model, tasks=names, task_manager=manager, limit=limit, log_samples=False,
-                    batch_size=config.generate.batch_size, device="cuda" if torch.cuda.is_available() else "cpu",
-                )  # fmt: skip
+                    model="hf",
+                    model_args=model,
+                    tasks=names,
+                    task_manager=manager,
+                    limit=limit,
+                    log_samples=False,
+                    batch_size=config.generate.batch_size,
+                    device="cuda" if torch.cuda.is_available() else "cpu",
+                )
             except (KeyError, ValueError, OSError) as error:
                 raise UserError(f"the harness: {' '.join(str(error).split())[:300]}", where="--harness") from error
             found.append(done["results"])
@@ -82,11 +88,18 @@ def harness(config: Config, progress: Progress, tasks: Sequence[str], limit: int
 def _scores(reference: dict[str, dict[str, Any]], policy: dict[str, dict[str, Any]]) -> list[Score]:
     """What both have, by task and metric; the harness writes a metric as `name,filter`."""
     return [
-        Score(task, key.partition(",")[0], float(value), float(policy[task][key]),
-              _error(reference[task], key), _error(policy[task], key))
-        for task, metrics in reference.items() for key, value in metrics.items()
+        Score(
+            task,
+            key.partition(",")[0],
+            float(value),
+            float(policy[task][key]),
+            _error(reference[task], key),
+            _error(policy[task], key),
+        )
+        for task, metrics in reference.items()
+        for key, value in metrics.items()
         if "," in key and "_stderr," not in key and isinstance(value, int | float)
-    ]  # fmt: skip
+    ]
 
 
 def _error(metrics: dict[str, Any], key: str) -> float | None:

@@ -23,7 +23,7 @@ from dpo_cli.judges import Task, make_task
 from dpo_cli.judges._prompt import LOWEST
 from dpo_cli.judges._ranking import label_of
 from dpo_cli.progress import After, Progress
-from dpo_cli.stages.evaluate.sampling import FOLDER, Purse
+from dpo_cli.stages.evaluate.sampling import FOLDER, RunBudget
 from dpo_cli.stages.evaluate.win_rate import Point, win_rate
 
 Ask: TypeAlias = Callable[[Sequence[Task], Config, Callable[[Judgment], None], Progress], Receipt | None]
@@ -47,7 +47,7 @@ class Comparison(Struct, kw_only=True):
         return fmean(won for won, _ in self.points)
 
 
-class Bench:
+class EvaluationJudge:
     """One judge, and what it has said so far.
 
     Args:
@@ -58,7 +58,7 @@ class Bench:
     `heard` is what it said of the tasks of this run, by id, and `waiting` how many requests are in open batches.
     """
 
-    def __init__(self, config: Config, progress: Progress, purse: Purse) -> None:
+    def __init__(self, config: Config, progress: Progress, purse: RunBudget) -> None:
         folder = Path(config.data) / FOLDER
         self.config = replace(config, data=str(folder))
         self.judge: Any = judges.load(config.judge.judge)
@@ -150,19 +150,19 @@ class Bench:
         return Path(self.config.data) / f"{kind}.jsonl"
 
 
-def comparison_tasks(bench: Bench, reference: Completions, policy: Completions) -> list[Task]:
+def comparison_tasks(bench: EvaluationJudge, reference: Completions, policy: Completions) -> list[Task]:
     """The comparisons of one prompt, sample by sample."""
     both = zip(reference.completions, policy.completions, strict=False)
     return [bench.task("compare", reference.prompt, [*texts]) for texts in both]
 
 
-def rating_tasks(bench: Bench, row: Completions) -> list[Task]:
+def rating_tasks(bench: EvaluationJudge, row: Completions) -> list[Task]:
     """One task a completion."""
     return [bench.task("rate", row.prompt, [text]) for text in row.completions]
 
 
 def compare(
-    bench: Bench, reference: Mapping[str, Completions], policy: Mapping[str, Completions]
+    bench: EvaluationJudge, reference: Mapping[str, Completions], policy: Mapping[str, Completions]
 ) -> dict[str, Comparison]:
     """What the judge prefers, by prompt; without those of which a comparison has no verdict.
 
@@ -210,14 +210,13 @@ def compare_scores(
             for scores, rows in ((ours, reference), (theirs, policy))
         ]
         points = [
-            (win_rate([before], [after]), _longer(old, new))
-            for before, old in sides[0] for after, new in sides[1]
-        ]  # fmt: skip
+            (win_rate([before], [after]), _longer(old, new)) for before, old in sides[0] for after, new in sides[1]
+        ]
         found[key] = Comparison(points=points)
     return found
 
 
-def rate_all(bench: Bench, *sides: Mapping[str, Completions]) -> list[Scores]:
+def rate_all(bench: EvaluationJudge, *sides: Mapping[str, Completions]) -> list[Scores]:
     """How the judge rates each completion by itself, for each side; without prompts of which one has no rating.
 
     An empty completion is not shown: it has the lowest score there is, or was given.

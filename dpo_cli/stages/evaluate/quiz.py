@@ -22,8 +22,8 @@ from dpo_cli.endpoint.costs import Receipt
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.judges import Task
 from dpo_cli.progress import Progress
-from dpo_cli.stages.evaluate.judging import Bench, reasons
-from dpo_cli.stages.evaluate.sampling import POLICY, REFERENCE, Purse, make_side, sample
+from dpo_cli.stages.evaluate.judging import EvaluationJudge, reasons
+from dpo_cli.stages.evaluate.sampling import POLICY, REFERENCE, RunBudget, make_side, sample
 from dpo_cli.statistics import Rate, wilson
 
 ROWS = "quiz.answers.jsonl"  # quiz.jsonl may be the questions
@@ -84,7 +84,7 @@ def quiz(
             the engine or the judge raises.
     """
     questions = read_questions(file, limit)
-    purse = Purse(config.evaluate.max_usd)
+    purse = RunBudget(config.evaluate.max_usd)
     greedy = replace(
         config,
         generate=replace(config.generate, temperature=0.0, frequency_penalty=0.0),
@@ -93,27 +93,39 @@ def quiz(
     prompts = {key: question.prompt for key, question in questions.items()}
     answers = {name: sample(make_side(name, greedy, progress), prompts, progress, purse) for name in names}
     texts = {name: {key: row.completions[0] for key, row in found.rows.items()} for name, found in answers.items()}
-    correct = {name: {key: is_exact(text, questions[key].answers) for key, text in own.items()}
-               for name, own in texts.items()}  # fmt: skip
+    correct = {
+        name: {key: is_exact(text, questions[key].answers) for key, text in own.items()} for name, own in texts.items()
+    }
     heard = _grade(config, progress, purse, questions, texts, correct) if config.evaluate.match == "judge" else []
     asked = [key for key in questions if all(key in own for own in correct.values())]
     if not asked:
         why = next((reason for found in answers.values() for reason in found.failed), "none was graded")
         raise UserError(f"no question was answered: {why}", hint="the same command tries again", code=Exit.FAILED)
     path = Path(config.data) / ROWS
-    write_rows(path, [
-        Answered(key, questions[key].prompt, questions[key].answers, {name: texts[name][key] for name in names},
-                 {name: correct[name][key] for name in names})
-        for key in asked
-    ])  # fmt: skip
+    write_rows(
+        path,
+        [
+            Answered(
+                key,
+                questions[key].prompt,
+                questions[key].answers,
+                {name: texts[name][key] for name in names},
+                {name: correct[name][key] for name in names},
+            )
+            for key in asked
+        ],
+    )
     return Quizzed(
         accuracy={name: _accuracy([correct[name][key] for key in asked]) for name in names},
-        match=config.evaluate.match, n=len(asked), failed=len(questions) - len(asked),
+        match=config.evaluate.match,
+        n=len(asked),
+        failed=len(questions) - len(asked),
         skipped=reasons(one.skipped for one in heard),
         errors=reasons([one.error for one in heard] + [why for found in answers.values() for why in found.failed]),
         usd=sum(found.usd for found in answers.values()) + sum(one.usd for one in heard),
-        receipt=purse.receipt, path=str(path),
-    )  # fmt: skip
+        receipt=purse.receipt,
+        path=str(path),
+    )
 
 
 def read_questions(path: Path, limit: int | None = None) -> dict[str, Question]:
@@ -152,11 +164,15 @@ def _read_question(row: dict[str, Any]) -> Question:
 
 
 def _grade(
-    config: Config, progress: Progress, purse: Purse, questions: Mapping[str, Question],
-    texts: Mapping[str, Mapping[str, str]], correct: Mapping[str, dict[str, bool]],
-) -> list[Any]:  # fmt: skip
+    config: Config,
+    progress: Progress,
+    purse: RunBudget,
+    questions: Mapping[str, Question],
+    texts: Mapping[str, Mapping[str, str]],
+    correct: Mapping[str, dict[str, bool]],
+) -> list[Any]:
     """Have the judge grade what is not exactly right; takes out of `correct` what it gave no grade."""
-    bench = Bench(config, progress, purse)
+    bench = EvaluationJudge(config, progress, purse)
     if not bench.can("grade"):
         raise UserError(f"--judge {config.judge.judge} grades no answers", where="evaluate.match", hint="--judge llm")
     tasks: dict[tuple[str, str], Task] = {}

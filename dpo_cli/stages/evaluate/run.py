@@ -28,7 +28,7 @@ from dpo_cli.stages.evaluate.findings import find
 from dpo_cli.stages.evaluate.gates import check_gates, read_gates
 from dpo_cli.stages.evaluate.harness import Harnessed, harness
 from dpo_cli.stages.evaluate.judging import (
-    Bench,
+    EvaluationJudge,
     Scores,
     compare,
     compare_scores,
@@ -43,7 +43,7 @@ from dpo_cli.stages.evaluate.sampling import (
     POLICY,
     REFERENCE,
     Answers,
-    Purse,
+    RunBudget,
     Side,
     forget,
     known,
@@ -89,8 +89,8 @@ def run(config: Config, progress: Progress, limit: int | None = None, fresh: boo
             or the judge raises.
     """
     gates = read_gates(config.evaluate.gates)
-    purse = Purse(config.evaluate.max_usd)
-    bench = Bench(config, progress, purse)
+    purse = RunBudget(config.evaluate.max_usd)
+    bench = EvaluationJudge(config, progress, purse)
     prompts = read_prompts(config, limit)
     sides = [make_side(name, config, progress) for name in (REFERENCE, POLICY)]
     if fresh:
@@ -110,12 +110,18 @@ def run(config: Config, progress: Progress, limit: int | None = None, fresh: boo
     kl, no_kl = _divergence(config, sides, prompts, progress, purse)
     rows = [
         Compared(
-            id=key, prompt=prompt, reference=reference[key].completions, policy=policy[key].completions,
-            win=comparisons[key].win, orders=comparisons[key].orders,
-            reference_scores=scores[0].get(key, []), policy_scores=scores[1].get(key, []),
+            id=key,
+            prompt=prompt,
+            reference=reference[key].completions,
+            policy=policy[key].completions,
+            win=comparisons[key].win,
+            orders=comparisons[key].orders,
+            reference_scores=scores[0].get(key, []),
+            policy_scores=scores[1].get(key, []),
         )
-        for key, prompt in prompts.items() if key in comparisons
-    ]  # fmt: skip
+        for key, prompt in prompts.items()
+        if key in comparisons
+    ]
     path = Path(config.data) / ROWS
     if not rows:
         raise _nothing(answers, bench)
@@ -126,24 +132,32 @@ def run(config: Config, progress: Progress, limit: int | None = None, fresh: boo
         length_controlled([comparisons[row.id].points for row in rows]),
     ]
     result = Evaluation(
-        win_rate=rates[0].value, interval=(rates[0].low, rates[0].high),
-        length_controlled_win_rate=rates[1].value, length_controlled_interval=(rates[1].low, rates[1].high),
+        win_rate=rates[0].value,
+        interval=(rates[0].low, rates[0].high),
+        length_controlled_win_rate=rates[1].value,
+        length_controlled_interval=(rates[1].low, rates[1].high),
         scores=_mean_scores(rows),
         n=len(rows),
         usd=sum(answer.usd for answer in answers) + sum(judgment.usd for judgment in bench.heard.values()),
-        wins=sum(row.win > EVEN for row in rows), ties=sum(row.win == EVEN for row in rows),
+        wins=sum(row.win > EVEN for row in rows),
+        ties=sum(row.win == EVEN for row in rows),
         losses=sum(row.win < EVEN for row in rows),
         lengths=Sides(*(fmean(map(len, _texts(rows, name))) for name in (REFERENCE, POLICY))),
         distinct={n: Sides(*(distinct(_texts(rows, name), n) for name in (REFERENCE, POLICY))) for n in (1, 2)},
-        position=_positions(bench), kl=kl, no_kl=no_kl,
+        position=_positions(bench),
+        kl=kl,
+        no_kl=no_kl,
         gates=check_gates(gates, rates, whole=not bench.waiting),
         failed=len(prompts) - len(rows),
         skipped=reasons(one.skipped for one in bench.heard.values()),
         errors=reasons([reason for answer in answers for reason in answer.failed])
         | reasons(one.error for one in bench.heard.values()),
-        waiting=bench.waiting, receipt=purse.receipt, path=str(path),
-        sides={side.name: side.made_with for side in sides}, judge=bench.identity,
-    )  # fmt: skip
+        waiting=bench.waiting,
+        receipt=purse.receipt,
+        path=str(path),
+        sides={side.name: side.made_with for side in sides},
+        judge=bench.identity,
+    )
     result.findings = find(result, rows)
     write_json(Path(config.data) / RESULT, result)
     return result
@@ -162,8 +176,8 @@ def rate(config: Config, progress: Progress, name: str, limit: int | None = None
         UserError: the judge rates no single answers, the budget is reached, nothing could be rated, or what the engine
             or the judge raises.
     """
-    purse = Purse(config.evaluate.max_usd)
-    bench = Bench(config, progress, purse)
+    purse = RunBudget(config.evaluate.max_usd)
+    bench = EvaluationJudge(config, progress, purse)
     if not bench.can("rate"):
         raise UserError(f"--judge {config.judge.judge} rates no single answers", where="judge.judge")
     answers = sample(make_side(name, config, progress), read_prompts(config, limit), progress, purse)
@@ -182,15 +196,19 @@ def plan(config: Config, progress: Progress, limit: int | None = None) -> Planne
         UserError: no prompts, a gate that is none, or a judge that can't be used.
     """
     read_gates(config.evaluate.gates)
-    bench = Bench(config, progress, Purse(None))
+    bench = EvaluationJudge(config, progress, RunBudget(None))
     prompts = read_prompts(config, limit)
     sides = [make_side(name, config, progress) for name in (REFERENCE, POLICY)]
     requests = [owed(side, prompts, known(side)) for side in sides]
     reference, policy = (_expected(side, prompts) for side in sides)
-    tasks = {"compare": [], "rate": []} if bench.absolute else {
-        "compare": [task for key, row in reference.items() for task in comparison_tasks(bench, row, policy[key])],
-        "rate": [],
-    }  # fmt: skip
+    tasks = (
+        {"compare": [], "rate": []}
+        if bench.absolute
+        else {
+            "compare": [task for key, row in reference.items() for task in comparison_tasks(bench, row, policy[key])],
+            "rate": [],
+        }
+    )
     if bench.can("rate") and (bench.absolute or config.evaluate.rate):
         tasks["rate"] = [
             task for rows in (reference, policy) for row in rows.values() for task in rating_tasks(bench, row)
@@ -199,14 +217,17 @@ def plan(config: Config, progress: Progress, limit: int | None = None) -> Planne
     estimates = [bench.estimate(kind, own) for kind, own in missing.items()]
     estimates += [
         engines.estimate(own, side.config)
-        for own, side in zip(requests, sides, strict=True) if own and side.config.generate.engine == "endpoint"
-    ]  # fmt: skip
+        for own, side in zip(requests, sides, strict=True)
+        if own and side.config.generate.engine == "endpoint"
+    ]
     paid = [estimate for estimate in estimates if estimate is not None]
     return Planned(
-        prompts=len(prompts), completions=sum(request.need for own in requests for request in own),
-        comparisons=len(missing["compare"]), ratings=len(missing["rate"]),
+        prompts=len(prompts),
+        completions=sum(request.need for own in requests for request in own),
+        comparisons=len(missing["compare"]),
+        ratings=len(missing["rate"]),
         estimate=reduce(add, paid) if paid else None,
-    )  # fmt: skip
+    )
 
 
 def read_result(config: Config) -> Evaluation:
@@ -225,7 +246,7 @@ def read_result(config: Config) -> Evaluation:
 
 
 def _divergence(
-    config: Config, sides: Sequence[Side], prompts: dict[str, list[Message]], progress: Progress, purse: Purse
+    config: Config, sides: Sequence[Side], prompts: dict[str, list[Message]], progress: Progress, purse: RunBudget
 ) -> tuple[Divergence | None, str]:
     """KL, or why there is none."""
     if not config.evaluate.kl_prompts:
@@ -265,22 +286,26 @@ def _texts(rows: Sequence[Compared], name: str) -> list[str]:
 
 def _mean_scores(rows: Sequence[Compared]) -> Sides | None:
     """Mean ratings over the prompts of which both sides are rated."""
-    rated = [(fmean(row.reference_scores), fmean(row.policy_scores)) for row in rows
-             if row.reference_scores and row.policy_scores]  # fmt: skip
+    rated = [
+        (fmean(row.reference_scores), fmean(row.policy_scores))
+        for row in rows
+        if row.reference_scores and row.policy_scores
+    ]
     return Sides(*map(fmean, zip(*rated, strict=True))) if rated else None
 
 
-def _positions(bench: Bench) -> dict[str, Position]:
+def _positions(bench: EvaluationJudge) -> dict[str, Position]:
     """What order did to each model of the judge, of comparisons that showed two orders."""
     compared = {key: one for key, one in bench.heard.items() if one.scores and len(one.scores) > 1}
     judges = audit(compared, {}).judges if compared else {}
     return {
         name: Position(found.first_wins, found.between_orders.flips)
-        for name, found in judges.items() if found.first_wins is not None
-    }  # fmt: skip
+        for name, found in judges.items()
+        if found.first_wins is not None
+    }
 
 
-def _nothing(answers: Sequence[Answers], bench: Bench) -> UserError:
+def _nothing(answers: Sequence[Answers], bench: EvaluationJudge) -> UserError:
     if bench.waiting:
         message = f"no prompt has a result yet: {bench.waiting:,} requests wait in batches"
         return UserError(message, hint="the same command takes the results in", code=Exit.FAILED)

@@ -30,7 +30,7 @@ REFERENCE, POLICY = "reference", "policy"
 DIGITS = 16  # of a fingerprint
 
 
-class Purse:
+class RunBudget:
     """The dollars of one run, which samples and judges from one purse.
 
     Args:
@@ -125,7 +125,7 @@ def known(side: Side) -> dict[str, Completions]:
     return read_latest(_path(side), Completions)
 
 
-def sample(side: Side, prompts: dict[str, list[Message]], progress: Progress, purse: Purse) -> Answers:
+def sample(side: Side, prompts: dict[str, list[Message]], progress: Progress, purse: RunBudget) -> Answers:
     """Have every prompt answered `evaluate.samples` times; one that fails is left out, and owed by the next run.
 
     Raises:
@@ -147,13 +147,19 @@ def sample(side: Side, prompts: dict[str, list[Message]], progress: Progress, pu
                     progress.log(f"prompt {sampled.id}: {sampled.error}")
                     return
                 row = answers.rows.get(sampled.id) or Completions(
-                    id=sampled.id, prompt=prompts[sampled.id], completions=[], finish_reasons=[],
-                    model=config.model.name, sampling=side.made_with,
-                )  # fmt: skip
+                    id=sampled.id,
+                    prompt=prompts[sampled.id],
+                    completions=[],
+                    finish_reasons=[],
+                    model=config.model.name,
+                    sampling=side.made_with,
+                )
                 row = replace(
-                    row, completions=row.completions + sampled.texts, usage=row.usage + sampled.usage,
+                    row,
+                    completions=row.completions + sampled.texts,
+                    usage=row.usage + sampled.usage,
                     finish_reasons=row.finish_reasons + sampled.finish_reasons,
-                )  # fmt: skip
+                )
                 journal.append(row)
                 answers.rows[row.id] = row
                 counted.tick(tokens=sampled.usage.output)

@@ -70,9 +70,11 @@ def distinct(texts: Sequence[str], size: int) -> float:
     It falls as texts get longer, so compare it at like lengths. 0 where no text has so many words.
     """
     grams = [
-        gram for text in texts if (words := text.lower().split())
+        gram
+        for text in texts
+        if (words := text.lower().split())
         for gram in zip(*(words[start:] for start in range(size)), strict=False)
-    ]  # fmt: skip
+    ]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 

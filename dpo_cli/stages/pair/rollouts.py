@@ -79,14 +79,18 @@ def pair_rollouts(
     if not pairs:
         raise UserError(
             f"no pair comes out of {len(rollouts)} rollouts of {len(prompts)} prompts{_counted(skipped)}",
-            where=str(path), hint=_advice(rollouts, prompts, strategy, min_gap, high, low),
-        )  # fmt: skip
+            where=str(path),
+            hint=_advice(rollouts, prompts, strategy, min_gap, high, low),
+        )
     return pairs, RolloutStatistics(
-        rollouts=len(rollouts), prompts=len(prompts), skipped=dict(skipped.most_common()), pairs=len(pairs),
+        rollouts=len(rollouts),
+        prompts=len(prompts),
+        skipped=dict(skipped.most_common()),
+        pairs=len(pairs),
         average_gap=statistics.fmean(pair.score_gap or 0.0 for pair in pairs),
         average_chosen_reward=statistics.fmean(pair.chosen_score or 0.0 for pair in pairs),
         average_rejected_reward=statistics.fmean(pair.rejected_score or 0.0 for pair in pairs),
-    )  # fmt: skip
+    )
 
 
 def read_rollouts(path: Path) -> tuple[list[Rollout], Counter[str]]:
@@ -260,10 +264,16 @@ def make_pair(good: Rollout, bad: Rollout) -> Preference:
     chosen: list[Message] = [{"role": "assistant", "content": good.text}]
     rejected: list[Message] = [{"role": "assistant", "content": bad.text}]
     return Preference(
-        id=preference_id(good.prompt, chosen, rejected), prompt=good.prompt, chosen=chosen, rejected=rejected,
-        chosen_score=good.reward, rejected_score=bad.reward, score_gap=good.reward - bad.reward,
-        chosen_finish_reason=good.finish_reason, rejected_finish_reason=bad.finish_reason,
-    )  # fmt: skip
+        id=preference_id(good.prompt, chosen, rejected),
+        prompt=good.prompt,
+        chosen=chosen,
+        rejected=rejected,
+        chosen_score=good.reward,
+        rejected_score=bad.reward,
+        score_gap=good.reward - bad.reward,
+        chosen_finish_reason=good.finish_reason,
+        rejected_finish_reason=bad.finish_reason,
+    )
 
 
 def _counted(skipped: Counter[str]) -> str:

@@ -113,9 +113,14 @@ def run_rollouts(path: Path, config: Config, dry_run: bool = False) -> Paired:
     min_gap = MIN_REWARD_GAP if settings.min_gap is None else settings.min_gap
     strategy = "same-prompt" if settings.strategy == "best-worst" else settings.strategy
     pairs, statistics = pair_rollouts(
-        path, strategy, min_gap=min_gap, high=settings.high, low=settings.low, max_pairs=settings.max_pairs,
+        path,
+        strategy,
+        min_gap=min_gap,
+        high=settings.high,
+        low=settings.low,
+        max_pairs=settings.max_pairs,
         seed=settings.seed,
-    )  # fmt: skip
+    )
     result = _take_in(pairs, config, min_gap, dry_run)
     result.rollouts = statistics
     return result
@@ -156,18 +161,23 @@ def _take_in(
         sides[split_side(key, config.pair.seed, config.pair.val_share)] += kept
     if not any(sides.values()):
         raise UserError(
-            f"no row is a pair: {_counted(skipped)}", where=where,
+            f"no row is a pair: {_counted(skipped)}",
+            where=where,
             hint=f"a lower --min-gap (now {min_gap:g}), or pairs whose sides and scores differ",
-        )  # fmt: skip
+        )
     return _write(config, sides, skipped, dry_run)
 
 
 def _write(config: Config, sides: dict[bool, list[Preference]], skipped: Counter[str], dry_run: bool) -> Paired:
     data, (train, val) = Path(config.data), (sides[False], sides[True])
     result = Paired(
-        train=len(train), val=len(val), skipped=dict(skipped.most_common()), warnings=_warn(train, val, config.pair),
-        train_path=str(data / "train.jsonl"), val_path=str(data / "val.jsonl"),
-    )  # fmt: skip
+        train=len(train),
+        val=len(val),
+        skipped=dict(skipped.most_common()),
+        warnings=_warn(train, val, config.pair),
+        train_path=str(data / "train.jsonl"),
+        val_path=str(data / "val.jsonl"),
+    )
     if not dry_run:
         # If the disk fills up between the two, they still share no prompt.
         write_rows(Path(result.val_path), val)
@@ -292,10 +302,16 @@ def _preference(prompt: _Judged, chosen: int, rejected: int) -> Preference:
     row, scores = prompt.row, prompt.scores
     good, bad = _answer(row.completions[chosen]), _answer(row.completions[rejected])
     return Preference(
-        id=preference_id(row.prompt, good, bad), prompt=row.prompt, chosen=good, rejected=bad,
-        chosen_score=scores[chosen], rejected_score=scores[rejected], score_gap=scores[chosen] - scores[rejected],
-        chosen_finish_reason=row.finish_reasons[chosen], rejected_finish_reason=row.finish_reasons[rejected],
-    )  # fmt: skip
+        id=preference_id(row.prompt, good, bad),
+        prompt=row.prompt,
+        chosen=good,
+        rejected=bad,
+        chosen_score=scores[chosen],
+        rejected_score=scores[rejected],
+        score_gap=scores[chosen] - scores[rejected],
+        chosen_finish_reason=row.finish_reasons[chosen],
+        rejected_finish_reason=row.finish_reasons[rejected],
+    )
 
 
 def _answer(text: str) -> list[Message]:

@@ -48,9 +48,16 @@ class Pushed(Struct, kw_only=True):
 
 
 def run(
-    config: Config, progress: Progress, what: What, dest: str, *, name: str | None = None, merge: bool = False,
-    force: bool = False, dry_run: bool = False,
-) -> Pushed:  # fmt: skip
+    config: Config,
+    progress: Progress,
+    what: What,
+    dest: str,
+    *,
+    name: str | None = None,
+    merge: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+) -> Pushed:
     """Send data, the DPO adapter, or a run.
 
     Args:
@@ -78,8 +85,9 @@ def run(
     if found := secrets.find(files):
         raise UserError(
             f"holds {found[0].what}" + (f", and there are {len(found) - 1} more like it" if found[1:] else ""),
-            where=found[0].where, hint="take it out of the file; what was ever sent elsewhere, revoke",
-        )  # fmt: skip
+            where=found[0].where,
+            hint="take it out of the file; what was ever sent elsewhere, revoke",
+        )
     pushed.result = sync.put(files, dest, progress, dry_run=dry_run)
     return pushed
 
@@ -153,9 +161,10 @@ def _read_report(folder: Path) -> Trained:
     file = folder / "report.json"
     if not file.is_file():
         raise UserError(
-            "no report: the run is not finished, or there is none", where=str(folder),
+            "no report: the run is not finished, or there is none",
+            where=str(folder),
             hint=f"nothing-dpo train --name {folder.name}",
-        )  # fmt: skip
+        )
     try:
         return msgspec.convert(read_json(file), Trained)
     except msgspec.ValidationError as error:

@@ -43,14 +43,17 @@ def find(files: Mapping[str, Source], environment: Mapping[str, str] | None = No
     patterns = {what: re.compile(shape) for what, shape in SHAPES.items()}
     patterns |= {
         f"the value of {name}": re.compile(re.escape(value.encode()))
-        for name, value in environment.items() if SECRET_NAME.search(name) and len(value) >= LEAST
-    }  # fmt: skip
+        for name, value in environment.items()
+        if SECRET_NAME.search(name) and len(value) >= LEAST
+    }
     return [
         Leak(f"{name}:{number}", what)
-        for name, source in files.items() if name.endswith(TEXT)
+        for name, source in files.items()
+        if name.endswith(TEXT)
         for number, line in enumerate(_lines(source), 1)
-        for what, pattern in patterns.items() if pattern.search(line)
-    ]  # fmt: skip
+        for what, pattern in patterns.items()
+        if pattern.search(line)
+    ]
 
 
 def _lines(source: Source) -> Iterator[bytes]:

@@ -73,10 +73,10 @@ def check(plan: ServePlan, config: Config, url: str, progress: Progress) -> Chec
 
     from dpo_cli.stages.serve_config.log_probs import encode, log_probs
     from dpo_cli.training.inputs import base_folder
-    from dpo_cli.training.trainer import hushed
+    from dpo_cli.training.trainer import redirect_logs
 
     base = base_folder(config.model.base)
-    with hushed(progress):
+    with redirect_logs(progress):
         sequences = [ids[:MOST_TOKENS] for ids in encode(base, config.model, rows)]
         bare, known = log_probs(base, {name: adapter.path for name, adapter in plan.adapters.items()}, sequences)
     known[BASE] = bare

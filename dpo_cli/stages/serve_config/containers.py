@@ -37,34 +37,47 @@ def as_k8s(plan: ServePlan, config: Config) -> str:
         "serviceAccountName": config.gke.service_account,
         "automountServiceAccountToken": False,
         "securityContext": {
-            "runAsNonRoot": True, "runAsUser": USER, "runAsGroup": USER, "fsGroup": USER,
+            "runAsNonRoot": True,
+            "runAsUser": USER,
+            "runAsGroup": USER,
+            "fsGroup": USER,
             "seccompProfile": {"type": "RuntimeDefault"},
         },
         "containers": [_container(_moved(plan)[0], config)],
         "volumes": [
-            {"name": "vol", "csi": {
-                "driver": "gcsfuse.csi.storage.gke.io", "readOnly": True,
-                "volumeAttributes": {
-                    "bucketName": config.gke.bucket, "mountOptions": f"implicit-dirs,uid={USER},gid={USER}",
+            {
+                "name": "vol",
+                "csi": {
+                    "driver": "gcsfuse.csi.storage.gke.io",
+                    "readOnly": True,
+                    "volumeAttributes": {
+                        "bucketName": config.gke.bucket,
+                        "mountOptions": f"implicit-dirs,uid={USER},gid={USER}",
+                    },
                 },
-            }},
+            },
             {"name": "cache", "emptyDir": {}},
             {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "2Gi"}},
         ],
-    }  # fmt: skip
+    }
     deployment = {
-        "apiVersion": "apps/v1", "kind": "Deployment", "metadata": metadata,
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": metadata,
         "spec": {
-            "replicas": 1, "strategy": {"type": "Recreate"},  # a rolling update would wait for a second GPU
+            "replicas": 1,
+            "strategy": {"type": "Recreate"},  # a rolling update would wait for a second GPU
             "progressDeadlineSeconds": START_SECONDS + 600,
             "selector": {"matchLabels": labels},
             "template": {"metadata": {"labels": labels, "annotations": mount}, "spec": pod},
         },
-    }  # fmt: skip
+    }
     service = {
-        "apiVersion": "v1", "kind": "Service", "metadata": metadata,
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": metadata,
         "spec": {"selector": labels, "ports": [{"name": "http", "port": PORT, "targetPort": "http"}]},
-    }  # fmt: skip
+    }
     return "---\n".join(map(_yaml, (deployment, service))).rstrip("\n")
 
 
@@ -80,7 +93,9 @@ def _container(plan: ServePlan, config: Config) -> dict[str, Any]:
         environment.append({"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": key}})
     health = {"httpGet": {"path": "/health", "port": "http"}}
     return {
-        "name": "vllm", "image": config.serve.image, "command": ["vllm", "serve", plan.model],
+        "name": "vllm",
+        "image": config.serve.image,
+        "command": ["vllm", "serve", plan.model],
         "args": [word for words in flags(plan) for word in words],
         "env": environment,
         "ports": [{"name": "http", "containerPort": PORT}],
@@ -97,7 +112,7 @@ def _container(plan: ServePlan, config: Config) -> dict[str, Any]:
             {"name": "cache", "mountPath": "/cache"},
             {"name": "shm", "mountPath": "/dev/shm"},
         ],
-    }  # fmt: skip
+    }
 
 
 def as_compose(plan: ServePlan, config: Config) -> str:
@@ -112,17 +127,20 @@ def as_compose(plan: ServePlan, config: Config) -> str:
         "volumes": [
             {"type": "bind", "source": _literal(here), "target": there, "read_only": True}
             for here, there in places.items()
-        ] + [{"type": "volume", "source": "cache", "target": "/cache"}],
+        ]
+        + [{"type": "volume", "source": "cache", "target": "/cache"}],
         "shm_size": "2gb",
-        "deploy": {"resources": {"reservations": {
-            "devices": [{"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}]
-        }}},
+        "deploy": {
+            "resources": {"reservations": {"devices": [{"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}]}}
+        },
         "healthcheck": {
-            "test": ["CMD", "curl", "-sf", f"http://localhost:{PORT}/health"], "interval": "10s", "timeout": "5s",
+            "test": ["CMD", "curl", "-sf", f"http://localhost:{PORT}/health"],
+            "interval": "10s",
+            "timeout": "5s",
             "start_period": f"{START_SECONDS}s",
         },
         "restart": "unless-stopped",
-    }  # fmt: skip
+    }
     return _yaml({"name": NAME, "services": {"vllm": service}, "volumes": {"cache": {}}}).rstrip("\n")
 
 

@@ -20,9 +20,11 @@ def as_json(plan: ServePlan) -> str:
     """Model, LoRA modules, the other arguments, and the server's environment."""
     arguments = dict(plan.arguments)
     content = {
-        "model": plan.model, "lora_modules": arguments.pop("lora-modules"), "arguments": arguments,
+        "model": plan.model,
+        "lora_modules": arguments.pop("lora-modules"),
+        "arguments": arguments,
         "environment": plan.environment,
-    }  # fmt: skip
+    }
     return msgspec.json.format(msgspec.json.encode(content), indent=2).decode()
 
 

@@ -69,9 +69,15 @@ def _ends(lengths: Tensor) -> Tensor:
 
 
 def forward(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, packing: Any = None, **kwargs: Any,
-) -> tuple[Tensor, None]:  # fmt: skip
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    packing: Any = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
     """The attention function that transformers calls.
 
     Args:
@@ -138,10 +144,17 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segmen
 
     queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
     output = varlen_attn(
-        queries, keys.index_select(0, segments["keys"]), values.index_select(0, segments["keys"]),
-        segments["query_ends"], segments["key_ends"], segments["most_queries"], segments["most_keys"],
-        scale=scale, window_size=(-1, 0), enable_gqa=queries.shape[1] != keys.shape[1],
-    )  # fmt: skip
+        queries,
+        keys.index_select(0, segments["keys"]),
+        values.index_select(0, segments["keys"]),
+        segments["query_ends"],
+        segments["key_ends"],
+        segments["most_queries"],
+        segments["most_keys"],
+        scale=scale,
+        window_size=(-1, 0),
+        enable_gqa=queries.shape[1] != keys.shape[1],
+    )
     assert isinstance(output, Tensor)
     return output[None]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-class Later(Tensor):
+class DeferredMetric(Tensor):
     """A tensor for metrics alone, of which the device is asked nothing."""
 
     @classmethod
@@ -30,7 +30,7 @@ class Later(Tensor):
 
 def later(values: Tensor) -> Tensor:
     """The same values, to be read later."""
-    return values.detach().as_subclass(Later)
+    return values.detach().as_subclass(DeferredMetric)
 
 
 @contextmanager

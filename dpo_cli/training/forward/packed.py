@@ -109,13 +109,18 @@ def enable(trainer: Any, tokens_per_batch: int | None = None) -> str | None:
     if tokens_per_batch is not None and BATCH_LOSSES & set(trainer.loss_types):
         raise UserError(
             f"loss {'+'.join(trainer.loss_types)} is no mean over pairs, so a batch of it can't be divided",
-            where="train.tokens_per_batch", hint="leave tokens_per_batch unset, or take another loss_type",
-        )  # fmt: skip
+            where="train.tokens_per_batch",
+            hint="leave tokens_per_batch unset, or take another loss_type",
+        )
     former = trainer.data_collator
     trainer.data_collator = Collator(
-        former.pad_token_id, former.max_length, former.truncation_mode, former.pad_to_multiple_of,
-        tokens_per_batch=tokens_per_batch, pack=False,
-    )  # fmt: skip
+        former.pad_token_id,
+        former.max_length,
+        former.truncation_mode,
+        former.pad_to_multiple_of,
+        tokens_per_batch=tokens_per_batch,
+        pack=False,
+    )
     models = [model for model in (trainer.model, trainer.ref_model) if model is not None]
     bare = [model.get_base_model() if hasattr(model, "peft_config") else model for model in models]
     lengths = _lengths(trainer)
@@ -228,9 +233,13 @@ def _patch(model: Any, is_reference: Callable[[], bool], autocast: Callable[[], 
 
     @functools.wraps(type(model).forward)  # `generate` checks its arguments against this signature
     def forward(
-        self: Any, *args: Any, packing: Packing | None = None, fused_lm_head: bool = False,
-        labels: Tensor | None = None, **kwargs: Any,
-    ) -> Any:  # fmt: skip
+        self: Any,
+        *args: Any,
+        packing: Packing | None = None,
+        fused_lm_head: bool = False,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         ids = kwargs.get("input_ids")
         if packing is None or not fused_lm_head or labels is None or ids is None:
             return theirs(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)

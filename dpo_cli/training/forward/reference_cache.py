@@ -157,8 +157,9 @@ def _compute_what_fits(trainer: Any, examples: list[dict[str, Any]]) -> list[tup
         if len(examples) == 1:
             raise UserError(
                 "memory does not suffice for the reference's forward of one pair",
-                hint="lower train.max_length, or set train.load_in_4bit = true", code=Exit.FAILED,
-            ) from None  # fmt: skip
+                hint="lower train.max_length, or set train.load_in_4bit = true",
+                code=Exit.FAILED,
+            ) from None
     half = len(examples) // 2  # outside of `except`, where the failed forward's memory is free
     return _compute_what_fits(trainer, examples[:half]) + _compute_what_fits(trainer, examples[half:])
 
