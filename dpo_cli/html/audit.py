@@ -1,6 +1,6 @@
 """The audit of a judge as a page.
 
-Takes what `audit` found and returns the page; writes nothing. Text that models wrote is escaped.
+Takes what `audit` found and returns the page; writes nothing. Text is escaped by default.
 """
 
 import re
@@ -8,8 +8,9 @@ from collections.abc import Iterable
 
 from dpo_cli.analysis.judge_audit import Audit, Estimate, Example, JudgeAudit, LengthEffect, Reliability, verdict
 from dpo_cli.data.records import Judgment
-from dpo_cli.html.page import document, figure, grid, tile
-from dpo_cli.html.svg import bars, escaped, interval, lines, scatter
+from dpo_cli.html.markup import Markup, escaped, joined, markup
+from dpo_cli.html.page import document, figure, footer, grid, tile
+from dpo_cli.html.svg import bars, interval, lines, scatter
 from dpo_cli.judges._ranking import label_of
 from dpo_cli.statistics import Histogram, Proportion
 
@@ -25,23 +26,23 @@ def audit(found: Audit) -> str:
     if found.usage.input:
         facts.append(f"{found.usage.input:,} tokens in, {found.usage.output:,} out")
     facts.append(f"${found.usd:,.2f}" if found.usd >= 1 or not found.usd else f"${found.usd:,.4f}")
-    findings = "".join(f"<li>{_with_commands(finding)}</li>" for finding in found.findings)
+    findings = joined(markup("<li>{}</li>", _with_commands(finding)) for finding in found.findings)
     body = [
-        f'<h1>What the judge did</h1><p class="dim">{escaped(names)} · {escaped(" · ".join(facts))}</p>',
-        f'<ul class="findings">{findings or "<li class=calm>Nothing stands out.</li>"}</ul>',
+        markup('<h1>What the judge did</h1><p class="dim">{} · {}</p>', names, " · ".join(facts)),
+        markup('<ul class="findings">{}</ul>', findings or Markup("<li class=calm>Nothing stands out.</li>")),
         grid("tiles", _tiles(found)),
         *(_judge(name, judge) for name, judge in found.judges.items()),
         _between(found.between_judges),
         _length(found.length, found.length_controlled),
         grid("plots", [_reasons("Skipped", found.skipped), _reasons("Errors", found.errors)]),
-        "<h2>Worth a look</h2>" + "".join(map(_example, found.examples)) if found.examples else "",
-        "<footer>Intervals are 95%. Length is in characters, its slope within prompts. Made by nothing-dpo.</footer>",
+        Markup("<h2>Worth a look</h2>") + joined(map(_example, found.examples)) if found.examples else "",
+        footer("Intervals are 95%. Length is in characters, its slope within prompts."),
     ]
     return document(f"Judge audit: {names}", body)
 
 
-def _with_commands(text: str) -> str:
-    return _COMMAND.sub(r"<code>\1</code>", escaped(text))
+def _with_commands(text: str) -> Markup:
+    return Markup(_COMMAND.sub(r"<code>\1</code>", escaped(text)))
 
 
 def _tiles(found: Audit) -> Iterable[str]:
@@ -56,20 +57,20 @@ def _tiles(found: Audit) -> Iterable[str]:
         yield tile(f"{sum(found.errors.values()):,}", "errors")
 
 
-def _judge(name: str, judge: JudgeAudit) -> str:
+def _judge(name: str, judge: JudgeAudit) -> Markup:
     cards = []
     if judge.first_wins is not None and judge.expected_first is not None:
         caption = f"Orders in which the first candidate wins; {judge.undecided:,} without a single best are left out."
         wins = _interval("first shown wins", judge.first_wins, judge.expected_first)
         cards.append(figure("Does it prefer what it sees first?", caption, wins + _places(name, judge.places)))
     several = judge.orders > judge.judgments
-    tiles = grid("tiles", _reliability(judge.between_orders, "orders")) if several else ""
-    cards.append(f'<div class="grid stack">{_histogram(judge.scores)}{tiles}</div>')
-    return f"<h2>{escaped(name)}</h2>{grid('plots', cards)}"
+    tiles = grid("tiles", _reliability(judge.between_orders, "orders")) if several else Markup()
+    cards.append(markup('<div class="grid stack">{}{}</div>', _histogram(judge.scores), tiles))
+    return markup("<h2>{}</h2>{}", name, grid("plots", cards))
 
 
-def _places(name: str, places: list[Estimate]) -> str:
-    caption = "<figcaption>Mean score by place of display, less the mean of its order.</figcaption>"
+def _places(name: str, places: list[Estimate]) -> Markup:
+    caption = Markup("<figcaption>Mean score by place of display, less the mean of its order.</figcaption>")
     return caption + lines(
         "Mean score by place of display",
         {name: [(place, found.value) for place, found in enumerate(places)]},
@@ -80,13 +81,13 @@ def _places(name: str, places: list[Estimate]) -> str:
     )
 
 
-def _interval(name: str, found: Proportion, mark: float) -> str:
+def _interval(name: str, found: Proportion, mark: float) -> Markup:
     return interval(f"{name}, of {found.n:,}", found.low, found.share, found.high, mark)
 
 
-def _histogram(found: Histogram | None) -> str:
+def _histogram(found: Histogram | None) -> Markup:
     if found is None:
-        return ""
+        return Markup()
     caption = "Every score it gave. A judge that uses two or three values can't rank much."
     return figure("How it uses its scale", caption, bars("Scores", found.labels, found.counts, "score"))
 
@@ -100,13 +101,13 @@ def _reliability(found: Reliability, between: str) -> Iterable[str]:
         yield tile(f"{found.alpha:.2f}", f"Krippendorff α, {verdict(found.alpha)}")
 
 
-def _between(found: Reliability | None) -> str:
-    return "<h2>Between the judges</h2>" + grid("tiles", _reliability(found, "judges")) if found else ""
+def _between(found: Reliability | None) -> Markup:
+    return Markup("<h2>Between the judges</h2>") + grid("tiles", _reliability(found, "judges")) if found else Markup()
 
 
-def _length(raw: LengthEffect, controlled: LengthEffect) -> str:
+def _length(raw: LengthEffect, controlled: LengthEffect) -> Markup:
     if raw.slope is None:
-        return ""
+        return Markup()
     cards = []
     for name, effect in (("as given", raw), ("with --length-control", controlled)):
         slope = effect.slope.value if effect.slope else 0.0
@@ -120,7 +121,7 @@ def _length(raw: LengthEffect, controlled: LengthEffect) -> str:
         if effect.longer_chosen:
             plot += _interval("longer one chosen", effect.longer_chosen, HALF)
         cards.append(figure(f"Scores {name}", f"{_slope(effect.slope)} points per 100 characters.", plot))
-    return "<h2>Length</h2>" + grid("plots", cards)
+    return Markup("<h2>Length</h2>") + grid("plots", cards)
 
 
 def _slope(slope: Estimate | None) -> str:
@@ -129,40 +130,40 @@ def _slope(slope: Estimate | None) -> str:
     return f"{round(slope.value, 2) + 0:+.2f} ({slope.low:+.2f} – {slope.high:+.2f})".replace("-", "−")
 
 
-def _reasons(title: str, counts: dict[str, int]) -> str:
+def _reasons(title: str, counts: dict[str, int]) -> Markup:
     if not counts:
-        return ""
-    rows = "".join(f"<tr><td>{escaped(reason)}</td><td>{count:,}</td></tr>" for reason, count in counts.items())
-    return f'<div><h2>{title}</h2><div class="card"><table>{rows}</table></div></div>'
+        return Markup()
+    rows = joined(markup("<tr><td>{}</td><td>{:,}</td></tr>", reason, count) for reason, count in counts.items())
+    return markup('<div><h2>{}</h2><div class="card"><table>{}</table></div></div>', title, rows)
 
 
-def _example(example: Example) -> str:
+def _example(example: Example) -> Markup:
     row, judged = example.judgment, example.completions
     note = row.skipped or "scores " + ", ".join(f"{score:.3g}" for score in row.scores or [])
-    parts = [f'<h3>{escaped(example.why.capitalize())}</h3><p class="dim">{escaped(row.id)} · {escaped(note)}</p>']
+    parts = [markup('<h3>{}</h3><p class="dim">{} · {}</p>', example.why.capitalize(), row.id, note)]
     if judged is not None:
-        parts.append(f'<div class="prompt">{_text(judged.prompt[-1]["content"])}</div>')
+        parts.append(markup('<div class="prompt">{}</div>', _text(judged.prompt[-1]["content"])))
         ranking = row.ranking or range(len(judged.completions))
         parts += [
             _answer(row, judged.completions[index], index, place, len(ranking))
             for place, index in enumerate(ranking)
             if index < len(judged.completions)
         ]
-    return f'<div class="card example">{"".join(parts)}</div>'
+    return markup('<div class="card example">{}</div>', joined(parts))
 
 
-def _answer(row: Judgment, text: str, index: int, place: int, count: int) -> str:
+def _answer(row: Judgment, text: str, index: int, place: int, count: int) -> Markup:
     given = [
         f"{order.scores[label]:.3g} shown as {label}"
         for order in row.orders or []
         if index in order.order and (label := label_of(order.order.index(index))) in order.scores
     ]
     score = f"{row.scores[index]:.3g}" if row.scores and index < len(row.scores) else "no score"
-    kind = "" if not row.scores else " best" if place == 0 else " worst" if place == count - 1 else ""
-    head = escaped(" · ".join([f"completion {index}", f"{len(text):,} characters", *given]))
-    return f'<div class="answer{kind}"><b>{escaped(score)}</b> <span class="dim">{head}</span>{_text(text)}</div>'
+    kind = "" if not row.scores else " best" if place == 0 else " worst" if place == count - 1 else Markup()
+    head = " · ".join([f"completion {index}", f"{len(text):,} characters", *given])
+    return markup('<div class="answer{}"><b>{}</b> <span class="dim">{}</span>{}</div>', kind, score, head, _text(text))
 
 
-def _text(text: str) -> str:
+def _text(text: str) -> Markup:
     cut = text if len(text) <= TEXT_SHOWN else text[:TEXT_SHOWN] + " …"
-    return f'<p class="text">{escaped(cut)}</p>'
+    return markup('<p class="text">{}</p>', cut)

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean
 
 from dpo_cli.data.records import Compared, Order, rationale
-from dpo_cli.html.page import document, facts, figure, grid, tile, word
-from dpo_cli.html.svg import bars, escaped, interval, scatter
+from dpo_cli.html.markup import Markup, joined, markup
+from dpo_cli.html.page import document, facts, figure, footer, grid, tile, word
+from dpo_cli.html.svg import bars, interval, scatter
 from dpo_cli.judges._ranking import label_of
 from dpo_cli.stages.evaluate.results import Evaluation
 from dpo_cli.statistics import histogram
@@ -34,23 +35,30 @@ def evaluation(result: Evaluation, rows: Sequence[Compared]) -> str:
     return document(
         f"Evaluation: {result.win_rate:.1%}",
         [
-            f'<h1>Is the policy better? {verdict}.</h1><p class="dim">{result.n:,} prompts · judged by '
-            f"{escaped(judge)} · {spent}</p>",
+            markup(
+                '<h1>Is the policy better? {}.</h1><p class="dim">{:,} prompts · judged by {} · {}</p>',
+                verdict,
+                result.n,
+                judge,
+                spent,
+            ),
             _findings(result.findings),
             grid("tiles", _tiles(result)),
-            "<h2>How sure is that</h2>" + grid("plots", _plots(result, rows)),
+            Markup("<h2>How sure is that</h2>") + grid("plots", _plots(result, rows)),
             _gates(result),
-            *(f"<h2>{name}</h2>{''.join(map(_example, some))}" for name, some in _ends(rows) if some),
-            "<h2>What was compared</h2>" + _sides(result),
-            "<footer>Intervals are 95%: of the win rate by bootstrap over prompts, at equal lengths from a logistic "
-            "regression on the difference in length (arXiv:2404.04475). Ties count half. Made by nothing-dpo.</footer>",
+            *(markup("<h2>{}</h2>{}", name, joined(map(_example, some))) for name, some in _ends(rows) if some),
+            Markup("<h2>What was compared</h2>") + _sides(result),
+            footer(
+                "Intervals are 95%: of the win rate by bootstrap over prompts, at equal lengths from a logistic "
+                "regression on the difference in length (arXiv:2404.04475). Ties count half."
+            ),
         ],
     )
 
 
-def _findings(findings: Iterable[str]) -> str:
-    items = "".join(f"<li>{escaped(finding)}</li>" for finding in findings)
-    return f'<ul class="findings">{items or "<li class=calm>Nothing stands out.</li>"}</ul>'
+def _findings(findings: Iterable[str]) -> Markup:
+    items = joined(markup("<li>{}</li>", finding) for finding in findings)
+    return markup('<ul class="findings">{}</ul>', items or Markup("<li class=calm>Nothing stands out.</li>"))
 
 
 def _tiles(result: Evaluation) -> Iterable[str]:
@@ -68,7 +76,7 @@ def _tiles(result: Evaluation) -> Iterable[str]:
 
 
 def _plots(result: Evaluation, rows: Sequence[Compared]) -> Iterable[str]:
-    drawn = "".join(
+    drawn = joined(
         interval(name, low, value, high, EVEN, style=_style(low, high))
         for name, value, (low, high) in (
             ("win rate", result.win_rate, result.interval),
@@ -95,12 +103,14 @@ def _style(low: float, high: float) -> str:
     return "good" if low > EVEN else "bad" if high < EVEN else "calm"
 
 
-def _gates(result: Evaluation) -> str:
-    rows = "".join(
-        f"<tr><td>{escaped(name)}</td><td>at least {gate.value:.1%}, limit {gate.limit:.1%} {word(gate.ok)}</td></tr>"
+def _gates(result: Evaluation) -> Markup:
+    rows = joined(
+        markup(
+            "<tr><td>{}</td><td>at least {:.1%}, limit {:.1%} {}</td></tr>", name, gate.value, gate.limit, word(gate.ok)
+        )
         for name, gate in result.gates.items()
     )
-    return f'<h2>Gates</h2><div class="card"><table class="facts">{rows}</table></div>' if rows else ""
+    return markup('<h2>Gates</h2><div class="card"><table class="facts">{}</table></div>', rows) if rows else Markup()
 
 
 def _ends(rows: Sequence[Compared]) -> list[tuple[str, list[Compared]]]:
@@ -110,39 +120,39 @@ def _ends(rows: Sequence[Compared]) -> list[tuple[str, list[Compared]]]:
     return [("Won most clearly", won[: -SHOWN - 1 : -1]), ("Lost most clearly", lost[:SHOWN])]
 
 
-def _example(row: Compared) -> str:
+def _example(row: Compared) -> Markup:
     sides = [
         _answer("reference", row.reference[0], row.reference_scores, "worst" if row.win > EVEN else "best"),
         _answer("policy", row.policy[0], row.policy_scores, "best" if row.win > EVEN else "worst"),
     ]
-    head = f'<h3>{escaped(row.id)}</h3><p class="dim">the policy won {row.win:.0%} of its comparisons</p>'
-    prompt = f'<div class="prompt">{_text(row.prompt[-1]["content"])}</div>'
-    said = "".join(_said(order) for order in (row.orders[0] if row.orders else []))
-    return f'<div class="card example">{head}{prompt}{grid("plots", sides)}{said}</div>'
+    head = markup('<h3>{}</h3><p class="dim">the policy won {:.0%} of its comparisons</p>', row.id, row.win)
+    prompt = markup('<div class="prompt">{}</div>', _text(row.prompt[-1]["content"]))
+    said = joined(_said(order) for order in (row.orders[0] if row.orders else []))
+    return markup('<div class="card example">{}{}{}{}</div>', head, prompt, grid("plots", sides), said)
 
 
-def _said(order: Order) -> str:
+def _said(order: Order) -> Markup:
     """The judge's words, and which side stood where."""
     shown = ", ".join(f"{label_of(place)} the {SIDES[index]}" for place, index in enumerate(order.order))
-    who = f"{escaped(order.model)}, " if order.model else ""
-    return f'<p class="text"><span class="dim">{who}{shown}:</span> {escaped(_cut(rationale(order)))}</p>'
+    who = f"{order.model}, " if order.model else Markup()
+    return markup('<p class="text"><span class="dim">{}{}:</span> {}</p>', who, shown, _cut(rationale(order)))
 
 
-def _answer(name: str, text: str, scores: Sequence[float], kind: str) -> str:
-    said = f"score {scores[0]:.3g} · " if scores else ""
-    head = f'<b>{name}</b> <span class="dim">{said}{len(text):,} characters</span>'
-    return f'<div class="answer {kind}">{head}{_text(text)}</div>'
+def _answer(name: str, text: str, scores: Sequence[float], kind: str) -> Markup:
+    said = f"score {scores[0]:.3g} · " if scores else Markup()
+    head = markup('<b>{}</b> <span class="dim">{}{:,} characters</span>', name, said, len(text))
+    return markup('<div class="answer {}">{}{}</div>', kind, head, _text(text))
 
 
-def _text(text: str) -> str:
-    return f'<p class="text">{escaped(_cut(text))}</p>'
+def _text(text: str) -> Markup:
+    return markup('<p class="text">{}</p>', _cut(text))
 
 
 def _cut(text: str) -> str:
     return text if len(text) <= TEXT_SHOWN else text[:TEXT_SHOWN] + " …"
 
 
-def _sides(result: Evaluation) -> str:
+def _sides(result: Evaluation) -> Markup:
     named = [*result.sides.items(), ("judge", result.judge)]
     tables = [(name, facts((key, str(value)) for key, value in made.items())) for name, made in named]
-    return grid("thirds", [f'<div class="card"><h3>{escaped(name)}</h3>{table}</div>' for name, table in tables])
+    return grid("thirds", [markup('<div class="card"><h3>{}</h3>{}</div>', name, table) for name, table in tables])

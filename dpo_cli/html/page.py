@@ -1,12 +1,13 @@
 """What every page has: its frame, its looks and its pieces.
 
 A page is self-contained, light and dark, without scripts. It loads nothing, and its policy forbids that anything in it
-could; text that others wrote must be escaped before it is given to these functions as markup.
+could. What is given as text is escaped, what is given as `Markup` is not.
 """
 
 from collections.abc import Iterable
 
-from dpo_cli.html.svg import STYLE, escaped
+from dpo_cli.html.markup import Markup, joined, markup
+from dpo_cli.html.svg import STYLE
 
 CSS = """
 :root { color-scheme: light dark; --paper: #f7f6f3; --card: #fff; --ink: #1d1f24; --dim: #6b7078; --line: #e4e2dc;
@@ -65,45 +66,56 @@ footer { margin-top: 2.5rem; font-size: .85rem; color: var(--dim); }
 
 
 def document(title: str, parts: Iterable[str]) -> str:
-    """The whole page: a title, which is escaped here, and its parts."""
-    return (
+    """The whole page: a title and its parts."""
+    page = markup(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escaped(title)}</title><style>{CSS}{STYLE}</style></head>"
-        f"<body>{''.join(parts)}</body></html>\n"
+        "<title>{}</title><style>{}{}</style></head><body>{}</body></html>\n",
+        title,
+        Markup(CSS),
+        Markup(STYLE),
+        joined(parts),
     )
+    return str(page)
 
 
-def grid(kind: str, cards: Iterable[str]) -> str:
+def grid(kind: str, cards: Iterable[str]) -> Markup:
     """Cards beside each other, as many as fit; nothing if there are none."""
-    inside = "".join(cards)
-    return f'<div class="grid {kind}">{inside}</div>' if inside else ""
+    inside = joined(cards)
+    return markup('<div class="grid {}">{}</div>', kind, inside) if inside else Markup()
 
 
-def tile(value: str, name: str, style: str = "") -> str:
+def footer(text: str) -> Markup:
+    """What the numbers are, and who made the page."""
+    return markup("<footer>{} Made by nothing-dpo.</footer>", text)
+
+
+def tile(value: str, name: str, style: str = "") -> Markup:
     """A number in large type, and what it is."""
-    return f'<div class="card tile"><b class="{style}">{escaped(value)}</b><span>{escaped(name)}</span></div>'
+    return markup('<div class="card tile"><b class="{}">{}</b><span>{}</span></div>', style, value, name)
 
 
-def figure(title: str, caption: str, plot: str) -> str:
+def figure(title: str, caption: str, plot: str) -> Markup:
     """A plot with its title and what it says."""
-    return f'<figure class="card"><h3>{escaped(title)}</h3><figcaption>{escaped(caption)}</figcaption>{plot}</figure>'
+    return markup('<figure class="card"><h3>{}</h3><figcaption>{}</figcaption>{}</figure>', title, caption, plot)
 
 
-def facts(rows: Iterable[tuple[str, str]]) -> str:
+def facts(rows: Iterable[tuple[str, str]]) -> Markup:
     """Names and values below each other."""
-    lines = "".join(f"<tr><td>{escaped(name)}</td><td>{escaped(value)}</td></tr>" for name, value in rows)
-    return f'<table class="facts">{lines}</table>'
+    lines = joined(markup("<tr><td>{}</td><td>{}</td></tr>", name, value) for name, value in rows)
+    return markup('<table class="facts">{}</table>', lines)
 
 
-def columns(headers: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def columns(headers: Iterable[str], rows: Iterable[Iterable[str]]) -> Markup:
     """A table with headers; its cells are markup."""
-    head = "".join(f"<th>{escaped(header)}</th>" for header in headers)
-    lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="card scroll"><table class="columns"><tr>{head}</tr>{lines}</table></div>'
+    head = joined(markup("<th>{}</th>", header) for header in headers)
+    lines = joined(markup("<tr>{}</tr>", joined(markup("<td>{}</td>", cell) for cell in row)) for row in rows)
+    return markup('<div class="card scroll"><table class="columns"><tr>{}</tr>{}</table></div>', head, lines)
 
 
-def word(ok: bool | None) -> str:
+def word(ok: bool | None) -> Markup:
     """A verdict in its colour; None: nobody can tell."""
-    return '<span class="yes">✓ pass</span>' if ok else "–" if ok is None else '<span class="no">✗ fail</span>'
+    if ok is None:
+        return Markup("–")
+    return Markup('<span class="yes">✓ pass</span>') if ok else Markup('<span class="no">✗ fail</span>')

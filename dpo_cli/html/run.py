@@ -10,8 +10,9 @@ from typing import Any
 from msgspec import Struct
 
 from dpo_cli.data.files import flat
-from dpo_cli.html.page import columns, document, facts, figure, grid, tile, word
-from dpo_cli.html.svg import escaped, interval, lines
+from dpo_cli.html.markup import Markup, joined, markup
+from dpo_cli.html.page import columns, document, facts, figure, footer, grid, tile, word
+from dpo_cli.html.svg import interval, lines
 from dpo_cli.training.guards import KL, LN2, MARGIN
 from dpo_cli.training.remedies import REMEDIES, advice, shown_by
 from dpo_cli.training.run_history import Run
@@ -76,31 +77,30 @@ def run(found: Run) -> str:
             _plots(found, acts, settings.get("gate", {})),
             _acts(acts),
             _asked(config),
-            "<footer>Steps are optimizer steps. Intervals are 95%. Made by nothing-dpo.</footer>",
+            footer("Steps are optimizer steps. Intervals are 95%."),
         ],
     )
 
 
-def _head(found: Run, report: dict[str, Any]) -> str:
+def _head(found: Run, report: dict[str, Any]) -> Markup:
     steps = max((points[-1][0] for points in found.series.values()), default=0)
     said = [f"step {steps:,.0f}" + (f" of {report['steps']:,}" if isinstance(report.get("steps"), int) else "")]
     if isinstance(report.get("rows"), int):
         said.append(f"{report['rows']:,} pairs, {report.get('held_out', 0):,} held out")
     if not report:
         said.append("not finished")
-    return f'<h1>Run {escaped(found.name)}</h1><p class="dim">{escaped(" · ".join(said))}</p>'
+    return markup('<h1>Run {}</h1><p class="dim">{}</p>', found.name, " · ".join(said))
 
 
-def _findings(found: Run, report: dict[str, Any]) -> str:
+def _findings(found: Run, report: dict[str, Any]) -> Markup:
     """Why a gate says no, and what mends what the guards saw."""
-    said = [escaped(str(reason)) for reason in report.get("reasons") or []]
+    said = [str(reason) for reason in report.get("reasons") or []]
     said += [
-        f"<b>{escaped(name)}</b>: {escaped(REMEDIES[name].symptom)}. Try: {escaped(advice(name))}."
-        for name in shown_by(found.events)
+        markup("<b>{}</b>: {}. Try: {}.", name, REMEDIES[name].symptom, advice(name)) for name in shown_by(found.events)
     ]
     if not said:
-        return '<ul class="findings"><li class="calm">Nothing stands out.</li></ul>'
-    return f'<ul class="findings">{"".join(f"<li>{line}</li>" for line in said)}</ul>'
+        return Markup('<ul class="findings"><li class="calm">Nothing stands out.</li></ul>')
+    return markup('<ul class="findings">{}</ul>', joined(markup("<li>{}</li>", line) for line in said))
 
 
 def _tiles(found: Run, report: dict[str, Any]) -> Iterator[str]:
@@ -118,17 +118,17 @@ def _tiles(found: Run, report: dict[str, Any]) -> Iterator[str]:
             yield tile(_value(kept[name], 3), said)
 
 
-def _gates(report: dict[str, Any]) -> str:
+def _gates(report: dict[str, Any]) -> Markup:
     gates = report.get("gates")
     if not isinstance(gates, dict) or not gates:
-        return ""
+        return Markup()
     rows = []
     for name, gate in gates.items():
         reach = gate.get("interval")
-        between = " – ".join(map(_value, reach)) if reach else ""
+        between = " – ".join(map(_value, reach)) if reach else Markup()
         rows.append(
             (
-                *(escaped(cell) for cell in (name, _value(gate.get("value")), between, _value(gate.get("limit")))),
+                *(name, _value(gate.get("value")), between, _value(gate.get("limit"))),
                 word(gate.get("ok")),
             )
         )
@@ -136,13 +136,13 @@ def _gates(report: dict[str, Any]) -> str:
     drawn = ""
     if share.get("interval"):
         low, high = share["interval"]
-        drawn = (
-            f'<div class="card half">{interval("held-out accuracy", low, share["value"], high, share["limit"])}</div>'
+        drawn = markup(
+            '<div class="card half">{}</div>', interval("held-out accuracy", low, share["value"], high, share["limit"])
         )
-    return f"<h2>Gates</h2>{columns(('gate', 'value', '95% interval', 'limit', ''), rows)}{drawn}"
+    return markup("<h2>Gates</h2>{}{}", columns(("gate", "value", "95% interval", "limit", ""), rows), drawn)
 
 
-def _plots(found: Run, acts: list[dict[str, Any]], gate: dict[str, Any]) -> str:
+def _plots(found: Run, acts: list[dict[str, Any]], gate: dict[str, Any]) -> Markup:
     marks: dict[float, str] = {}
     for number, act in enumerate(acts, 1):
         step = float(act["step"])
@@ -158,7 +158,7 @@ def _plots(found: Run, acts: list[dict[str, Any]], gate: dict[str, Any]) -> str:
         bands = {"held out": _band(found)} if MARGIN in plot.curves.values() else None
         drawn = lines(plot.title, curves, "step", "", bands, limit=limit, marks=marks, unjoined=(OVER,))
         cards.append(figure(f"{plot.title}, {plot.unit}" if plot.unit else plot.title, plot.caption, drawn))
-    return "<h2>Curves</h2>" + grid("plots", cards) if cards else '<p class="dim">No metrics yet.</p>'
+    return Markup("<h2>Curves</h2>") + grid("plots", cards) if cards else Markup('<p class="dim">No metrics yet.</p>')
 
 
 def _is_constant_beta(found: Run, plot: Plot) -> bool:
@@ -181,9 +181,9 @@ def _band(found: Run) -> list[tuple[float, float, float]]:
     ]
 
 
-def _acts(acts: list[dict[str, Any]]) -> str:
+def _acts(acts: list[dict[str, Any]]) -> Markup:
     if not acts:
-        return '<h2>Guards</h2><p class="dim">None has found anything.</p>'
+        return Markup('<h2>Guards</h2><p class="dim">None has found anything.</p>')
     rows = []
     for number, act in enumerate(acts, 1):
         details = ", ".join(
@@ -192,13 +192,13 @@ def _acts(acts: list[dict[str, Any]]) -> str:
             if key not in ("event", "step", "time", "action")
         )
         action = str(act.get("action", ""))
-        style = "" if action == WARNED else ' class="no"'
+        style = "" if action == WARNED else "no"
         cells = (str(number), f"{act['step']:,}", str(act.get("event", "")))
-        rows.append((*map(escaped, cells), f"<span{style}>{escaped(action)}</span>", escaped(details)))
-    return f"<h2>Guards</h2>{columns(('', 'step', 'guard', 'action', ''), rows)}"
+        rows.append((*cells, markup('<span class="{}">{}</span>', style, action), details))
+    return markup("<h2>Guards</h2>{}", columns(("", "step", "guard", "action", ""), rows))
 
 
-def _asked(config: dict[str, Any]) -> str:
+def _asked(config: dict[str, Any]) -> Markup:
     """Settings, hashes and versions."""
     identity, settings = config.get("identity", {}), config.get("config", {})
     stage = "sft" if identity.get("stage") == "sft" else "train"
@@ -208,12 +208,13 @@ def _asked(config: dict[str, Any]) -> str:
     hashes |= identity.get("data", {}).get("sha256", {})
     parts += [_folded("sha256", hashes, True)] if hashes else []
     parts += [_folded("versions", config["versions"])] if config.get("versions") else []
-    return f"<h2>What was asked for</h2>{grid('', parts)}" if parts else ""
+    return markup("<h2>What was asked for</h2>{}", grid("", parts)) if parts else Markup()
 
 
-def _folded(name: str, values: dict[str, Any], opened: bool = False) -> str:
+def _folded(name: str, values: dict[str, Any], opened: bool = False) -> Markup:
     shown = facts((key, _value(value)) for key, value in values.items())
-    return f'<details class="card"{" open" * opened}><summary><b>{escaped(name)}</b></summary>{shown}</details>'
+    kind = Markup(" open") if opened else Markup()
+    return markup('<details class="card"{}><summary><b>{}</b></summary>{}</details>', kind, name, shown)
 
 
 def _value(value: Any, digits: int = 4) -> str:

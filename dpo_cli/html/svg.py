@@ -2,17 +2,16 @@
 
 Each function returns one `<svg>` element, for a page that has `STYLE` and gives the colours `--ink`, `--dim`, `--line`,
 `--good`, `--bad` and `--series-0` … `--series-3`. It scales with its place and carries a title and a description for
-readers who don't see it. There is nothing in it that runs or is loaded; every text is escaped. Axes are linear.
+readers who don't see it. There is nothing in it that runs or is loaded, and all text is escaped. Axes are linear.
 """
 
-import html
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import TypeVar
 
 from msgspec import Struct
 
-from dpo_cli.safe_text import plain
+from dpo_cli.html.markup import Markup, joined, markup
 
 WIDTH, HEIGHT = 480, 250
 LEFT, RIGHT, TOP, FLOOR = 46, 14, 28, 210  # margins, and where the x axis is
@@ -56,27 +55,22 @@ class _Axes(Struct):
     def at(self, x: float, y: float) -> str:
         return f"{self.across(x):.1f},{self.down(y):.1f}"
 
-    def rows(self) -> str:
+    def rows(self) -> Markup:
         """Lines across at round values, with their labels."""
         parts = []
         for tick in ticks(*self.y):
             y = self.down(tick)
             style = "grid" if tick else "zero"
-            parts.append(f'<path class="{style}" d="M{LEFT},{y:.1f}H{WIDTH - RIGHT}"/>')
+            parts.append(markup('<path class="{}" d="M{},{:.1f}H{}"/>', style, LEFT, y, WIDTH - RIGHT))
             parts.append(_text(LEFT - 7, y + 4, _number(tick), "end"))
-        return "".join(parts)
+        return joined(parts)
 
-    def columns(self) -> str:
+    def columns(self) -> Markup:
         """Labels of round values below."""
-        return "".join(_text(self.across(tick), FLOOR + 17, _number(tick)) for tick in ticks(*self.x))
+        return joined(_text(self.across(tick), FLOOR + 17, _number(tick)) for tick in ticks(*self.x))
 
 
-def escaped(text: str) -> str:
-    """Text that others wrote, for an element or an attribute; a character that would act is named."""
-    return html.escape(plain(text))
-
-
-def bars(title: str, labels: Sequence[str], counts: Sequence[int], x_label: str = "") -> str:
+def bars(title: str, labels: Sequence[str], counts: Sequence[int], x_label: str = "") -> Markup:
     """Counts as bars, each above its label."""
     axes = _Axes((0, len(counts)), (0, max(counts, default=0) or 1))
     every = math.ceil(len(labels) / 12)  # labels that don't run into each other
@@ -84,17 +78,25 @@ def bars(title: str, labels: Sequence[str], counts: Sequence[int], x_label: str 
     for place, (label, count) in enumerate(zip(labels, counts, strict=True)):
         left, right, top = axes.across(place + 0.08), axes.across(place + 0.92), axes.down(count)
         drawn.append(
-            f'<rect class="fill-0" x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" '
-            f'height="{FLOOR - top:.1f}" rx="2"><title>{escaped(label)}: {count:,}</title></rect>'
+            markup(
+                '<rect class="fill-0" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" rx="2">'
+                "<title>{}: {:,}</title></rect>",
+                left,
+                top,
+                right - left,
+                FLOOR - top,
+                label,
+                count,
+            )
         )
         if place % every == 0:
             drawn.append(_text((left + right) / 2, FLOOR + 17, label))
     most = max(range(len(counts)), key=lambda place: counts[place], default=0)
     described = f"{sum(counts):,} in {len(counts)} bars; the highest at {labels[most]}." if counts else "Empty."
-    return _svg(title, described, axes.rows() + "".join(drawn) + _below(x_label))
+    return _svg(title, described, axes.rows() + joined(drawn) + _below(x_label))
 
 
-def interval(name: str, low: float, value: float, high: float, mark: float, style: str = "") -> str:
+def interval(name: str, low: float, value: float, high: float, mark: float, style: str = "") -> Markup:
     """A share and its interval on a scale from 0 to 1, with the share that chance would give.
 
     `style` is `good`, `bad` or `calm`; unset: bad if chance is outside.
@@ -106,23 +108,27 @@ def interval(name: str, low: float, value: float, high: float, mark: float, styl
     drawn = [
         _text(0, y - 14, name, "start", "name"),
         _text(WIDTH, y - 14, words, "end"),
-        f'<path class="track" d="M{pad},{y}H{WIDTH - pad}"/>',
-        f'<path class="whisker {style}" d="M{from_:.1f},{y}H{to:.1f}"/>',
-        f'<circle class="{style}" cx="{at:.1f}" cy="{y}" r="5"/>',
-        f'<path class="mark" d="M{chance:.1f},{y - 9}v18"/>',
+        markup('<path class="track" d="M{},{}H{}"/>', pad, y, WIDTH - pad),
+        markup('<path class="whisker {}" d="M{:.1f},{}H{:.1f}"/>', style, from_, y, to),
+        markup('<circle class="{}" cx="{:.1f}" cy="{}" r="5"/>', style, at, y),
+        markup('<path class="mark" d="M{:.1f},{}v18"/>', chance, y - 9),
         *(_text(WIDTH * share, 62, f"{share:.0%}", end) for share, end in ((0, "start"), (0.5, "middle"), (1, "end"))),
     ]
-    return _svg(name, words, "".join(drawn), 66)
+    return _svg(name, words, joined(drawn), 66)
 
 
-def scatter(title: str, points: Sequence[tuple[float, float]], slope: float | None, x_label: str, y_label: str) -> str:
+def scatter(
+    title: str, points: Sequence[tuple[float, float]], slope: float | None, x_label: str, y_label: str
+) -> Markup:
     """Points, and the line of a slope, if there is one, through the origin."""
     axes = _Axes(_range([x for x, _ in points]), _range([y for _, y in points]))
-    drawn = "".join(f'<circle class="dot" cx="{axes.across(x):.1f}" cy="{axes.down(y):.1f}" r="3"/>' for x, y in points)
+    drawn = joined(
+        markup('<circle class="dot" cx="{:.1f}" cy="{:.1f}" r="3"/>', axes.across(x), axes.down(y)) for x, y in points
+    )
     line, described = "", f"{len(points):,} points."
     if slope is not None:
         left, right = (axes.at(x, slope * x) for x in axes.x)
-        line = f'<path class="fit" d="M{left}L{right}"/>'
+        line = markup('<path class="fit" d="M{}L{}"/>', left, right)
         described = f"{len(points):,} points; the line rises by {slope:.3g} for each 1 to the right."
     return _svg(title, described, axes.rows() + axes.columns() + drawn + line + _below(x_label) + _beside(y_label))
 
@@ -137,7 +143,7 @@ def lines(
     limit: float | None = None,
     marks: Mapping[float, str] | None = None,
     unjoined: Collection[str] = (),
-) -> str:
+) -> Markup:
     """Curves by name, through points in order of x; what is not finite is left out.
 
     Args:
@@ -158,21 +164,25 @@ def lines(
     axes = _Axes(_range(across), _range(down if limit is None else [*down, limit]))
     drawn, said = [axes.rows(), *(_mark(axes, x, name) for x, name in (marks or {}).items())], []
     if limit is not None:
-        drawn.append(f'<path class="mark" d="M{LEFT},{axes.down(limit):.1f}H{WIDTH - RIGHT}"/>')
+        drawn.append(markup('<path class="mark" d="M{},{:.1f}H{}"/>', LEFT, axes.down(limit), WIDTH - RIGHT))
     left = float(LEFT)
     for place, (name, curve) in enumerate(curves.items()):
         points, band = _finite(curve), shaded.get(name, [])
         outline = [axes.at(x, low) for x, low, _ in band] + [axes.at(x, high) for x, _, high in reversed(band)]
-        drawn.append(f'<polygon class="band fill-{place % SERIES}" points="{" ".join(outline)}"/>' if band else "")
+        drawn.append(
+            markup('<polygon class="band fill-{}" points="{}"/>', place % SERIES, " ".join(outline))
+            if band
+            else Markup()
+        )
         drawn.append(_curve(axes, place, name, points, name not in unjoined))
         if len(curves) > 1:
-            drawn.append(f'<rect class="fill-{place % SERIES}" x="{left:.1f}" y="4" width="12" height="4"/>')
+            drawn.append(markup('<rect class="fill-{}" x="{:.1f}" y="4" width="12" height="4"/>', place % SERIES, left))
             drawn.append(_text(left + 17, 9, name[:NAME], "start"))
             left += 34 + LETTER * len(name[:NAME])
         said += [f"{name}: from {points[0][1]:.3g} to {points[-1][1]:.3g}."] if points else []
     drawn += [_text(axes.across(x), FLOOR + 17, name) for x, name in enumerate(x_names)]
     drawn.append(_below(x_label) + _beside(y_label) + ("" if x_names else axes.columns()))
-    return _svg(title, " ".join(said), "".join(drawn))
+    return _svg(title, " ".join(said), joined(drawn))
 
 
 def against(
@@ -181,7 +191,7 @@ def against(
     points: Mapping[str, Sequence[tuple[float, float, str]]],
     x_label: str,
     y_label: str,
-) -> str:
+) -> Markup:
     """Named points in groups, beside a curve that they are held against.
 
     Args:
@@ -195,20 +205,29 @@ def against(
     axes = _Axes(_range([x for x, _ in everything]), _range([y for _, y in everything]))
     drawn, left = [axes.rows(), axes.columns(), _curve(axes, 0, *curve, True)], float(LEFT)
     for place, name in enumerate([curve[0], *points]):
-        drawn.append(f'<rect class="fill-{place % SERIES}" x="{left:.1f}" y="{TOP - 10}" width="12" height="4"/>')
+        drawn.append(
+            markup('<rect class="fill-{}" x="{:.1f}" y="{}" width="12" height="4"/>', place % SERIES, left, TOP - 10)
+        )
         drawn.append(_text(left + 17, TOP - 5, name[:NAME], "start"))
         left += 34 + LETTER * len(name[:NAME])
     names: list[tuple[float, float, str]] = []
     for place, group in enumerate(points.values(), 1):
         for x, y, name in group:
             drawn.append(
-                f'<circle class="fill-{place % SERIES}" cx="{axes.across(x):.1f}" cy="{axes.down(y):.1f}" r="4">'
-                f"<title>{escaped(name)}: {x:.3g}, {y:.3g}</title></circle>"
+                markup(
+                    '<circle class="fill-{}" cx="{:.1f}" cy="{:.1f}" r="4"><title>{}: {:.3g}, {:.3g}</title></circle>',
+                    place % SERIES,
+                    axes.across(x),
+                    axes.down(y),
+                    name,
+                    x,
+                    y,
+                )
             )
             names.append((axes.across(x) + 7, axes.down(y) + 4, name[:NAME]))
     drawn += [_text(x, y, name, "start") for x, y, name in _apart(names)]
     said = "; ".join(f"{name} {x:.3g}, {y:.3g}" for group in points.values() for x, y, name in group)
-    return _svg(title, said, "".join(drawn) + _below(x_label) + _beside(y_label))
+    return _svg(title, said, joined(drawn) + _below(x_label) + _beside(y_label))
 
 
 def _apart(names: list[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
@@ -223,23 +242,34 @@ def _apart(names: list[tuple[float, float, str]]) -> list[tuple[float, float, st
     return placed
 
 
-def _curve(axes: _Axes, place: int, name: str, points: Sequence[tuple[float, float]], joined: bool) -> str:
+def _curve(axes: _Axes, place: int, name: str, points: Sequence[tuple[float, float]], is_line: bool) -> Markup:
     """A line, and its points where they are few, each with its value for a pointer that rests on it."""
     through = " ".join(axes.at(x, y) for x, y in points)
-    again = " again" if place >= SERIES else ""
-    line = f'<polyline class="curve stroke-{place % SERIES}{again}" points="{through}"/>' if joined else ""
-    if joined and len(points) > DOTS:
+    again = " again" if place >= SERIES else Markup()
+    line = (
+        markup('<polyline class="curve stroke-{}{}" points="{}"/>', place % SERIES, again, through)
+        if is_line
+        else Markup()
+    )
+    if is_line and len(points) > DOTS:
         return line
-    return line + "".join(
-        f'<circle class="fill-{place % SERIES}" cx="{axes.across(x):.1f}" cy="{axes.down(y):.1f}" r="3">'
-        f"<title>{escaped(name)}, {_number(x)}: {y:.4g}</title></circle>"
+    return line + joined(
+        markup(
+            '<circle class="fill-{}" cx="{:.1f}" cy="{:.1f}" r="3"><title>{}, {}: {:.4g}</title></circle>',
+            place % SERIES,
+            axes.across(x),
+            axes.down(y),
+            name,
+            _number(x),
+            y,
+        )
         for x, y in points
     )
 
 
-def _mark(axes: _Axes, x: float, name: str) -> str:
+def _mark(axes: _Axes, x: float, name: str) -> Markup:
     at = axes.across(x)
-    line = f'<path class="event" d="M{at:.1f},{TOP}V{FLOOR}"><title>{escaped(name)}</title></path>'
+    line = markup('<path class="event" d="M{:.1f},{}V{}"><title>{}</title></path>', at, TOP, FLOOR, name)
     return line + _text(at, TOP - 3, name, "middle", "event")
 
 
@@ -271,24 +301,29 @@ def _number(value: float) -> str:
     return f"{value + 0:,.10g}".replace("-", "−")
 
 
-def _text(x: float, y: float, text: str, anchor: str = "middle", style: str = "") -> str:
-    classed = f' class="{style}"' if style else ""
-    return f'<text{classed} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escaped(text)}</text>'
+def _text(x: float, y: float, text: str, anchor: str = "middle", style: str = "") -> Markup:
+    classed = markup(' class="{}"', style) if style else Markup()
+    return markup('<text{} x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>', classed, x, y, anchor, text)
 
 
-def _below(label: str) -> str:
-    return _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 5, label) if label else ""
+def _below(label: str) -> Markup:
+    return _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 5, label) if label else Markup()
 
 
-def _beside(label: str) -> str:
+def _beside(label: str) -> Markup:
     middle = (TOP + FLOOR) / 2
     if not label:
-        return ""
-    return f'<g transform="rotate(-90 11 {middle})">{_text(11, middle, label)}</g>'
+        return Markup()
+    return markup('<g transform="rotate(-90 11 {})">{}</g>', middle, _text(11, middle, label))
 
 
-def _svg(title: str, description: str, drawn: str, height: int = HEIGHT) -> str:
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escaped(title)}"><title>{escaped(title)}</title>'
-        f"<desc>{escaped(description)}</desc>{drawn}</svg>"
+def _svg(title: str, description: str, drawn: str, height: int = HEIGHT) -> Markup:
+    return markup(
+        '<svg viewBox="0 0 {} {}" role="img" aria-label="{}"><title>{}</title><desc>{}</desc>{}</svg>',
+        WIDTH,
+        height,
+        title,
+        title,
+        description,
+        drawn,
     )

@@ -5,8 +5,9 @@ Takes what `sweep.run` returned and the runs' own numbers, and returns the page;
 
 from collections.abc import Mapping
 
-from dpo_cli.html.page import columns, document, figure, grid, word
-from dpo_cli.html.svg import escaped, lines
+from dpo_cli.html.markup import Markup, markup
+from dpo_cli.html.page import columns, document, figure, footer, grid, word
+from dpo_cli.html.svg import lines
 from dpo_cli.training.guards import KL, MARGIN
 from dpo_cli.training.run_history import Run
 from dpo_cli.workflows.sweep import Point, SweepResult, best_said
@@ -26,18 +27,21 @@ def sweep(swept: SweepResult, runs: Mapping[str, Run]) -> str:
     return document(
         title,
         [
-            f'<h1>{escaped(title)}</h1><p class="dim">Held out, at the checkpoint that each run kept.</p>',
-            f'<ul class="findings"><li class="{"calm" if swept.best is not None else ""}">'
-            f"{escaped(best_said(swept))}</li></ul>",
+            markup('<h1>{}</h1><p class="dim">Held out, at the checkpoint that each run kept.</p>', title),
+            markup(
+                '<ul class="findings"><li class="{}">{}</li></ul>',
+                "calm" if swept.best is not None else "",
+                best_said(swept),
+            ),
             _side_by_side(swept, names),
             _table(swept),
             _over_each_other(swept, names, runs),
-            "<footer>Shaded: 95% intervals; where they overlap, the order is not shown. Made by nothing-dpo.</footer>",
+            footer("Shaded: 95% intervals; where they overlap, the order is not shown."),
         ],
     )
 
 
-def _side_by_side(swept: SweepResult, names: list[str]) -> str:
+def _side_by_side(swept: SweepResult, names: list[str]) -> Markup:
     points = swept.points
     accuracy = _plot(
         swept,
@@ -63,25 +67,25 @@ def _side_by_side(swept: SweepResult, names: list[str]) -> str:
 
 def _plot(
     swept: SweepResult, names: list[str], title: str, values: list[float | None], reach: list[Interval], limit: float
-) -> str:
+) -> Markup:
     curve = [(float(place), value) for place, value in enumerate(values) if value is not None]
     band = [(float(place), *ends) for place, ends in enumerate(reach) if ends]
     return lines(title, {title: curve}, swept.setting, "", {title: band}, names, limit)
 
 
-def _table(swept: SweepResult) -> str:
+def _table(swept: SweepResult) -> Markup:
     def row(point: Point) -> list[str]:
         best = point.value == swept.best
-        name = f"<b>★ {point.value:g}</b>" if best else f"{point.value:g}"
+        name = markup("<b>★ {:g}</b>", point.value) if best else f"{point.value:g}"
         numbers = (point.accuracy, point.margin, point.loss, point.kl)
-        cells = ["–" if value is None else escaped(f"{value:.4g}") for value in numbers]
-        return [name, *cells, word(None if point.verdict is None else point.verdict == "pass"), escaped(point.run)]
+        cells = ["–" if value is None else f"{value:.4g}" for value in numbers]
+        return [name, *cells, word(None if point.verdict is None else point.verdict == "pass"), point.run]
 
     headers = (swept.setting, "accuracy", "margin", "loss", "KL", "gates", "run")
     return columns(headers, map(row, swept.points))
 
 
-def _over_each_other(swept: SweepResult, names: list[str], runs: Mapping[str, Run]) -> str:
+def _over_each_other(swept: SweepResult, names: list[str], runs: Mapping[str, Run]) -> Markup:
     plots = (
         ("Held-out margin", MARGIN, "", 0.0),
         ("KL", KL, "nats a token", swept.kl_limit),
@@ -97,4 +101,4 @@ def _over_each_other(swept: SweepResult, names: list[str], runs: Mapping[str, Ru
         if curves:
             drawn = lines(title, curves, "step", "", limit=limit)
             cards.append(figure(f"{title}, {unit}" if unit else title, f"By {swept.setting}, as each run went.", drawn))
-    return "<h2>Curves</h2>" + grid("thirds", cards) if cards else ""
+    return Markup("<h2>Curves</h2>") + grid("thirds", cards) if cards else Markup()
