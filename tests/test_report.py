@@ -2,17 +2,20 @@
 
 import re
 from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from test_audit import audited, judged, order, row, simulated
 
 from dpo_cli import html
 from dpo_cli.data.records import Judgment
-from dpo_cli.html import svg
+from dpo_cli.html import labels, svg
 from dpo_cli.training import guards, run_history
 from dpo_cli.workflows.sweep import Point, SweepResult
 
 HOSTILE = "</p></svg><script>alert(1)</script><img src=https://evil.example/x onerror='go()'>\u202e\x1b[31m &amp;"
+MEDIA = Path(__file__).parents[1] / ".github" / "media"
 VOID = {"meta", "!doctype"}
 
 
@@ -205,11 +208,28 @@ def test_a_sweeps_page_shows_its_runs_side_by_side_and_says_when_the_best_is_not
     assert "no run stayed within 0.1 nats a token" in Page(html.sweep(swept, {})).text
 
 
-def test_names_of_points_that_lie_together_are_drawn_apart():
-    points = {"runs": [(0.1, 0.5, "one"), (0.1, 0.501, "two"), (0.12, 0.502, "three"), (0.9, 0.5, "far")]}
-    drawn = svg.against("wins", ("curve", [(0.0, 0.5), (1.0, 1.0)]), points, "KL", "win rate")
-    heights = {name: float(y) for y, name in re.findall(r'y="([\d.]+)"[^>]*>(one|two|three|far)<', drawn)}
-    assert len(heights) == 4
-    near = sorted(heights[name] for name in ("one", "two", "three"))
-    assert near[1] - near[0] >= svg.LINE and near[2] - near[1] >= svg.LINE
-    assert heights["far"] <= near[1], "only what lies beside others moves"
+def test_no_name_of_a_point_lies_on_another_name_or_point():
+    crowd = [(0.1, 0.5, "one"), (0.1, 0.501, "two"), (0.12, 0.502, "three"), (0.11, 0.49, "four"), (0.9, 0.5, "far")]
+    drawn = svg.against("wins", ("curve", [(0.0, 0.5), (1.0, 1.0)]), {"runs": crowd}, "KL", "win rate")
+    found = re.findall(r'<text x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)">(one|two|three|four|far)<', drawn)
+    boxes = [labels.box(labels.Label(float(x), float(y), anchor, False), len(name)) for x, y, anchor, name in found]
+    assert len(boxes) == 5
+    circles = [
+        (float(x) - 4, float(y) - 4, float(x) + 4, float(y) + 4)
+        for x, y in re.findall(r'cx="([\d.]+)" cy="([\d.]+)" r="4"', drawn)
+    ]
+    assert len(circles) == 5
+    for place, box in enumerate(boxes):
+        for other in [*boxes[:place], *circles]:
+            apart = box[2] <= other[0] or other[2] <= box[0] or box[3] <= other[1] or other[3] <= box[1]
+            assert apart, (found[place], other)
+    far = next(one for one in found if one[3] == "far")
+    centre = re.search(r'cx="([\d.]+)" cy="([\d.]+)" r="4"><title>far', drawn)
+    assert abs(float(far[0]) - float(centre[1])) <= 10 and abs(float(far[1]) - float(centre[2])) <= 10
+
+
+def test_a_plot_of_its_own_has_its_colours_written_out():
+    drawn = svg.standalone(svg.bars("Scores", ["1", "2"], [3, 4]))
+    assert ElementTree.fromstring(drawn).tag.endswith("svg")
+    assert "var(" not in drawn and svg.COLOURS["series-0"][0] in drawn and svg.COLOURS["series-0"][1] in drawn
+    assert "var(" not in "".join(path.read_text() for path in MEDIA.glob("*.svg"))

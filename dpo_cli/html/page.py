@@ -7,17 +7,14 @@ could. What is given as text is escaped, what is given as `Markup` is not.
 from collections.abc import Iterable
 
 from dpo_cli.html.markup import Markup, joined, markup
-from dpo_cli.html.svg import STYLE
+from dpo_cli.html.svg import CARD, DARK, LIGHT, STYLE, variables
 
-CSS = """
-:root { color-scheme: light dark; --paper: #f7f6f3; --card: #fff; --ink: #1d1f24; --dim: #6b7078; --line: #e4e2dc;
-  --good: #2f8f5b; --bad: #d2622a; --series-0: #3b6fb6; --series-1: #c2527c; --series-2: #7a8b2f; --series-3: #7d5bb5; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #15171b; --card: #1e2127; --ink: #e8e6e1; --dim: #9aa0a8; --line: #343840;
-    --good: #58c08a; --bad: #f0894f; --series-0: #78a8ea; --series-1: #e88bb0; --series-2: #b5c763;
-    --series-3: #b699ec; }
-}
-* { box-sizing: border-box; }
+CSS = (
+    f"""
+:root {{ color-scheme: light dark; --paper: #f7f6f3; --card: {CARD[LIGHT]}; {variables(LIGHT)} }}
+@media (prefers-color-scheme: dark) {{ :root {{ --paper: #15171b; --card: {CARD[DARK]}; {variables(DARK)} }} }}
+"""
+    + """* { box-sizing: border-box; }
 body { margin: 0 auto; padding: 2.5rem 1.25rem 3rem; max-width: 68rem; background: var(--paper); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif; }
 h1 { margin: 0; font-size: 1.7rem; letter-spacing: -.02em; }
@@ -63,6 +60,7 @@ td:last-child { text-align: right; font-variant-numeric: tabular-nums; }
 summary { cursor: pointer; padding: .2rem 0; } details table { margin-top: .6rem; }
 footer { margin-top: 2.5rem; font-size: .85rem; color: var(--dim); }
 """
+)
 
 
 def document(title: str, parts: Iterable[str]) -> str:

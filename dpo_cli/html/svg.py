@@ -1,26 +1,43 @@
 """Plots as SVG text: bars, a share with its interval, points with a line through them, curves.
 
-Each function returns one `<svg>` element, for a page that has `STYLE` and gives the colours `--ink`, `--dim`, `--line`,
-`--good`, `--bad` and `--series-0` … `--series-3`. It scales with its place and carries a title and a description for
+Each function returns one `<svg>` element, for a page that has `STYLE` and the colours of `variables`, or for a file of
+its own through `standalone`. It scales with its place and carries a title and a description for
 readers who don't see it. There is nothing in it that runs or is loaded, and all text is escaped. Axes are linear.
 """
 
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import TypeVar
 
 from msgspec import Struct
 
+from dpo_cli.html import labels
+from dpo_cli.html.labels import LETTER
 from dpo_cli.html.markup import Markup, joined, markup
 
 WIDTH, HEIGHT = 480, 250
 LEFT, RIGHT, TOP, FLOOR = 46, 14, 28, 210  # margins, and where the x axis is
 SERIES = 4  # colours there are
 TICKS, NAME = 5, 24  # labels of an axis, characters of a curve's name
-LETTER, LINE = 5.6, 10  # width of a letter, about, and height of a line
 DOTS = 40  # points of a curve that are still drawn one by one
 
 T = TypeVar("T", bound=tuple[float, ...])
+
+# Colours by name: on light paper, on dark.
+COLOURS = {
+    "ink": ("#1d1f24", "#e8e6e1"),
+    "dim": ("#6b7078", "#9aa0a8"),
+    "line": ("#e4e2dc", "#343840"),
+    "good": ("#2f8f5b", "#58c08a"),
+    "bad": ("#d2622a", "#f0894f"),
+    "series-0": ("#3b6fb6", "#78a8ea"),
+    "series-1": ("#c2527c", "#e88bb0"),
+    "series-2": ("#7a8b2f", "#b5c763"),
+    "series-3": ("#7d5bb5", "#b699ec"),
+}
+CARD = ("#fff", "#1e2127")
+LIGHT, DARK = 0, 1
 
 STYLE = """
 svg { display: block; width: 100%; height: auto; overflow: hidden; font: 11px system-ui, sans-serif; }
@@ -38,6 +55,29 @@ svg .whisker { stroke-opacity: .45; }
     f"svg .fill-{i} {{ fill: var(--series-{i}); }} svg .stroke-{i} {{ stroke: var(--series-{i}); }}\n"
     for i in range(SERIES)
 )
+
+
+def variables(theme: int) -> str:
+    """The colours of a theme as CSS variables."""
+    return " ".join(f"--{name}: {pair[theme]};" for name, pair in COLOURS.items())
+
+
+def standalone(drawn: str) -> str:
+    """A plot as a file of its own: its colours are written out, for viewers that know no CSS variables.
+
+    Args:
+        drawn: what a function here returned.
+    """
+    light, dark = _written_out(LIGHT), _written_out(DARK)
+    style = f"svg {{ background: {CARD[LIGHT]}; }} {light} @media (prefers-color-scheme: dark) {{ "
+    style += f"svg {{ background: {CARD[DARK]}; }} {dark} }}"
+    named = str(drawn).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    return named.replace("<title>", f"<style>{style}</style><title>", 1)
+
+
+def _written_out(theme: int) -> str:
+    """`STYLE` with a theme's colours in the place of variables."""
+    return re.sub(r"var\(--([\w-]+)\)", lambda match: COLOURS[match[1]][theme], STYLE)
 
 
 class _Axes(Struct):
@@ -210,36 +250,32 @@ def against(
         )
         drawn.append(_text(left + 17, TOP - 5, name[:NAME], "start"))
         left += 34 + LETTER * len(name[:NAME])
-    names: list[tuple[float, float, str]] = []
-    for place, group in enumerate(points.values(), 1):
-        for x, y, name in group:
+    named = [(place, x, y, name) for place, group in enumerate(points.values(), 1) for x, y, name in group]
+    centres = [(axes.across(x), axes.down(y)) for _, x, y, _ in named]
+    names = [name[:NAME] for *_, name in named]
+    line = [(axes.across(x), axes.down(y)) for x, y in curve[1]]
+    for (place, x, y, name), (across, down), label in zip(
+        named, centres, labels.place(centres, names, (LEFT, TOP, WIDTH, FLOOR), line), strict=True
+    ):
+        if label.is_far:
             drawn.append(
-                markup(
-                    '<circle class="fill-{}" cx="{:.1f}" cy="{:.1f}" r="4"><title>{}: {:.3g}, {:.3g}</title></circle>',
-                    place % SERIES,
-                    axes.across(x),
-                    axes.down(y),
-                    name,
-                    x,
-                    y,
-                )
+                markup('<path class="grid" d="M{:.1f},{:.1f}L{:.1f},{:.1f}"/>', across, down, label.x, label.y)
             )
-            names.append((axes.across(x) + 7, axes.down(y) + 4, name[:NAME]))
-    drawn += [_text(x, y, name, "start") for x, y, name in _apart(names)]
-    said = "; ".join(f"{name} {x:.3g}, {y:.3g}" for group in points.values() for x, y, name in group)
+        drawn.append(
+            markup(
+                '<circle class="fill-{}" cx="{:.1f}" cy="{:.1f}" r="{}"><title>{}: {:.3g}, {:.3g}</title></circle>',
+                place % SERIES,
+                across,
+                down,
+                labels.RADIUS,
+                name,
+                x,
+                y,
+            )
+        )
+        drawn.append(_text(label.x, label.y, name[:NAME], label.anchor))
+    said = "; ".join(f"{name} {x:.3g}, {y:.3g}" for _, x, y, name in named)
     return _svg(title, said, joined(drawn) + _below(x_label) + _beside(y_label))
-
-
-def _apart(names: list[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
-    """Names at (x, y), from the top down, each moved down as far as those above need."""
-    placed: list[tuple[float, float, str]] = []
-    for x, y, name in sorted(names, key=lambda one: one[1]):
-        for left, top, other in sorted(placed, key=lambda one: one[1]):
-            beside = x + LETTER * len(name) < left or left + LETTER * len(other) < x
-            if not beside and abs(y - top) < LINE:
-                y = top + LINE
-        placed.append((x, y, name))
-    return placed
 
 
 def _curve(axes: _Axes, place: int, name: str, points: Sequence[tuple[float, float]], is_line: bool) -> Markup:

@@ -36,13 +36,6 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 BEST_OF = (2, 4, 8, 16)
 SEED = 2026  # of the reported world; settings were chosen with seed 1
-COLOURS = """
-svg { --ink: #1d1f24; --dim: #6b7078; --line: #e4e2dc; --good: #2f8f5b; --bad: #d2622a; --series-0: #3b6fb6;
-  --series-1: #c2527c; --series-2: #7a8b2f; --series-3: #7d5bb5; background: #fff; }
-@media (prefers-color-scheme: dark) { svg { --ink: #e8e6e1; --dim: #9aa0a8; --line: #343840; --good: #58c08a;
-  --bad: #f0894f; --series-0: #78a8ea; --series-1: #e88bb0; --series-2: #b5c763; --series-3: #b699ec;
-  background: #1e2127; } }
-"""
 
 
 def line(name: str, point: Point, accuracy: float | None = None) -> str:
@@ -69,9 +62,7 @@ def frontier(points: dict[str, Point]) -> str:
         ("best of N", [(0.0, 0.5), *((kl**0.5, rate) for kl, rate in curve)]), dots,
         "root of KL(policy || SFT adapter), nats an answer", "win rate by the true reward",
     )  # fmt: skip
-    return drawn.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(
-        "<title>", f"<style>{COLOURS}{svg.STYLE}</style><title>", 1
-    )
+    return svg.standalone(drawn)
 
 
 def main() -> None:
