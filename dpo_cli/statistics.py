@@ -12,15 +12,22 @@ from msgspec import Struct
 CONFIDENCE = 0.95
 
 
-class Rate(Struct):
-    """A share and its 95% interval."""
+class Interval(Struct):
+    """A number and its 95% interval."""
 
     value: float
     low: float
     high: float
 
 
-def bootstrap(values: Sequence[float], resamples: int, seed: int) -> Rate:
+class Effect(Interval):
+    """A number with its 95% interval and standard error, from `n` observations."""
+
+    error: float
+    n: int
+
+
+def bootstrap(values: Sequence[float], resamples: int, seed: int) -> Interval:
     """The mean with its percentile bootstrap interval (Efron 1979).
 
     It knows no spread but that of `values`: if all are equal, it has no width.
@@ -28,7 +35,7 @@ def bootstrap(values: Sequence[float], resamples: int, seed: int) -> Rate:
     draw = random.Random(seed)
     means = sorted(fmean(draw.choices(values, k=len(values))) for _ in range(resamples))
     outside = int(resamples * (1 - CONFIDENCE) / 2)
-    return Rate(fmean(values), means[outside], means[-1 - outside])
+    return Interval(fmean(values), means[outside], means[-1 - outside])
 
 
 Z95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution

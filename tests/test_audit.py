@@ -10,8 +10,8 @@ from dpo_cli.analysis.length_bias import length_controlled, length_slope, within
 from dpo_cli.config.settings import PairSection
 from dpo_cli.data.jsonl import read_latest, write_rows
 from dpo_cli.data.records import Completions, Judgment, Order, Preference, Usage, completions_id, prompt_id
-from dpo_cli.judges import make_task
 from dpo_cli.judges._ranking import conclude, label_of
+from dpo_cli.judges._task import make_task
 from dpo_cli.stages.pair import run
 
 

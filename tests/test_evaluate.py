@@ -18,7 +18,7 @@ from dpo_cli.errors import UserError
 from dpo_cli.progress import Silent
 from dpo_cli.stages.evaluate import run as evaluate
 from dpo_cli.stages.evaluate.win_rate import win_rate
-from dpo_cli.statistics import Rate, bootstrap
+from dpo_cli.statistics import Interval, bootstrap
 
 
 def test_win_rate_by_hand() -> None:
@@ -38,7 +38,7 @@ def test_bootstrap_covers_as_often_as_it_says() -> None:
     assert 0.90 <= covered <= 0.99
     # The normal interval of a fair coin's mean is 2 * 1.96 * 0.5 / sqrt(60) = 0.253 wide.
     assert sum(one.high - one.low for one in intervals) / len(intervals) == pytest.approx(0.253, abs=0.02)
-    assert bootstrap([1.0, 1.0], 100, 0) == Rate(1.0, 1.0, 1.0)
+    assert bootstrap([1.0, 1.0], 100, 0) == Interval(1.0, 1.0, 1.0)
 
 
 def score(prompt: list[dict[str, str]], completion: str) -> float:

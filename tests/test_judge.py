@@ -18,11 +18,12 @@ from dpo_cli.config.settings import Config, GenerateSection, JudgeSection
 from dpo_cli.data.records import Order
 from dpo_cli.endpoint.http import Rejected
 from dpo_cli.errors import UserError
-from dpo_cli.judges import Task, llm, make_task, names
+from dpo_cli.judges import llm, names
 from dpo_cli.judges._deprecations import ENDINGS, ending_warning
 from dpo_cli.judges._orders import OrderVerdict, aggregate, cyclic_orders, preference
 from dpo_cli.judges._prompt import Verdict, read_verdict
 from dpo_cli.judges._ranking import label_of
+from dpo_cli.judges._task import Task, make_task
 from dpo_cli.stages import judge
 
 OPENAI = "https://api.openai.com/v1"

@@ -15,10 +15,11 @@ from dpo_cli.config import settings
 from dpo_cli.data.records import Judgment, Order
 from dpo_cli.endpoint import batch
 from dpo_cli.errors import UserError
-from dpo_cli.judges import llm, make_task
+from dpo_cli.judges import llm
 from dpo_cli.judges._orders import OrderVerdict, cyclic_orders, is_enough
 from dpo_cli.judges._panel import agreement_weights, decide
 from dpo_cli.judges._ranking import any_inverts
+from dpo_cli.judges._task import make_task
 from dpo_cli.stages import judge
 
 PANEL = ["judge-a", "judge-b", "judge-c"]

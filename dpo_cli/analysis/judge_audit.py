@@ -17,7 +17,7 @@ from dpo_cli.analysis.length_bias import length_controlled, length_slope, within
 from dpo_cli.data.records import Completions, Judgment, Order, Usage, judge_name
 from dpo_cli.judges._agreement import agree
 from dpo_cli.judges._ranking import label_of
-from dpo_cli.statistics import Z95, Histogram, Proportion, Spread, histogram, proportion, spread
+from dpo_cli.statistics import Z95, Effect, Histogram, Proportion, Spread, histogram, proportion, spread
 
 POINTS = 300  # of a scatter plot; more say no more
 SKIPPED_MUCH = 0.1
@@ -25,16 +25,6 @@ RELIABLE, TENTATIVE = 0.8, 0.667  # thresholds of α: Krippendorff, "Content Ana
 
 # Completion -> score, of one reply of a judge.
 Scores = dict[int, float]
-
-
-class Estimate(Struct):
-    """A number with its 95% interval and standard error, from `n` observations."""
-
-    value: float
-    low: float
-    high: float
-    error: float
-    n: int
 
 
 class Reliability(Struct):
@@ -62,7 +52,7 @@ class JudgeAudit(Struct, kw_only=True):
     first_wins: Proportion | None
     expected_first: float | None
     undecided: int
-    places: list[Estimate]
+    places: list[Effect]
     between_orders: Reliability
     scores: Histogram | None
 
@@ -75,7 +65,7 @@ class LengthEffect(Struct):
     completions as (100 characters, points), less the means of their prompt.
     """
 
-    slope: Estimate | None
+    slope: Effect | None
     longer_chosen: Proportion | None
     points: list[tuple[float, float]]
 
@@ -248,7 +238,7 @@ def _judge(prompts: Sequence[Sequence[Order]], direct: Sequence[float]) -> Judge
         first_wins=proportion(first, decided),
         expected_first=expected / decided if decided else None,
         undecided=undecided,
-        places=[_estimate_mean(by_place[place]) for place in sorted(by_place)],
+        places=[_mean_effect(by_place[place]) for place in sorted(by_place)],
         between_orders=reliability(ratings),
         scores=histogram(scores or direct),
     )
@@ -265,13 +255,13 @@ def _mean(ratings: Sequence[Scores]) -> Scores:
     return {index: fmean(rating[index] for rating in ratings if index in rating) for index in rated}
 
 
-def _estimate(value: float, error: float, n: int) -> Estimate:
-    return Estimate(value, value - Z95 * error, value + Z95 * error, error, n)
+def _effect(value: float, error: float, n: int) -> Effect:
+    return Effect(value, value - Z95 * error, value + Z95 * error, error, n)
 
 
-def _estimate_mean(values: Sequence[float]) -> Estimate:
+def _mean_effect(values: Sequence[float]) -> Effect:
     n = len(values)
-    return _estimate(fmean(values), math.sqrt(_scatter(values) / (n - 1) / n) if n > 1 else math.inf, n)
+    return _effect(fmean(values), math.sqrt(_scatter(values) / (n - 1) / n) if n > 1 else math.inf, n)
 
 
 def _length(judgments: Mapping[str, Judgment], completions: Mapping[str, Completions]) -> LengthEffect:
@@ -286,7 +276,7 @@ def _length(judgments: Mapping[str, Judgment], completions: Mapping[str, Complet
     slope = length_slope(prompts.values())
     points = [point for deviations in prompts.values() for point in deviations.values()]
     return LengthEffect(
-        _estimate(slope.value, slope.error, slope.n) if slope else None,
+        _effect(slope.value, slope.error, slope.n) if slope else None,
         proportion(longer, unequal),
         points[:: max(1, math.ceil(len(points) / POINTS))],
     )

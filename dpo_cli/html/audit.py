@@ -6,13 +6,13 @@ Takes what `audit` found and returns the page; writes nothing. Text is escaped b
 import re
 from collections.abc import Iterable
 
-from dpo_cli.analysis.judge_audit import Audit, Estimate, Example, JudgeAudit, LengthEffect, Reliability, verdict
+from dpo_cli.analysis.judge_audit import Audit, Example, JudgeAudit, LengthEffect, Reliability, verdict
 from dpo_cli.data.records import Judgment
 from dpo_cli.html.markup import Markup, escaped, joined, markup
 from dpo_cli.html.page import document, figure, footer, grid, tile
 from dpo_cli.html.svg import bars, interval, lines, scatter
 from dpo_cli.judges._ranking import label_of
-from dpo_cli.statistics import Histogram, Proportion
+from dpo_cli.statistics import Effect, Histogram, Proportion
 
 TEXT_SHOWN = 1_200  # characters of an example's text
 HALF = 0.5
@@ -69,7 +69,7 @@ def _judge(name: str, judge: JudgeAudit) -> Markup:
     return markup("<h2>{}</h2>{}", name, grid("plots", cards))
 
 
-def _places(name: str, places: list[Estimate]) -> Markup:
+def _places(name: str, places: list[Effect]) -> Markup:
     caption = Markup("<figcaption>Mean score by place of display, less the mean of its order.</figcaption>")
     return caption + lines(
         "Mean score by place of display",
@@ -124,7 +124,7 @@ def _length(raw: LengthEffect, controlled: LengthEffect) -> Markup:
     return Markup("<h2>Length</h2>") + grid("plots", cards)
 
 
-def _slope(slope: Estimate | None) -> str:
+def _slope(slope: Effect | None) -> str:
     if slope is None:
         return "–"
     return f"{round(slope.value, 2) + 0:+.2f} ({slope.low:+.2f} – {slope.high:+.2f})".replace("-", "−")

@@ -7,7 +7,7 @@ without a verdict then is an error, which the next run tries again.
 from collections.abc import Awaitable, Callable, Sequence
 
 from dpo_cli.endpoint.batch import Batches, PendingRequest
-from dpo_cli.judges import Task
+from dpo_cli.judges._task import Task
 
 ROUNDS = 4
 

@@ -9,9 +9,9 @@ from msgspec import Struct
 
 from dpo_cli.config.settings import Orders
 from dpo_cli.data.records import Order, content_id
-from dpo_cli.judges import Task
 from dpo_cli.judges._prompt import Verdict
 from dpo_cli.judges._ranking import conclude, label_of
+from dpo_cli.judges._task import Task
 
 MOST = 8  # orders of one prompt, whatever the number of candidates
 

@@ -18,11 +18,11 @@ from statistics import fmean
 import msgspec
 
 from dpo_cli.data.records import Judgment, Order
-from dpo_cli.judges import Task
 from dpo_cli.judges._agreement import agree
 from dpo_cli.judges._orders import OrderVerdict, aggregate, preference
 from dpo_cli.judges._prompt import Verdict, read_verdict
 from dpo_cli.judges._ranking import conclude, label_of
+from dpo_cli.judges._task import Task
 
 DIGITS = 9  # a sum of weighted means has noise below that, which must break no tie
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from dpo_cli.data.records import Judgment, Order
-from dpo_cli.judges import Task
+from dpo_cli.judges._task import Task
 
 EPSILON = 1e-9  # what sums of weighted scores may be off by
 

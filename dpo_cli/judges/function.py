@@ -23,8 +23,8 @@ from typing import Any
 from dpo_cli.config.settings import Config
 from dpo_cli.data.records import Judgment, Message, content_id
 from dpo_cli.errors import Exit, UserError
-from dpo_cli.judges import Task
 from dpo_cli.judges._ranking import conclude
+from dpo_cli.judges._task import Task
 from dpo_cli.progress import Progress
 
 Score = Callable[[list[Message], str], float]

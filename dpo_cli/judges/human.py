@@ -20,9 +20,9 @@ from dpo_cli.config.settings import Config
 from dpo_cli.data.jsonl import read_latest
 from dpo_cli.data.records import Judgment, Order, content_id
 from dpo_cli.errors import UserError
-from dpo_cli.judges import Task
 from dpo_cli.judges._agreement import agree
 from dpo_cli.judges._ranking import conclude, label_of
+from dpo_cli.judges._task import Task
 from dpo_cli.progress import Progress
 from dpo_cli.safe_text import plain
 from dpo_cli.terminal import GUTTER, Screen, cut, full_screen, side_by_side, width, wrap

@@ -29,7 +29,7 @@ from dpo_cli.endpoint.http import Rejected
 from dpo_cli.endpoint.prices import Price, Tier, price_of
 from dpo_cli.endpoint.responses import Choice, Reply
 from dpo_cli.errors import UserError
-from dpo_cli.judges import Task, _panel
+from dpo_cli.judges import _panel
 from dpo_cli.judges._batch import answer
 from dpo_cli.judges._deprecations import ending_warning
 from dpo_cli.judges._orders import OrderVerdict, cyclic_orders, is_enough, preference
@@ -44,6 +44,7 @@ from dpo_cli.judges._prompt import (
     write_message,
 )
 from dpo_cli.judges._ranking import label_of
+from dpo_cli.judges._task import Task
 from dpo_cli.progress import Progress
 
 LEDGER = "judge.replies.jsonl"

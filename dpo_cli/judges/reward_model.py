@@ -26,8 +26,8 @@ from dpo_cli.adapter import base_folder, fingerprint
 from dpo_cli.config.settings import Config
 from dpo_cli.data.records import Judgment, Message
 from dpo_cli.errors import Exit, UserError
-from dpo_cli.judges import Task
 from dpo_cli.judges._ranking import conclude
+from dpo_cli.judges._task import Task
 from dpo_cli.progress import Progress
 
 ABSOLUTE = True

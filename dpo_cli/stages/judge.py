@@ -21,7 +21,7 @@ from dpo_cli.data.jsonl import Journal, read_latest
 from dpo_cli.data.records import Completions, Judgment, Usage, completions_id
 from dpo_cli.endpoint.costs import Estimate, Receipt
 from dpo_cli.errors import UserError
-from dpo_cli.judges import Task, make_task
+from dpo_cli.judges._task import Task, make_task
 from dpo_cli.progress import After, Progress
 
 COMPLETIONS, JUDGMENTS = "completions.jsonl", "judgments.jsonl"

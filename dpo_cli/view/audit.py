@@ -9,7 +9,6 @@ from rich.text import Text
 from dpo_cli.analysis.judge_audit import (
     TENTATIVE,
     Audit,
-    Estimate,
     Example,
     JudgeAudit,
     LengthEffect,
@@ -17,7 +16,7 @@ from dpo_cli.analysis.judge_audit import (
     verdict,
 )
 from dpo_cli.judges._ranking import label_of
-from dpo_cli.statistics import Proportion
+from dpo_cli.statistics import Effect, Proportion
 from dpo_cli.view.braille import interval
 from dpo_cli.view.facts import alarm, bars, counted, facts, share, share_of, spread_row, tokens
 from dpo_cli.view.pairs import ID_SHOWN, LABEL
@@ -104,7 +103,7 @@ def _against(found: Proportion, expected: float) -> Text:
     return text.append("\n").append(whisker, style).append(f"  {percent(found.low)} – {percent(found.high)}", "dim")
 
 
-def _places(places: list[Estimate]) -> Text:
+def _places(places: list[Effect]) -> Text:
     """Mean deviation from the order's mean, by place; in colour where it is no chance."""
     parts = []
     for place, found in enumerate(places):
@@ -126,7 +125,7 @@ def _lengths(raw: LengthEffect, controlled: LengthEffect) -> Table:
     return table
 
 
-def _slope(slope: Estimate | None) -> Text:
+def _slope(slope: Effect | None) -> Text:
     if slope is None:
         return Text("–", "dim")
     text = Text(f"{round(slope.value, 2) + 0:+.2f} points", GOOD if slope.low <= 0 <= slope.high else BAD)

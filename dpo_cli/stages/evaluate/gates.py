@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from msgspec import Struct
 
 from dpo_cli.errors import UserError
-from dpo_cli.statistics import Rate
+from dpo_cli.statistics import Interval
 
 NAMES = ("win-rate", "length-controlled-win-rate")
 _GATE = re.compile(r"\s*([\w-]+)\s*>\s*([0-9.]+)\s*")
@@ -39,7 +39,7 @@ def read_gates(texts: Sequence[str]) -> dict[str, float]:
     return gates
 
 
-def check_gates(gates: Mapping[str, float], rates: Sequence[Rate], whole: bool) -> dict[str, Gated]:
+def check_gates(gates: Mapping[str, float], rates: Sequence[Interval], whole: bool) -> dict[str, Gated]:
     """Each gate against the rates, which are in the order of `NAMES`; none is passed before the result is whole."""
     low = {name: rate.low for name, rate in zip(NAMES, rates, strict=True)}
     return {name: Gated(low[name], limit, whole and low[name] > limit) for name, limit in gates.items()}

@@ -20,11 +20,11 @@ from dpo_cli.data.jsonl import parse_rows, write_rows
 from dpo_cli.data.records import Message, prompt_id, read_prompt
 from dpo_cli.endpoint.costs import Receipt
 from dpo_cli.errors import Exit, UserError
-from dpo_cli.judges import Task
+from dpo_cli.judges._task import Task
 from dpo_cli.progress import Progress
 from dpo_cli.stages.evaluate.judging import EvaluationJudge, reasons
 from dpo_cli.stages.evaluate.sampling import POLICY, REFERENCE, RunBudget, make_side, sample
-from dpo_cli.statistics import Rate, wilson
+from dpo_cli.statistics import Interval, wilson
 
 ROWS = "quiz.answers.jsonl"  # quiz.jsonl may be the questions
 RIGHT_ANSWER = "right answer"  # the role under which a judge is shown it
@@ -56,7 +56,7 @@ class Quizzed(Struct, kw_only=True):
     the next run) and `skipped`. `usd` and `receipt` are as in an evaluation.
     """
 
-    accuracy: dict[str, Rate]
+    accuracy: dict[str, Interval]
     match: str
     n: int
     failed: int
@@ -191,6 +191,6 @@ def _grade(
     return list(bench.heard.values())
 
 
-def _accuracy(correct: Sequence[bool]) -> Rate:
+def _accuracy(correct: Sequence[bool]) -> Interval:
     low, high = wilson(sum(correct), len(correct))
-    return Rate(sum(correct) / len(correct), low, high)
+    return Interval(sum(correct) / len(correct), low, high)

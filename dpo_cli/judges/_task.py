@@ -1,0 +1,44 @@
+"""What a judge is given: one prompt's completions, each distinct usable one to be shown once."""
+
+from collections.abc import Callable
+
+from msgspec import Struct
+
+from dpo_cli.data.records import Completions, Message, canonical, completions_id
+
+
+class Task(Struct, kw_only=True):
+    """One prompt's completions, to be judged.
+
+    `stands` has, for each completion, the index of the one that stands for it: its own, that of an earlier identical
+    one, or None if the completion is not usable. `failures` counts the former runs that ended in an error.
+    """
+
+    id: str
+    completions_id: str
+    prompt: list[Message]
+    completions: list[str]
+    stands: list[int | None]
+    failures: int = 0
+
+    @property
+    def shown(self) -> list[int]:
+        """Indices of the completions that a judge sees: usable, and no two identical."""
+        return [index for index, stand in enumerate(self.stands) if stand == index]
+
+
+def make_task(row: Completions, usable: Callable[[str], bool], failures: int = 0) -> Task:
+    """A task for one prompt's completions; identical (see `canonical`) and unusable ones will not be shown."""
+    first: dict[str, int] = {}
+    stands = [
+        first.setdefault(canonical(text), index) if canonical(text) and usable(text) else None
+        for index, text in enumerate(row.completions)
+    ]
+    return Task(
+        id=row.id,
+        completions_id=completions_id(row.completions),
+        prompt=row.prompt,
+        completions=row.completions,
+        stands=stands,
+        failures=failures,
+    )
