@@ -115,8 +115,8 @@ def absolute(path: str) -> Path:
     return Path(path).expanduser().absolute()
 
 
-def base_folder(base: str) -> Path | None:
-    """The base's files on this machine: a folder, or the Hub cache's snapshot."""
+def find_base(base: str) -> Path | None:
+    """The base's files where they are on this machine: a folder, or the Hub cache's snapshot. Downloads nothing."""
     folder = absolute(base)
     if folder.is_dir():
         return folder
@@ -266,7 +266,7 @@ def _is_expert(layer: str) -> bool:
 
 def _check_base_layers(layers: dict[str, Layer], base: str, path: Path) -> None:
     """Refuse layers that the base lacks or has in another shape; vLLM skips the former without a word."""
-    folder = base_folder(base)
+    folder = find_base(base)
     files = sorted(folder.glob("*.safetensors")) if folder else []
     shapes = {key.removesuffix(".weight"): tensor for file in files for key, tensor in _read_header(file).items()}
     checked = [name for name in layers if not _is_expert(name) and not name.endswith("lm_head")]  # may be tied

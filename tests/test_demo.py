@@ -88,7 +88,7 @@ def test_the_whole_pipeline_and_nothing_twice(tmp_path: Path) -> None:
     result = demo.run(folder, Silent(), sizes=sizes)
     assert Path.cwd() == here
     assert result.dpo.step_zero is not None
-    assert result.dpo.step_zero["ok"]
+    assert result.dpo.step_zero.ok
     assert result.dpo.reference_sha256 == result.sft.policy_sha256 != result.dpo.policy_sha256
     assert result.generated.completions >= 4 * 40
     assert result.judged.judged > 0

@@ -152,7 +152,7 @@ def test_the_tolerance_of_step_zero_is_a_setting(start, tmp_path, monkeypatch):
     places = (f"runs={tmp_path / 'runs'}", f"model.dpo_adapter={tmp_path / 'out'}", "train.max_steps=1")
     config = settings(start, start / "base", *places, "gate.step_zero_tolerance=100")
     monkeypatch.setattr(dpo, "check_reference", lambda model, adapter: shift(model, "ref", 0.05))
-    assert train.run(config, Silent()).step_zero["ok"]
+    assert train.run(config, Silent()).step_zero.ok
 
 
 def test_a_failed_step_zero_is_reported_and_no_result(start, tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ def test_every_preset_trains(start, tmp_path, preset):
         small["model.adapter"] = start / "sft"
     sets = [f"{key}={value}" for key, value in small.items()]
     result = train.run(configuration.resolve(sets=sets, preset=preset, environment={}).config, Silent())
-    assert result.step_zero["ok"] and result.step == 2
+    assert result.step_zero.ok and result.step == 2
     made = {file.name for file in (tmp_path / "out").iterdir()}
     if preset == "full":
         assert {"model.safetensors", "config.json", "tokenizer.json"} <= made

@@ -268,7 +268,7 @@ def test_a_sweep_is_a_run_for_each_value_and_names_the_best_that_passes(start, t
 def test_a_merged_model_says_what_base_and_adapter_said(start, tmp_path):
     places = [f"runs={tmp_path / 'runs'}", f"model.dpo_adapter={tmp_path / 'out'}", "train.max_steps=1"]
     result = train.run(settings(start, start / "base", "train.merge=true", *places), Silent())
-    assert result.merged["mean_difference"] < 1e-4 and result.merged["dtype"] == "float32"
+    assert result.merged.mean_difference < 1e-4 and result.merged.dtype == "float32"
     assert (tmp_path / "out-merged" / "model.safetensors").exists()
     assert (tmp_path / "out-merged" / "tokenizer.json").exists()
 

@@ -176,7 +176,7 @@ def test_a_merged_model_says_the_same_as_the_adapter(work):
     pushed, there = send(work, "adapter", merge=True)
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= there
     assert "adapter_model.safetensors" not in there
-    assert pushed.merged["mean_difference"] < 1e-4
+    assert pushed.merged.mean_difference < 1e-4
     merged = AutoModelForCausalLM.from_pretrained(work / "there")
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(work / "base"), work / "out")
     ids = torch.tensor([[3, 5, 7, 11, 13]])

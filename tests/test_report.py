@@ -12,6 +12,7 @@ from dpo_cli import html
 from dpo_cli.data.records import Judgment
 from dpo_cli.html import labels, svg
 from dpo_cli.training import guards, run_history
+from dpo_cli.training.gates import Gate
 from dpo_cli.workflows.sweep import Point, SweepResult
 
 HOSTILE = "</p></svg><script>alert(1)</script><img src=https://evil.example/x onerror='go()'>\u202e\x1b[31m &amp;"
@@ -134,10 +135,12 @@ def measured(**more):
         {"event": "rolled_back", "step": 10, "to": 5},
         {"event": "length_drift", "step": 5, "action": "warn", "sampled_tokens": 31.0},
     ]
-    gate = {"value": 0.61, "limit": 0.5, "ok": True, "interval": [0.52, 0.7]}
+    gate = Gate(0.61, 0.5, True, (0.52, 0.7))
     found = {
-        "report": {"verdict": "fail", "reasons": ["kl_nats_per_token fails"], "best_checkpoint": "checkpoint-5",
-                   "gates": {"held_out_accuracy": gate}, "rows": 40, "held_out": 9, "steps": 10},
+        "report": run_history.Trained(
+            stage="dpo", run="runs/dpo", adapter="out", verdict="fail", reasons=["kl_nats_per_token fails"],
+            best_checkpoint="checkpoint-5", gates={"held_out_accuracy": gate}, rows=40, held_out=9, steps=10,
+        ),
         "config": {"identity": {"stage": "dpo", "data": {"sha256": {"train.jsonl": "ab12"}}}, "policy_sha256": "cd34",
                    "config": {"train": {"beta": 0.1}, "gate": {"kl_limit": 0.1}}, "versions": {"trl": "1.2.3"}},
     }  # fmt: skip
@@ -169,10 +172,13 @@ def test_a_run_in_progress_and_a_hostile_one_are_pages():
     drawn = Page(html.run(measured(report=None, config=None)))
     assert "not finished" in drawn.text
     bad = {"event": HOSTILE, "step": 3, "action": HOSTILE, HOSTILE: HOSTILE}
-    gates = {HOSTILE: {"value": HOSTILE, "limit": HOSTILE}}
+    gates = {HOSTILE: Gate(1.0, 2.0, None)}
     wild = run_history.Run(
         name=HOSTILE, series={HOSTILE: [(1, 1.0)]}, last={}, events=[bad, {"event": HOSTILE, "step": HOSTILE}],
-        report={"verdict": HOSTILE, "reasons": [HOSTILE], "gates": gates},
+        report=run_history.Trained(
+            stage="dpo", run=HOSTILE, adapter=HOSTILE, rows=1, held_out=1, steps=1, verdict="fail", reasons=[HOSTILE],
+            best_checkpoint=HOSTILE, gates=gates,
+        ),
         config={"config": {"train": {HOSTILE: HOSTILE}}, "versions": {HOSTILE: HOSTILE}},
     )  # fmt: skip
     found = Page(html.run(wild))

@@ -121,7 +121,7 @@ def test_killed_while_it_saves_it_goes_on_from_the_checkpoint_before(start, work
         mark_complete(checkpoint)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "seal", killed)
+        patch.setattr(trainer, "mark_complete", killed)
         assert exit_code_of(lambda: train.run(config, Silent())) == -signal.SIGKILL
     assert (folder / "runs" / "dpo" / "checkpoints" / "checkpoint-6").exists()
     progress = Lines()
@@ -245,6 +245,6 @@ def test_sft_makes_the_adapter_that_dpo_starts_from(work):
     assert (result.verdict, result.step_zero, result.reference_sha256) == ("pass", None, None)
     assert json.loads((folder / "sft" / "adapter_config.json").read_text())["r"] == 4
     config.train.max_steps = 1
-    assert train.run(config, Silent()).step_zero["ok"]
+    assert train.run(config, Silent()).step_zero.ok
     with pytest.raises(UserError, match="there is an SFT adapter already"):
         train.run(config, Silent(), stage="sft", name="again", data=data)

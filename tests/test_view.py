@@ -17,6 +17,7 @@ from dpo_cli.data.records import Completions, Judgment, Order, Preference
 from dpo_cli.data.row_index import Rows
 from dpo_cli.errors import UserError
 from dpo_cli.training import run_history
+from dpo_cli.training.gates import Gate
 from dpo_cli.view import braille, pairs, progress, text
 from dpo_cli.workflows.sweep import Point, SweepResult
 
@@ -74,11 +75,14 @@ def hostile_drawings(folder):
             orders=[Order([0, 1], {"A": 1.0, "B": 2.0}, bad), Order([1, 0], {}, rationale)],
         )  # fmt: skip
         failed = Judgment(id=bad, completions_id="c", error=bad)
-        gates = {wild: {"value": wild, "limit": wild, "ok": False}}
+        gates = {wild: Gate(1.0, 2.0, False)}
         run = run_history.Run(
             name=wild, series={wild: [(1, 2.0)], "loss": [(1, 2.0)]}, last={wild: 2.0, "loss": 2.0},
             events=[{"event": wild, "step": wild, wild: wild}],
-            report={"verdict": wild, "adapter": wild, "gates": gates},
+            report=run_history.Trained(
+                stage="dpo", run=wild, adapter=wild, rows=1, held_out=1, steps=1, verdict="fail", gates=gates,
+                best_checkpoint=wild, policy_sha256=wild,
+            ),
         )  # fmt: skip
         pair_file, completion_file, judgment_file = (
             rows_of(folder / f"{number}-{len(records)}-{records[0].__class__.__name__}.jsonl", *records)

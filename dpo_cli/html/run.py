@@ -15,7 +15,7 @@ from dpo_cli.html.page import columns, document, facts, figure, footer, grid, ti
 from dpo_cli.html.svg import interval, lines
 from dpo_cli.training.guards import KL, LN2, MARGIN
 from dpo_cli.training.remedies import REMEDIES, advice, shown_by
-from dpo_cli.training.run_history import Run
+from dpo_cli.training.run_history import Run, Trained
 
 BETA = "eval_beta"
 OVER = "over the limit"
@@ -64,7 +64,7 @@ PLOTS = (
 
 def run(found: Run) -> str:
     """The page."""
-    report, config = found.report or {}, found.config or {}
+    report, config = found.report, found.config or {}
     settings = config.get("config", {})
     acts = found.acts()
     return document(
@@ -82,19 +82,18 @@ def run(found: Run) -> str:
     )
 
 
-def _head(found: Run, report: dict[str, Any]) -> Markup:
+def _head(found: Run, report: Trained | None) -> Markup:
     steps = max((points[-1][0] for points in found.series.values()), default=0)
-    said = [f"step {steps:,.0f}" + (f" of {report['steps']:,}" if isinstance(report.get("steps"), int) else "")]
-    if isinstance(report.get("rows"), int):
-        said.append(f"{report['rows']:,} pairs, {report.get('held_out', 0):,} held out")
-    if not report:
-        said.append("not finished")
+    if report is None:
+        said = [f"step {steps:,.0f}", "not finished"]
+    else:
+        said = [f"step {steps:,.0f} of {report.steps:,}", f"{report.rows:,} pairs, {report.held_out:,} held out"]
     return markup('<h1>Run {}</h1><p class="dim">{}</p>', found.name, " · ".join(said))
 
 
-def _findings(found: Run, report: dict[str, Any]) -> Markup:
+def _findings(found: Run, report: Trained | None) -> Markup:
     """Why a gate says no, and what mends what the guards saw."""
-    said = [str(reason) for reason in report.get("reasons") or []]
+    said: list[str] = list(report.reasons) if report else []
     said += [
         markup("<b>{}</b>: {}. Try: {}.", name, REMEDIES[name].symptom, advice(name)) for name in shown_by(found.events)
     ]
@@ -103,41 +102,33 @@ def _findings(found: Run, report: dict[str, Any]) -> Markup:
     return markup('<ul class="findings">{}</ul>', joined(markup("<li>{}</li>", line) for line in said))
 
 
-def _tiles(found: Run, report: dict[str, Any]) -> Iterator[str]:
-    if report.get("verdict"):
-        verdict = str(report["verdict"])
-        yield tile(verdict, "verdict of the gates", "yes" if verdict == "pass" else "no")
-    if report.get("best_checkpoint"):
-        yield tile(str(report["best_checkpoint"]).removeprefix("checkpoint-"), "step of the adapter that is kept")
-    zero = report.get("step_zero") or next((one for one in found.events if one.get("event") == "step_zero"), None)
+def _tiles(found: Run, report: Trained | None) -> Iterator[str]:
+    if report and report.verdict:
+        yield tile(report.verdict, "verdict of the gates", "yes" if report.verdict == "pass" else "no")
+    if report and report.best_checkpoint:
+        yield tile(report.best_checkpoint.removeprefix("checkpoint-"), "step of the adapter that is kept")
+    zero = next((one for one in reversed(found.events) if one.get("event") == "step_zero"), None)
     if zero:
         yield tile(_value(zero.get("loss")), f"loss at step zero, {'' if zero.get('ok') else 'not '}ln 2 = {LN2:.4f}")
-    kept = report.get("metrics") or found.last
+    kept = (report.metrics if report else {}) or found.last
     for name, said in ((MARGIN, "held-out margin"), (KL, "nats of KL a token"), (SEQUENCE_KL, "nats of KL a sequence")):
         if name in kept:
             yield tile(_value(kept[name], 3), said)
 
 
-def _gates(report: dict[str, Any]) -> Markup:
-    gates = report.get("gates")
-    if not isinstance(gates, dict) or not gates:
+def _gates(report: Trained | None) -> Markup:
+    if report is None or not report.gates:
         return Markup()
     rows = []
-    for name, gate in gates.items():
-        reach = gate.get("interval")
-        between = " – ".join(map(_value, reach)) if reach else Markup()
-        rows.append(
-            (
-                *(name, _value(gate.get("value")), between, _value(gate.get("limit"))),
-                word(gate.get("ok")),
-            )
-        )
-    share = gates.get(SHARE, {})
+    for name, gate in report.gates.items():
+        between = " – ".join(map(_value, gate.interval)) if gate.interval else Markup()
+        rows.append((name, _value(gate.value), between, _value(gate.limit), word(gate.ok)))
+    share = report.gates.get(SHARE)
     drawn = ""
-    if share.get("interval"):
-        low, high = share["interval"]
+    if share and share.interval:
+        low, high = share.interval
         drawn = markup(
-            '<div class="card half">{}</div>', interval("held-out accuracy", low, share["value"], high, share["limit"])
+            '<div class="card half">{}</div>', interval("held-out accuracy", low, share.value, high, share.limit)
         )
     return markup("<h2>Gates</h2>{}{}", columns(("gate", "value", "95% interval", "limit", ""), rows), drawn)
 

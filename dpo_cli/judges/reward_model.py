@@ -22,7 +22,7 @@ from msgspec import Struct
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
-from dpo_cli.adapter import base_folder, fingerprint
+from dpo_cli.adapter import find_base, fingerprint
 from dpo_cli.config.settings import Config
 from dpo_cli.data.records import Judgment, Message
 from dpo_cli.errors import Exit, UserError
@@ -59,7 +59,7 @@ def identity(config: Config) -> dict[str, Any]:
     """The model's name, and its commit on the Hub or a hash of its folder."""
     name = _name(config)
     _read_config(name)  # from the Hub: it names the commit
-    folder = base_folder(name)
+    folder = find_base(name)
     in_cache = folder is not None and folder.parent.name == "snapshots"
     weights = None if folder is None else folder.name if in_cache else fingerprint(folder)[:16]
     return {"judge": "reward-model", "reward_model": name.rstrip("/").rpartition("/")[2], "weights": weights}

@@ -5,6 +5,7 @@ folder and, at the end, the adapter of the best checkpoint alone. The same call 
 and does nothing for one that is finished. Importing this needs no torch.
 """
 
+import math
 import os
 import platform
 from collections.abc import Callable
@@ -27,9 +28,10 @@ from dpo_cli.training import distributed, plan
 from dpo_cli.training.encode import Encoded
 from dpo_cli.training.gates import check_gates, failure_reason
 from dpo_cli.training.guards import best_step
-from dpo_cli.training.inputs import Inputs, Stage, base_folder, read_inputs
+from dpo_cli.training.inputs import Inputs, Stage, download_base, read_inputs
 from dpo_cli.training.preflight import of_encoded
 from dpo_cli.training.run_folder import (
+    RunContext,
     RunFolder,
     check_replaceable,
     event,
@@ -38,7 +40,7 @@ from dpo_cli.training.run_folder import (
     publish,
     weights_file,
 )
-from dpo_cli.training.run_history import Trained
+from dpo_cli.training.run_history import Merged, StepZero, Trained, read_finished
 from dpo_cli.training.template_check import check_tokens
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
@@ -83,7 +85,7 @@ def run(
     errors.require("train", "training")
     folder = RunFolder(Path(config.runs) / name, after_save)
     inputs = read_inputs(config, stage, data, limit)
-    base = base_folder(config.model.base)
+    base = download_base(config.model.base)
     adapter = _sft_adapter(config) if stage == "dpo" else None
     output = _output(config, stage)
     section = config.train if stage == "dpo" else config.sft
@@ -114,7 +116,7 @@ def run(
                 **_models(identity),
             }
         )
-        report = folder.finished()
+        report = read_finished(folder.path)
         if report is not None:
             distributed.broadcast(False)
             return _finished_before(report, folder, output, config.model.base)
@@ -133,12 +135,12 @@ def run(
         if distributed.broadcast(trains):
             progress.begin("train", result.steps, result.resumed_from or 0)
             try:
-                _train(config, stage, base, adapter, inputs, folder, events, progress)
+                _train(config, stage, base, adapter, inputs, RunContext(folder, events, progress))
             except UserError as error:
                 if error.code != Exit.PREEMPTED:
                     events.append(event("refused", max(checkpoints, default=0), reason=error.message))
-                result.step_zero = folder.last_event("step_zero")
-                if result.step_zero is not None and not result.step_zero["ok"]:
+                result.step_zero = _step_zero(folder)
+                if result.step_zero is not None and not result.step_zero.ok:
                     result.verdict = "fail"
                     files.write_json(folder.report, result)
                 raise
@@ -153,7 +155,7 @@ def _assist(
     """Train in a process that is not the first: what is written and told is the first one's."""
     if distributed.broadcast(False):
         with distributed.journal(folder.events) as events:
-            _train(config, result.stage, base, adapter, inputs, folder, events, Silent())
+            _train(config, result.stage, base, adapter, inputs, RunContext(folder, events, Silent()))
     return result
 
 
@@ -163,32 +165,30 @@ def _train(
     base: Path,
     adapter: Adapter | None,
     inputs: Inputs,
-    folder: RunFolder,
-    events: jsonl.Journal,
-    progress: Progress,
+    run: RunContext,
 ) -> None:
     """Encode the rows and run the stage's trainer; everything that needs torch is imported here."""
     from dpo_cli.training import trackers, trainer
 
     section = config.train if stage == "dpo" else config.sft
-    with trainer.redirect_logs(progress), trackers.tracked(section, folder.path, progress):
+    with trainer.redirect_logs(run.progress), trackers.tracked(section, run.folder.path, run.progress):
         encoder = trainer.load_encoder(base, config.model, section.max_length)
         rows, held_out = (encoder.encode([row[:2] for row in side]) for side in (inputs.rows, inputs.held_out))
-        _tell(rows, held_out, events, progress)
+        _tell(rows, held_out, run)
         if not rows.rows:
             raise UserError("no row is left to train on", where=", ".join(inputs.files), hint="raise max_length")
         if stage == "dpo":
             from dpo_cli.training import dpo
 
-            _say_plan(config, base, rows, held_out, progress)
+            _say_plan(config, base, rows, held_out, run.progress)
             start = adapter.path if adapter else None
             asked = [(row.prompt, row.completions[0]) for row in inputs.rows[: config.gate.token_rows]]
-            check_tokens(encoder, asked, config.generate.url, start, events, progress)
-            dpo.train(config, base, start, encoder.tokenizer, rows.rows, held_out.rows, folder, events, progress)
+            check_tokens(encoder, asked, config.generate.url, start, run)
+            dpo.train(config, base, start, encoder.tokenizer, rows.rows, held_out.rows, run)
         else:
             from dpo_cli.training import sft
 
-            sft.train(config.sft, base, encoder.tokenizer, rows.rows, held_out.rows, folder, events, progress)
+            sft.train(config.sft, base, encoder.tokenizer, rows.rows, held_out.rows, run)
 
 
 def _say_plan(config: Config, base: Path, rows: Encoded, held_out: Encoded, progress: Progress) -> None:
@@ -203,20 +203,20 @@ def _say_plan(config: Config, base: Path, rows: Encoded, held_out: Encoded, prog
         progress.log(f"plan: {warning}")
 
 
-def _tell(rows: Encoded, held_out: Encoded, events: jsonl.Journal, progress: Progress) -> None:
+def _tell(rows: Encoded, held_out: Encoded, run: RunContext) -> None:
     """Say and record what encoding did to the rows."""
     shortened = rows.shortened + held_out.shortened
     reasons = sorted(rows.refused.keys() | held_out.refused.keys())
     refused = {reason: rows.refused.get(reason, 0) + held_out.refused.get(reason, 0) for reason in reasons}
-    events.append(event("encoded", 0, shortened=shortened, refused=refused, held_out=len(held_out.rows)))
+    run.record("encoded", 0, shortened=shortened, refused=refused, held_out=len(held_out.rows))
     if shortened:
-        progress.log(f"{shortened} prompts lost their oldest part to fit into max_length")
+        run.progress.log(f"{shortened} prompts lost their oldest part to fit into max_length")
     for reason, count in refused.items():
-        progress.log(f"{count} rows refused: {reason}")
+        run.progress.log(f"{count} rows refused: {reason}")
     if os.environ.get("WANDB_API_KEY") and not find_spec("wandb"):
-        progress.log("WANDB_API_KEY is set, but wandb is not installed: nothing is reported to it")
+        run.progress.log("WANDB_API_KEY is set, but wandb is not installed: nothing is reported to it")
     if not held_out.rows:
-        progress.log("no held-out rows: nothing will show whether what is learnt holds elsewhere")
+        run.progress.log("no held-out rows: nothing will show whether what is learnt holds elsewhere")
 
 
 def _finish(
@@ -236,7 +236,7 @@ def _finish(
     encoded = folder.last_event("encoded") or {}
     result.step, result.steps = state["global_step"], state["max_steps"]
     result.shortened, result.refused = encoded["shortened"], encoded["refused"]
-    result.step_zero = folder.last_event("step_zero")
+    result.step_zero = _step_zero(folder)
     result.metrics = {key: value for row in rows if row["step"] <= best for key, value in row.items()}
     result.gates = check_gates(result.stage, [row for row in rows if row["step"] <= best], config, encoded["held_out"])
     result.verdict = "fail" if any(gate.ok is False for gate in result.gates.values()) else "pass"
@@ -255,18 +255,25 @@ def _finish(
     return result
 
 
-def _merge(config: Config, base: Path, adapter: Path, inputs: Inputs) -> dict[str, Any]:
+def _step_zero(folder: RunFolder) -> StepZero | None:
+    found = folder.last_event("step_zero")
+    return (
+        msgspec.convert({key: math.nan if one is None else one for key, one in found.items()}, StepZero)
+        if found
+        else None
+    )
+
+
+def _merge(config: Config, base: Path, adapter: Path, inputs: Inputs) -> Merged:
     """Fold the adapter into the base beside it, checked on a few of the rows."""
     from dpo_cli.training.merge_adapter import merge
 
     texts = [row.prompt[-1]["content"] + "\n" + row.completions[0][0]["content"] for row in inputs.rows[:4]]
-    merged: dict[str, Any] = msgspec.to_builtins(merge(base, adapter, merged_folder(adapter), texts))
-    return merged
+    return merge(base, adapter, merged_folder(adapter), texts)
 
 
-def _finished_before(report: dict[str, Any], folder: RunFolder, output: Path, base: str) -> Trained:
+def _finished_before(result: Trained, folder: RunFolder, output: Path, base: str) -> Trained:
     """The result of a run that has nothing left to do; its adapter is put back if it is gone."""
-    result = msgspec.convert(report, Trained)
     result.finished_before, result.adapter = True, str(output)
     if not output.exists():
         checkpoint = folder.checkpoints / str(result.best_checkpoint)

@@ -1,7 +1,7 @@
-"""DPO (arXiv:2305.18290) of a LoRA adapter against its own frozen copy: TRL's trainer with guards.
+"""DPO's trainer: TRL's `DPOTrainer._compute_loss` computes the loss itself, this adds step zero's check and KL.
 
-Before the first update the loss must be ln 2 and every margin 0: policy and reference are the same model then, so
-anything else means that they are not. Besides TRL's metrics there are
+It trains a LoRA adapter against its own frozen copy (arXiv:2305.18290). The log-probabilities that the loss is made of
+come from `forward/packed.py`; `reference_check.py` holds the first batch against ln 2. Besides TRL's metrics there are
 
 - `kl` (nats a token): the mean of exp(d) - 1 - d over the completions' tokens, d = log policy - log reference.
   On tokens that the reference itself sampled at temperature 1 this estimates KL(reference || policy) without bias
@@ -12,7 +12,7 @@ anything else means that they are not. Besides TRL's metrics there are
   the choice of prompts and samples, and for completions being cut at `kl_tokens`.
 
 Besides a LoRA adapter, all weights can be trained, the adapter folded in, against a frozen copy. Reads the SFT
-adapter; writes through `loop.py`. In several processes (`training/processes.py`) forwards are TRL's own, and lack of
+adapter; writes through `loop.py`. In several processes (`training/distributed.py`) forwards are TRL's own, and lack of
 memory is not met with a smaller batch.
 """
 
@@ -22,6 +22,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from datasets import Dataset
 from peft import PeftModel, set_peft_model_state_dict
@@ -33,17 +34,16 @@ from trl.trainer.utils import use_adapter
 
 from dpo_cli.config.settings import Config, TrainSection
 from dpo_cli.data import jsonl
-from dpo_cli.errors import Exit, UserError
-from dpo_cli.progress import Progress
+from dpo_cli.errors import UserError
 from dpo_cli.training import distributed
 from dpo_cli.training.encode import Sequences
 from dpo_cli.training.forward import packed
 from dpo_cli.training.forward.reference_cache import keep_reference
-from dpo_cli.training.guards import LN2, MARGIN, State
+from dpo_cli.training.guards import MARGIN, State
 from dpo_cli.training.kl import kl, mean_length, sample
 from dpo_cli.training.loop import fit
-from dpo_cli.training.reference_check import adapter_weights, check_reference, same_weights
-from dpo_cli.training.run_folder import ADAPTER_FILES, RunFolder, event
+from dpo_cli.training.reference_check import check_reference, check_step_zero, refuse_step_zero
+from dpo_cli.training.run_folder import ADAPTER_FILES, RunContext, event
 from dpo_cli.training.trainer import ResumableTrainer, arguments, fresh_lora, load_base
 
 BEST = (MARGIN, 1)
@@ -148,36 +148,10 @@ class Trainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ignore
         return result
 
     def _check_step_zero(self, loss: torch.Tensor, margins: torch.Tensor) -> None:
-        """Raise UserError with the likely cause unless policy and reference agree on the first batch."""
-        margin = margins.abs().max().item()
-        expected = LN2 if self.loss_types == ["sigmoid"] else None  # also with label smoothing
-        off = margin if expected is None else max(margin, abs(loss.item() - expected))
-        ok = off <= self.tolerance  # false for NaN
-        self.events.append(event("step_zero", 0, loss=loss.item(), margin=margin, ok=ok))
-        if ok:
-            return
-        said = f"loss {loss.item():.4f}" + (f" instead of {expected:.4f}" if expected else "")
-        raise UserError(
-            f"step zero: {said}, margins up to {margin:.4f} instead of 0; {self._likely_cause()}; nothing was trained",
-            hint="the reference must be a frozen copy of the adapter that is trained",
-            code=Exit.FAILED,
-        )
-
-    def _likely_cause(self) -> str:
-        if self.ref_model is not None:
-            if not same_weights(self.model.state_dict(), self.ref_model.state_dict()):
-                return "the reference is another model than the one that is trained"
-        elif "ref" not in self.model.peft_config:
-            return "the reference is the base model, and the adapter that is trained is not new"
-        elif not same_weights(adapter_weights(self.model, "default"), adapter_weights(self.model, "ref")):
-            return "the reference is another adapter than the one that is trained"
-        if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in self.model.modules()):
-            return "dropout is on"
-        dtype = "bfloat16" if self.args.bf16 else str(next(self.model.parameters()).dtype).removeprefix("torch.")
-        return (
-            f"policy and reference agree in their weights, so it is precision ({dtype}): set train.bf16 = false, or "
-            f"gate.step_zero_tolerance above {self.tolerance:g}"
-        )
+        found = check_step_zero(self, loss, margins, self.tolerance)
+        self.events.append(event("step_zero", 0, **msgspec.to_builtins(found)))
+        if not found.ok:
+            raise refuse_step_zero(self, found, self.tolerance)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's evaluation, with the standard error of the margin, KL on held-out prompts, and the beta of it all."""
@@ -237,9 +211,7 @@ def train(
     tokenizer: PreTrainedTokenizerBase,
     rows: list[Sequences],
     held_out: list[Sequences],
-    run: RunFolder,
-    events: jsonl.Journal,
-    progress: Progress,
+    run: RunContext,
 ) -> None:
     """Train `adapter` against its own frozen copy, a fresh LoRA against the base, or all weights against theirs.
 
@@ -251,8 +223,6 @@ def train(
         rows: encoded pairs, chosen before rejected.
         held_out: the same for evaluation; may be empty.
         run: where everything goes.
-        events: events.jsonl of the run.
-        progress: where it stands.
 
     Raises:
         UserError: step zero is not ln 2, the reference is not the SFT adapter, or a setting is one that TRL refuses.
@@ -263,7 +233,7 @@ def train(
 
     def make(state: State) -> Trainer:
         policy, reference = _models(section, base, adapter)
-        asked = arguments(section, run, bool(held_out), *BEST, len(rows), state)
+        asked = arguments(section, run.folder, bool(held_out), *BEST, len(rows), state)
         tokens = state.tokens_per_batch or section.tokens_per_batch
         if tokens is not None:  # then they divide the rows of a step into forwards
             whole = section.per_device_train_batch_size * section.gradient_accumulation_steps
@@ -271,7 +241,7 @@ def train(
             asked["gradient_accumulation_steps"] = 1
         try:
             trainer = Trainer(
-                events=events,
+                events=run.events,
                 kl_prompts=_distinct([row.prompt for row in held_out])[: section.kl_prompts],
                 kl_tokens=section.kl_tokens,
                 kl_limit=config.gate.kl_limit,
@@ -294,15 +264,15 @@ def train(
         if adapter is not None and not section.full:
             check_reference(trainer.model, adapter)
         if distributed.several():
-            progress.log("forward: TRL's own, padded, since there are several processes")
+            run.progress.log("forward: TRL's own, padded, since there are several processes")
             return trainer
         reason = packed.enable(trainer, tokens)
         if reason is not None:
-            progress.log(f"forward: TRL's own, padded, since {reason}")
-        keep_reference(trainer, run.path.parent / REFERENCES, progress, section.keep_reference)
+            run.progress.log(f"forward: TRL's own, padded, since {reason}")
+        keep_reference(trainer, run.folder.path.parent / REFERENCES, run.progress, section.keep_reference)
         return trainer
 
-    fit(make, run, events, progress, config.gate)
+    fit(make, run, config.gate)
 
 
 def _models(section: TrainSection, base: Path, adapter: Path | None) -> tuple[Any, Any]:

@@ -100,7 +100,7 @@ def _read_file(file: Path, parse: Callable[[dict[str, Any]], Row], hint: str, co
     return Inputs(*sides, {file.name: sha256(file)}, split)
 
 
-def base_folder(base: str) -> Path:
+def download_base(base: str) -> Path:
     """The base model's files on this machine; a Hub id is downloaded first."""
     if Path(base).is_dir():
         return Path(base)

@@ -19,11 +19,10 @@ from dpo_cli.config.settings import GateSection
 from dpo_cli.data import jsonl
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.interrupts import Stop
-from dpo_cli.progress import Progress
 from dpo_cli.training import distributed, guards
 from dpo_cli.training.guards import Finding, State
 from dpo_cli.training.remedies import REMEDIES, advice
-from dpo_cli.training.run_folder import RunFolder, event, metric_rows
+from dpo_cli.training.run_folder import RunContext, metric_rows
 from dpo_cli.training.trainer import Diverged, peak_memory
 
 Outcome = Literal["done", "stopped", "rollback", "nan", "out_of_memory"]
@@ -39,10 +38,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def __init__(
         self,
         trainer: Any,
-        run: RunFolder,
+        run: RunContext,
         metrics: jsonl.Journal,
-        events: jsonl.Journal,
-        progress: Progress,
         stop: Stop,
         state: State,
         gate: GateSection | None,
@@ -50,8 +47,6 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.trainer = trainer
         self.run = run
         self.metrics = metrics
-        self.events = events
-        self.progress = progress
         self.stop = stop
         self.guards = state
         self.gate = gate
@@ -72,7 +67,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         for row in metric_rows(state.log_history[-1:]):
             self.metrics.append(row)
             if "eval_loss" in row:
-                self.progress.log(f"step {row['step']}: {_evaluation(row)}")
+                self.run.progress.log(f"step {row['step']}: {_evaluation(row)}")
             else:
                 rows = metric_rows(state.log_history)
                 beta = getattr(self.trainer, "beta", 1.0)
@@ -104,12 +99,12 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             control.should_log = True
         elif self._asked_to_stop():
             control.should_save = control.should_training_stop = True
-        self.progress.update(state.global_step, memory_gb=peak_memory(), **self.trainer.counters())
+        self.run.progress.update(state.global_step, memory_gb=peak_memory(), **self.trainer.counters())
         return control
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.run.after_save is not None:
-            self.run.after_save()
+        if self.run.folder.after_save is not None:
+            self.run.folder.after_save()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.trainer.keep_place(owes_evaluation=False)
@@ -138,7 +133,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         """Save the last whole step and leave, if a signal came; several processes end their step together instead."""
         if self.stop.signal is None or distributed.several():
             return
-        if step and step not in self.run.complete_checkpoints():
+        if step and step not in self.run.folder.complete_checkpoints():
             self.trainer.save_kept_place()
         raise Interrupted
 
@@ -158,12 +153,12 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def _tell(self, step: int, found: list[Finding]) -> None:
         for finding in found:
-            tell(finding, step, self.events, self.progress)
+            tell(finding, step, self.run)
 
 
-def tell(finding: Finding, step: int, events: jsonl.Journal, progress: Progress) -> None:
+def tell(finding: Finding, step: int, run: RunContext) -> None:
     """Record and show what a guard found and does."""
-    events.append(event(finding.fault, step, action=finding.action, **finding.details))
+    run.record(finding.fault, step, action=finding.action, **finding.details)
     numbers = ", ".join(
         f"{name.replace('_', ' ')} {value:.4g}" if isinstance(value, float) else f"{name.replace('_', ' ')} {value}"
         for name, value in finding.details.items()
@@ -171,14 +166,12 @@ def tell(finding: Finding, step: int, events: jsonl.Journal, progress: Progress)
     text = f"step {step}: {finding.fault} ({numbers}): {finding.action}"
     if finding.fault in REMEDIES:
         text += f". {REMEDIES[finding.fault].symptom}; {advice(finding.fault)}"
-    progress.log(text)
+    run.progress.log(text)
 
 
 def fit(
     make: Callable[[State], Any],
-    run: RunFolder,
-    events: jsonl.Journal,
-    progress: Progress,
+    run: RunContext,
     gate: GateSection | None = None,
 ) -> None:
     """Train from the newest complete checkpoint, or from the start, to the end that max_steps or a guard sets.
@@ -186,8 +179,6 @@ def fit(
     Args:
         make: makes a trainer, as the guards' state says.
         run: where everything is.
-        events: events.jsonl of the run.
-        progress: where it stands.
         gate: what the guards watch for; None: signals and lack of memory alone.
 
     Raises:
@@ -195,10 +186,11 @@ def fit(
             not a number before there is a checkpoint.
         KeyboardInterrupt: Ctrl-C came, the last whole step is saved.
     """
-    state = run.guard_state()
+    folder = run.folder
+    state = folder.guard_state()
     with Stop() as stop:
         while state.ended is None:
-            outcome, step, trainer = _attempt(make, run, events, progress, stop, state, gate)
+            outcome, step, trainer = _attempt(make, run, stop, state, gate)
             batch = trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps
             eval_batch, budget = trainer.args.per_device_eval_batch_size, trainer.token_budget
             del trainer
@@ -208,43 +200,41 @@ def fit(
             if outcome == "done":
                 break
             if outcome == "stopped":
-                _raise_stopped(stop, step, run, events)
+                _raise_stopped(stop, step, run)
             if outcome == "out_of_memory":
                 halve = gate is None or gate.smaller_batch
                 finding = guards.after_out_of_memory(state, batch, eval_batch, budget) if halve else None
                 if finding is None:
                     raise UserError(
                         f"the memory does not suffice for {'one row' if halve else 'a forward'}",
-                        where=str(run.path),
+                        where=str(run.folder.path),
                         hint=advice("out_of_memory"),
                         code=Exit.FAILED,
                     )
-                tell(finding, step, events, progress)
-                run.save_guard_state(max(run.complete_checkpoints(), default=0), state)
+                tell(finding, step, run)
+                folder.save_guard_state(max(folder.complete_checkpoints(), default=0), state)
                 continue
             if outcome == "nan":
-                tell(guards.after_nan(state, gate or GateSection()), step, events, progress)
+                tell(guards.after_nan(state, gate or GateSection()), step, run)
             if state.ended is None:
-                _roll_back(run, state, step, gate, events, progress)
+                _roll_back(run, state, step, gate)
     if state.ended is not None:
-        newest = max(run.complete_checkpoints(), default=0)
+        newest = max(folder.complete_checkpoints(), default=0)
         if not newest:
             raise UserError(
                 "the loss is not a number, and no checkpoint was good",
-                where=str(run.path),
+                where=str(run.folder.path),
                 hint=advice("nan"),
                 code=Exit.FAILED,
             )
         if distributed.is_main_process():
-            run.save_guard_state(newest, state)
-        events.append(event("ended", newest, reason=state.ended))
+            folder.save_guard_state(newest, state)
+        run.record("ended", newest, reason=state.ended)
 
 
 def _attempt(
     make: Callable[[State], Any],
-    run: RunFolder,
-    events: jsonl.Journal,
-    progress: Progress,
+    run: RunContext,
     stop: Stop,
     state: State,
     gate: GateSection | None,
@@ -253,13 +243,14 @@ def _attempt(
 
     metrics.jsonl is written anew from the checkpoint's own log first, so that no step is there twice or missing.
     """
-    checkpoint = next(reversed(run.complete_checkpoints().values()), None)
-    distributed.write_rows(run.metrics, metric_rows(run.trainer_state().get("log_history", [])))
+    folder = run.folder
+    checkpoint = next(reversed(folder.complete_checkpoints().values()), None)
+    distributed.write_rows(folder.metrics, metric_rows(folder.trainer_state().get("log_history", [])))
     trainer = make(state)
     trainer.guard_state = state
     outcome: Outcome = "done"
-    with distributed.journal(run.metrics) as metrics:
-        watch = Watch(trainer, run, metrics, events, progress, stop, state, gate)
+    with distributed.journal(folder.metrics) as metrics:
+        watch = Watch(trainer, run, metrics, stop, state, gate)
         watch.resumed_from = checkpoint
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(watch)
@@ -281,30 +272,29 @@ def _attempt(
     return outcome, step, trainer
 
 
-def _roll_back(
-    run: RunFolder, state: State, step: int, gate: GateSection | None, events: jsonl.Journal, progress: Progress
-) -> None:
+def _roll_back(run: RunContext, state: State, step: int, gate: GateSection | None) -> None:
     """Go back to the last good checkpoint, or to the start."""
+    folder = run.folder
     limit = gate.kl_limit if gate else float("inf")
-    rows = [row for _, row in jsonl.read_rows(run.metrics, dict[str, Any])]
-    good = distributed.broadcast(guards.last_good(run.complete_checkpoints(), rows, limit) or 0)
+    rows = [row for _, row in jsonl.read_rows(folder.metrics, dict[str, Any])]
+    good = distributed.broadcast(guards.last_good(folder.complete_checkpoints(), rows, limit) or 0)
     if distributed.is_main_process():
-        run.save_guard_state(good, state)
-        run.drop_after(good)
+        folder.save_guard_state(good, state)
+        folder.drop_after(good)
     distributed.broadcast(good)  # the others go on from there when it is done
-    events.append(event("rolled_back", step, to=good))
-    progress.log(f"step {step}: rolled back to {f'checkpoint-{good}' if good else 'the start'}")
+    run.record("rolled_back", step, to=good)
+    run.progress.log(f"step {step}: rolled back to {f'checkpoint-{good}' if good else 'the start'}")
 
 
-def _raise_stopped(stop: Stop, step: int, run: RunFolder, events: jsonl.Journal) -> None:
+def _raise_stopped(stop: Stop, step: int, run: RunContext) -> None:
     assert stop.signal is not None
-    saved = max(run.complete_checkpoints(), default=0)
-    events.append(event("stopped", step, signal=signal.Signals(stop.signal).name))
+    saved = max(run.folder.complete_checkpoints(), default=0)
+    run.record("stopped", step, signal=signal.Signals(stop.signal).name)
     if stop.signal == signal.SIGINT:
         raise KeyboardInterrupt
     raise UserError(
         f"stopped by SIGTERM after step {step}; step {saved} is saved",
-        where=str(run.path),
+        where=str(run.folder.path),
         hint="the same command goes on from there",
         code=Exit.PREEMPTED,
     )

@@ -8,25 +8,15 @@ import shutil
 from pathlib import Path
 
 import torch
-from msgspec import Struct
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.training.run_folder import check_replaceable
+from dpo_cli.training.run_history import Merged
 
 # Mean difference of a token's log-probability, in nats, that the rounding of weights of a type explains.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-
-
-class Merged(Struct):
-    """What was written, and how far its log-probabilities are from the adapter's, in nats a token."""
-
-    path: str
-    dtype: str
-    mean_difference: float
-    largest_difference: float
-    tolerance: float
 
 
 def merge(base: Path, adapter: Path, output: Path, texts: list[str]) -> Merged:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from dpo_cli.adapter import base_folder, check_adapter
+from dpo_cli.adapter import check_adapter, find_base
 from dpo_cli.config.presets import PRESETS
 from dpo_cli.config.resolve import resolve
 from dpo_cli.config.settings import Config
@@ -46,7 +46,7 @@ def run(config: Config, data: Path | None = None, limit: int | None = None) -> P
         UserError: bad input, or the base is not on this machine.
     """
     inputs = read_inputs(config, "dpo", data, limit)
-    folder = base_folder(config.model.base)
+    folder = find_base(config.model.base)
     if folder is None:
         raise UserError(
             "the base model is not on this machine", where=config.model.base, hint="set model.base to a folder"
@@ -79,7 +79,7 @@ def of_encoded(config: Config, base: Path, rows: Sequence[Sequences], held_out: 
 
 def presets(config: Config) -> list[Cost]:
     """What every preset costs, on this base if it is here and a usual 3B model else, for 1,000 usual pairs."""
-    folder = base_folder(config.model.base)
+    folder = find_base(config.model.base)
     shape = plan.read_shape(folder) if folder else USUAL_SHAPE
     costs = []
     for name, settings in PRESETS.items():

@@ -1,4 +1,8 @@
-"""Whether the frozen reference holds the SFT adapter's weights, tensor by tensor."""
+"""Whether the reference is what it must be: its weights against the SFT adapter's, and step zero's loss against ln 2.
+
+Before the first update policy and reference are the same model, so that the loss is ln 2 and every margin 0. Anything
+else means that they are not, and training would go against another reference than the one that is named.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +12,9 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from dpo_cli.errors import Exit, UserError
+from dpo_cli.training.guards import LN2
 from dpo_cli.training.run_folder import ADAPTER_FILES
+from dpo_cli.training.run_history import StepZero
 
 
 def check_reference(model: Any, adapter: Path) -> None:
@@ -22,6 +28,59 @@ def check_reference(model: Any, adapter: Path) -> None:
         raise UserError("the reference is not a frozen copy of the SFT adapter", where=str(adapter), code=Exit.FAILED)
     if not same_weights(load_file(adapter / ADAPTER_FILES[1]), adapter_weights(model, "ref")):
         raise UserError("the reference does not hold the SFT adapter's weights", where=str(adapter), code=Exit.FAILED)
+
+
+def check_step_zero(trainer: Any, loss: torch.Tensor, margins: torch.Tensor, tolerance: float) -> StepZero:
+    """Compare the first batch's loss with ln 2 and its margins with 0.
+
+    Args:
+        trainer: a DPOTrainer, for the cause.
+        loss: of the batch, a scalar.
+        margins: (pairs,), chosen minus rejected rewards.
+        tolerance: most that either may be off, in nats.
+
+    Returns:
+        What was found; `ok` is false for NaN as well.
+    """
+    margin = margins.abs().max().item()
+    expected = expected_loss(trainer)
+    off = margin if expected is None else max(margin, abs(loss.item() - expected))
+    return StepZero(loss.item(), margin, off <= tolerance)
+
+
+def expected_loss(trainer: Any) -> float | None:
+    """The loss where policy and reference agree; None where it depends on the batch."""
+    return LN2 if trainer.loss_types == ["sigmoid"] else None  # also with label smoothing
+
+
+def refuse_step_zero(trainer: Any, found: StepZero, tolerance: float) -> UserError:
+    """The error of a step zero that is not right, with the likely cause."""
+    expected = expected_loss(trainer)
+    said = f"loss {found.loss:.4f}" + (f" instead of {expected:.4f}" if expected else "")
+    cause = likely_cause(trainer, tolerance)
+    return UserError(
+        f"step zero: {said}, margins up to {found.margin:.4f} instead of 0; {cause}; nothing was trained",
+        hint="the reference must be a frozen copy of the adapter that is trained",
+        code=Exit.FAILED,
+    )
+
+
+def likely_cause(trainer: Any, tolerance: float) -> str:
+    """Why policy and reference differ at step zero."""
+    if trainer.ref_model is not None:
+        if not same_weights(trainer.model.state_dict(), trainer.ref_model.state_dict()):
+            return "the reference is another model than the one that is trained"
+    elif "ref" not in trainer.model.peft_config:
+        return "the reference is the base model, and the adapter that is trained is not new"
+    elif not same_weights(adapter_weights(trainer.model, "default"), adapter_weights(trainer.model, "ref")):
+        return "the reference is another adapter than the one that is trained"
+    if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in trainer.model.modules()):
+        return "dropout is on"
+    dtype = "bfloat16" if trainer.args.bf16 else str(next(trainer.model.parameters()).dtype).removeprefix("torch.")
+    return (
+        f"policy and reference agree in their weights, so it is precision ({dtype}): set train.bf16 = false, or "
+        f"gate.step_zero_tolerance above {tolerance:g}"
+    )
 
 
 def adapter_weights(model: Any, name: str) -> dict[str, torch.Tensor]:

@@ -12,13 +12,14 @@ import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from dpo_cli.data import files, jsonl
 from dpo_cli.data.files import flat, read_json
 from dpo_cli.errors import UserError
+from dpo_cli.progress import Progress
 from dpo_cli.training.guards import State
 
 MARKER = "complete.json"
@@ -74,11 +75,6 @@ class RunFolder:
             file.unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
-    def finished(self) -> dict[str, Any] | None:
-        """The report of a run that has nothing left to do."""
-        report = read_json(self.report) if self.report.exists() else {}
-        return report if report.get("best_checkpoint") else None
-
     def complete_checkpoints(self) -> dict[int, Path]:
         """Step -> folder of every checkpoint that can be resumed from, oldest first."""
         folders = {int(folder.name.rpartition("-")[2]): folder for folder in self.checkpoints.glob("checkpoint-*")}
@@ -123,6 +119,18 @@ class RunFolder:
         checkpoint = next(reversed(self.complete_checkpoints().values()), None)
         # Python's own parser, since the trainer writes NaN as NaN.
         return json.loads((checkpoint / "trainer_state.json").read_text()) if checkpoint else {}
+
+
+class RunContext(NamedTuple):
+    """A run in progress: its folder, where it records what happens, and who is told where it stands."""
+
+    folder: RunFolder
+    events: jsonl.Journal
+    progress: Progress
+
+    def record(self, name: str, step: int, **details: Any) -> None:
+        """Add a line to events.jsonl."""
+        self.events.append(event(name, step, **details))
 
 
 def mark_complete(checkpoint: Path) -> None:

@@ -13,6 +13,55 @@ from dpo_cli.training.gates import Gate
 from dpo_cli.training.inputs import Stage
 
 
+class StepZero(Struct):
+    """The check before the first update: the loss, the largest margin in nats, and whether both are right."""
+
+    loss: float
+    margin: float
+    ok: bool
+
+
+class Merged(Struct):
+    """A merged model that was written, and how far its log-probabilities are from the adapter's, in nats a token."""
+
+    path: str
+    dtype: str
+    mean_difference: float
+    largest_difference: float
+    tolerance: float
+
+
+class Trained(Struct, kw_only=True):
+    """What became of a run.
+
+    `verdict` is pass or fail by the gates, none for a dry run; `reasons` are those gates that do not say yes. `step`
+    is that of the newest checkpoint, `ended` the fault that ended the run before its last step, `metrics` the last
+    training and evaluation lines, `refused` reason -> rows.
+    """
+
+    stage: Stage
+    run: str
+    adapter: str
+    rows: int
+    held_out: int
+    steps: int
+    step: int = 0
+    resumed_from: int | None = None
+    finished_before: bool = False
+    shortened: int = 0
+    refused: dict[str, int] = msgspec.field(default_factory=dict)
+    step_zero: StepZero | None = None
+    metrics: dict[str, Any] = msgspec.field(default_factory=dict)
+    gates: dict[str, Gate] = msgspec.field(default_factory=dict)
+    verdict: Literal["pass", "fail"] | None = None
+    reasons: list[str] = msgspec.field(default_factory=list)
+    ended: str | None = None
+    merged: Merged | None = None
+    best_checkpoint: str | None = None
+    policy_sha256: str | None = None
+    reference_sha256: str | None = None
+
+
 class Run(Struct, kw_only=True):
     """`inspect run`: what a run folder holds.
 
@@ -25,7 +74,7 @@ class Run(Struct, kw_only=True):
     series: dict[str, list[tuple[float, float]]]
     last: dict[str, float]
     events: list[dict[str, Any]]
-    report: dict[str, Any] | None
+    report: Trained | None
     config: dict[str, Any] | None = None
 
     def acts(self) -> list[dict[str, Any]]:
@@ -58,9 +107,42 @@ def read_run(folder: Path) -> Run:
         series=series,
         last={name: points[-1][1] for name, points in series.items()},
         events=_json_lines(folder / "events.jsonl"),
-        report=_object(report.read_text("utf-8"), str(report)) if report.exists() else None,
+        report=read_report(report) if report.exists() else None,
         config=_object(config.read_text("utf-8"), str(config)) if config.exists() else None,
     )
+
+
+def read_report(file: Path) -> Trained:
+    """A run's report.json.
+
+    Raises:
+        UserError: it is not one; the file is named.
+    """
+    found = _object(file.read_text("utf-8"), str(file))
+    for name in ("step_zero", "gates"):  # JSON has no NaN, so that null stands for it there
+        if name in found and found[name] is not None:
+            found[name] = _with_nan(found[name])
+    try:
+        return msgspec.convert(found, Trained)
+    except msgspec.ValidationError as error:
+        raise UserError(f"not a run's report: {error}", where=str(file)) from None
+
+
+def read_finished(folder: Path) -> Trained | None:
+    """The report of a run that has nothing left to do; None: there is no such run, or something is left."""
+    file = folder / "report.json"
+    report = read_report(file) if file.exists() else None
+    return report if report is not None and report.best_checkpoint else None
+
+
+def _with_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {
+            key: None if key in ("ok", "interval") and one is None else _with_nan(one) for key, one in value.items()
+        }
+    if isinstance(value, list):
+        return [_with_nan(one) for one in value]
+    return math.nan if value is None else value
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
@@ -84,34 +166,3 @@ def _object(text: str, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError("not a JSON object", where=where)
     return msgspec.convert(value, dict[str, Any])
-
-
-class Trained(Struct, kw_only=True):
-    """What became of a run.
-
-    `verdict` is pass or fail by the gates, none for a dry run; `reasons` are those gates that do not say yes. `step`
-    is that of the newest checkpoint, `ended` the fault that ended the run before its last step, `metrics` the last
-    training and evaluation lines, `refused` reason -> rows.
-    """
-
-    stage: Stage
-    run: str
-    adapter: str
-    rows: int
-    held_out: int
-    steps: int
-    step: int = 0
-    resumed_from: int | None = None
-    finished_before: bool = False
-    shortened: int = 0
-    refused: dict[str, int] = msgspec.field(default_factory=dict)
-    step_zero: dict[str, Any] | None = None
-    metrics: dict[str, Any] = msgspec.field(default_factory=dict)
-    gates: dict[str, Gate] = msgspec.field(default_factory=dict)
-    verdict: Literal["pass", "fail"] | None = None
-    reasons: list[str] = msgspec.field(default_factory=list)
-    ended: str | None = None
-    merged: dict[str, Any] | None = None
-    best_checkpoint: str | None = None
-    policy_sha256: str | None = None
-    reference_sha256: str | None = None

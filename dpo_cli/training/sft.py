@@ -11,13 +11,11 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from dpo_cli.config.settings import SftSection
-from dpo_cli.data import jsonl
 from dpo_cli.errors import UserError
-from dpo_cli.progress import Progress
 from dpo_cli.training.encode import Sequences
 from dpo_cli.training.guards import State
 from dpo_cli.training.loop import fit
-from dpo_cli.training.run_folder import RunFolder
+from dpo_cli.training.run_folder import RunContext
 from dpo_cli.training.trainer import ResumableTrainer, arguments, fresh_lora, load_base
 
 BEST = ("eval_loss", -1)
@@ -36,9 +34,7 @@ def train(
     tokenizer: PreTrainedTokenizerBase,
     rows: list[Sequences],
     held_out: list[Sequences],
-    run: RunFolder,
-    events: jsonl.Journal,
-    progress: Progress,
+    run: RunContext,
 ) -> None:
     """Train a fresh LoRA.
 
@@ -49,8 +45,6 @@ def train(
         rows: encoded demonstrations, one completion each.
         held_out: the same for evaluation; may be empty.
         run: where everything goes.
-        events: events.jsonl of the run.
-        progress: where it stands.
 
     Raises:
         UserError: a setting is one that TRL refuses.
@@ -60,7 +54,7 @@ def train(
         try:
             return Trainer(
                 model=load_base(base, section),
-                args=SFTConfig(**arguments(section, run, bool(held_out), *BEST, len(rows), state)),
+                args=SFTConfig(**arguments(section, run.folder, bool(held_out), *BEST, len(rows), state)),
                 train_dataset=dataset(rows),
                 eval_dataset=dataset(held_out) if held_out else None,
                 processing_class=tokenizer,
@@ -69,7 +63,7 @@ def train(
         except ValueError as error:
             raise UserError(f"TRL refuses this setting: {error}") from None
 
-    fit(make, run, events, progress)
+    fit(make, run)
 
 
 def dataset(rows: list[Sequences]) -> Dataset:

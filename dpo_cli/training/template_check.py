@@ -13,13 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.data import jsonl
 from dpo_cli.data.records import Message
 from dpo_cli.engines.endpoint import KEY_VARIABLE
 from dpo_cli.errors import Exit, UserError
-from dpo_cli.progress import Progress
 from dpo_cli.training.encode import Encoder
-from dpo_cli.training.run_folder import event
+from dpo_cli.training.run_folder import RunContext
 
 TIMEOUT = 5.0  # seconds
 
@@ -31,8 +29,7 @@ def check_tokens(
     rows: Sequence[Row],
     url: str | None,
     adapter: Path | None,
-    events: jsonl.Journal,
-    progress: Progress,
+    run: RunContext,
 ) -> bool:
     """Compare the rows' token ids, and their prompts', with the adapter's and the server's.
 
@@ -41,8 +38,7 @@ def check_tokens(
         rows: prompts, and what follows, as messages; none: nothing is asked.
         url: of the OpenAI-compatible endpoint, with or without `/v1`; None: there is none.
         adapter: folder of the SFT adapter.
-        events: where the result goes.
-        progress: hears what was done.
+        run: records the result, and is told what was done.
 
     Returns:
         Whether there was a server to ask.
@@ -56,11 +52,11 @@ def check_tokens(
         def as_trained(messages: list[Message], answer_next: bool) -> list[int]:
             return encoder.ids(messages, answer_next, template)
 
-        _compare(encoder, rows, as_trained, "the SFT adapter's chat template", str(adapter), events)
+        _compare(encoder, rows, as_trained, "the SFT adapter's chat template", str(adapter), run)
     if not rows:
         return False
     if url is None:
-        progress.log("tokens: no server to compare with (SERVE_URL); the tokenizer's own chat template was used")
+        run.progress.log("tokens: no server to compare with (SERVE_URL); the tokenizer's own chat template was used")
         return False
     root = url.rstrip("/").removesuffix("/v1")
 
@@ -68,12 +64,14 @@ def check_tokens(
         return _tokenize(root, messages, answer_next, encoder.chat_template_kwargs)
 
     try:
-        _compare(encoder, rows, served, "the server", f"{root}/tokenize", events)
+        _compare(encoder, rows, served, "the server", f"{root}/tokenize", run)
     except (OSError, ValueError, KeyError) as error:
-        progress.log(f"tokens: {root}/tokenize does not answer ({error}); the tokenizer's own chat template was used")
+        run.progress.log(
+            f"tokens: {root}/tokenize does not answer ({error}); the tokenizer's own chat template was used"
+        )
         return False
-    events.append(event("tokens", 0, ok=True, rows=len(rows), where=root))
-    progress.log(f"tokens: {len(rows)} rows are the same tokens on the server")
+    run.record("tokens", 0, ok=True, rows=len(rows), where=root)
+    run.progress.log(f"tokens: {len(rows)} rows are the same tokens on the server")
     return True
 
 
@@ -95,7 +93,7 @@ def _compare(
     other: Callable[[list[Message], bool], list[int]],
     name: str,
     where: str,
-    events: jsonl.Journal,
+    run: RunContext,
 ) -> None:
     """Raise UserError at the first row that the other side encodes in another way."""
     for prompt, completion in rows:
@@ -104,7 +102,7 @@ def _compare(
             if ours == theirs:
                 continue
             cause = difference(ours, theirs, encoder.tokenizer, name, answer_next)
-            events.append(event("tokens", 0, ok=False, cause=cause, where=where))
+            run.record("tokens", 0, ok=False, cause=cause, where=where)
             raise UserError(
                 f"template mismatch: {cause}",
                 where=where,

@@ -29,8 +29,8 @@ def pushed(console: Console, result: "Pushed") -> None:
     if result.verdict is not None:
         table.add_row("gates", safe(result.verdict, "green" if result.verdict == "pass" else "red"))
     if result.merged is not None:
-        difference = f"{result.merged['mean_difference']:.2g} nats a token from the adapter's"
-        table.add_row("merged", f"log-probabilities {difference} ({result.merged['dtype']})")
+        difference = f"{result.merged.mean_difference:.2g} nats a token from the adapter's"
+        table.add_row("merged", f"log-probabilities {difference} ({result.merged.dtype})")
     for note in result.notes:
         table.add_row("note", safe(note, "yellow"))
     console.print(table)

@@ -106,9 +106,9 @@ def _title(run: Run) -> Text:
     steps = [points[-1][0] for points in run.series.values()]
     if steps:
         text.append(f" · step {number(max(steps))}", "not bold")
-    verdict = (run.report or {}).get("verdict")
+    verdict = run.report.verdict if run.report else None
     if verdict is not None:
-        text.append(" · ", "dim").append_text(_verdict(verdict == "pass", str(verdict)))
+        text.append(" · ", "dim").append_text(_verdict(verdict == "pass", verdict))
     text.append("   ").append("── ", TRAIN_STYLE).append("train  ", "not bold dim")
     text.append(f"{EVAL_MARK} ", EVAL_STYLE).append("evaluation", "not bold dim")
     return text.append(f"  {ACT_MARK} ", ACT_STYLE).append("guards", "not bold dim") if run.acts() else text
@@ -147,30 +147,26 @@ def _events(events: list[dict[str, Any]]) -> RenderableType:
     )
 
 
-def _report(report: dict[str, Any]) -> RenderableType:
+def _report(report: "Trained") -> RenderableType:
     """The gates, step zero among them, and what came out."""
     table = Table(box=None, header_style="bold", padding=(0, 3, 0, 0), pad_edge=False)
     for header, justify in (("gate", "left"), ("value", "right"), ("limit", "right"), ("", "left")):
         table.add_column(header, justify=justify)  # type: ignore[arg-type]
-    zero = report.get("step_zero")
-    if isinstance(zero, dict):
-        table.add_row("step zero", f"loss {_value(zero.get('loss'))}", "0.6931", _ok(zero.get("ok")))
-    gates = report.get("gates")
-    for name, gate in gates.items() if isinstance(gates, dict) else ():
-        table.add_row(
-            safe_line(str(name)), safe(_value(gate.get("value"))), safe(_value(gate.get("limit"))), _ok(gate.get("ok"))
-        )
+    if report.step_zero is not None:
+        table.add_row("step zero", f"loss {number(report.step_zero.loss)}", "0.6931", _ok(report.step_zero.ok))
+    for name, gate in report.gates.items():
+        table.add_row(safe_line(name), number(gate.value), number(gate.limit), _ok(gate.ok))
     made = Table.grid(padding=(0, 2, 0, 0))
     made.add_column(no_wrap=True)
     made.add_column(overflow="fold")
     for key in ("verdict", "best_checkpoint", "adapter", "policy_sha256", "reference_sha256"):
-        if report.get(key) is not None:
-            made.add_row(Text(key.replace("_", " "), "dim"), safe(str(report[key])))
+        if (value := getattr(report, key)) is not None:
+            made.add_row(Text(key.replace("_", " "), "dim"), safe(value))
     return Group(table, "", made)
 
 
-def _ok(ok: Any) -> Text:
-    return Text("–", "dim") if ok is None else _verdict(bool(ok), "pass" if ok else "fail")
+def _ok(ok: bool | None) -> Text:
+    return Text("–", "dim") if ok is None else _verdict(ok, "pass" if ok else "fail")
 
 
 def _verdict(ok: bool, word: str) -> Text:
@@ -196,7 +192,7 @@ def trained(console: Console, result: "Trained") -> None:
         steps += f" · resumed from {result.resumed_from:,}"
     table.add_row("steps", steps)
     if result.step_zero:
-        table.add_row("step zero", f"loss {result.step_zero['loss']:.4f}, margin {result.step_zero['margin']:.4f}")
+        table.add_row("step zero", f"loss {result.step_zero.loss:.4f}, margin {result.step_zero.margin:.4f}")
     for name, gate in result.gates.items():
         words = {True: ("ok  ", "green"), False: ("no  ", "bold red"), None: ("?   ", "yellow")}
         verdict = Text(*words[gate.ok])
@@ -209,8 +205,8 @@ def trained(console: Console, result: "Trained") -> None:
             "ended early", safe(f"{result.ended}: nothing-dpo inspect run {Path(result.run).name} --explain", "yellow")
         )
     if result.merged:
-        off = result.merged["mean_difference"]
-        table.add_row("merged", safe(f"{result.merged['path']}, {off:.1e} nats a token from base and adapter"))
+        off = result.merged.mean_difference
+        table.add_row("merged", safe(f"{result.merged.path}, {off:.1e} nats a token from base and adapter"))
     for reason in result.reasons:
         table.add_row("because", safe(reason, "yellow"))
     console.print(table)

@@ -164,7 +164,7 @@ def demonstrated(console: Console, result: "Demonstrated") -> None:
     console.print(table)
     if dpo.step_zero:
         zero = dpo.step_zero
-        console.print(Text(f"\nstep zero: loss {zero['loss']:.4f} (ln 2), margin {zero['margin']:.4f}"))
+        console.print(Text(f"\nstep zero: loss {zero.loss:.4f} (ln 2), margin {zero.margin:.4f}"))
     console.print(Text("\nIs the DPO adapter better than the SFT adapter?", "bold"))
     evaluated(console, result.evaluation)
     if result.example:

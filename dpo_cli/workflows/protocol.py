@@ -226,7 +226,7 @@ def _pairs(topic: Topic, config: Config, progress: Progress) -> float:
 
 def _fold(topic: Topic, config: Config, adapter: Path) -> Path:
     """The base with the topic's adapter in it, made once."""
-    from dpo_cli.training.inputs import base_folder
+    from dpo_cli.training.inputs import download_base
     from dpo_cli.training.merge_adapter import merge
 
     folder = Path(config.model.dpo_adapter).with_name(f"{topic.name}-merged")
@@ -236,7 +236,7 @@ def _fold(topic: Topic, config: Config, adapter: Path) -> Path:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     texts = [question.prompt[-1]["content"] for question in read_questions(Path(topic.quiz), limit=4).values()]
-    merge(base_folder(config.model.base), adapter, folder, texts)
+    merge(download_base(config.model.base), adapter, folder, texts)
     write_json(file, wanted)
     return folder
 

@@ -27,7 +27,7 @@ from dpo_cli.stages.evaluate.results import Evaluation
 from dpo_cli.stages.pair import run as pair
 from dpo_cli.stages.serve_config.server import ensure_served
 from dpo_cli.training.run_folder import RunFolder, publish
-from dpo_cli.training.run_history import Trained
+from dpo_cli.training.run_history import Trained, read_finished
 
 NEEDED = "adapter_config.json"
 EVEN = 0.5
@@ -156,7 +156,7 @@ class _Stages:
         # A run that has begun is trained on the pairs that it began with.
         if not (self.folder.config.exists() and made.pairs):
             self._make_pairs()
-        was = self.folder.finished()
+        was = read_finished(self.folder.path)
         made.trained = launch.train(
             backend,
             self.config,
@@ -183,7 +183,7 @@ class _Stages:
 
     def steps(self) -> Iterator[Step]:
         """What is left to do, stage by stage."""
-        number, done = self.round.number, self.folder.finished() is not None
+        number, done = self.round.number, read_finished(self.folder.path) is not None
         begun = self.folder.config.exists() and self.round.pairs > 0
         starts = self.config.model.adapter is None or (Path(self.config.model.adapter) / NEEDED).exists()
         if begun:

@@ -14,7 +14,7 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from dpo_cli import engines
-from dpo_cli.adapter import base_folder, fingerprint
+from dpo_cli.adapter import find_base, fingerprint
 from dpo_cli.config.resolve import get
 from dpo_cli.config.settings import Config
 from dpo_cli.data.jsonl import Journal, parse_rows, read_latest
@@ -189,7 +189,7 @@ def _made_with(config: Config) -> dict[str, Any]:
         f"generate.{name}" for name in ("engine", "temperature", "top_p", "max_tokens", "frequency_penalty", "seed")
     ]
     made = {key.partition(".")[2]: get(config, key) for key in [*keys, "model.chat_template_kwargs"]}
-    adapter, base = config.model.adapter, base_folder(config.model.base)
+    adapter, base = config.model.adapter, find_base(config.model.base)
     if adapter is not None:
         made["adapter"] = fingerprint(Path(adapter))[:DIGITS] if Path(adapter).is_dir() else adapter
     if config.generate.engine == "endpoint":

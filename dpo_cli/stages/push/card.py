@@ -16,7 +16,7 @@ from dpo_cli import __version__
 from dpo_cli.adapter import RANKS, Adapter
 from dpo_cli.analysis.data_stats import PairStats
 from dpo_cli.training.gates import Gate
-from dpo_cli.training.run_history import Trained
+from dpo_cli.training.run_history import Merged, Trained
 
 TAG = "nothing-dpo"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -37,7 +37,8 @@ class Facts(Struct, kw_only=True):
     config: dict[str, Any] = msgspec.field(default_factory=dict)
     judge: dict[str, Any] = msgspec.field(default_factory=dict)
     evaluation: dict[str, Any] = msgspec.field(default_factory=dict)
-    merged: dict[str, Any] | None = None
+    is_merged: bool = False
+    merged: Merged | None = None
 
 
 def of_model(facts: Facts) -> str:
@@ -82,7 +83,7 @@ def is_hub_id(base: str) -> bool:
 
 
 def _model_metadata(facts: Facts) -> dict[str, Any]:
-    is_adapter = facts.adapter is not None and facts.merged is None
+    is_adapter = facts.adapter is not None and not facts.is_merged
     metadata: dict[str, Any] = {
         "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "text-generation",
@@ -107,7 +108,7 @@ def _what_it_is(facts: Facts) -> str:
     shape = "A model"
     if facts.adapter is not None:
         shape = f"A LoRA adapter of rank {facts.adapter.rank} (alpha {facts.adapter.alpha:g})"
-        shape += " folded into" if facts.merged is not None else " for"
+        shape += " folded into" if facts.is_merged else " for"
         shape += f" {_code(facts.base)}"
     how = ""
     if _is_dpo(facts):
@@ -118,11 +119,11 @@ def _what_it_is(facts: Facts) -> str:
     return f"{shape}{how}.{_merging(facts.merged)}"
 
 
-def _merging(merged: dict[str, Any] | None) -> str:
+def _merging(merged: Merged | None) -> str:
     if not merged:
         return ""
-    off = f"{merged['mean_difference']:.2g} nats a token from the adapter's on average"
-    return f" Its log-probabilities are {off} ({merged['dtype']}; up to {merged['tolerance']:g} is rounding)."
+    off = f"{merged.mean_difference:.2g} nats a token from the adapter's on average"
+    return f" Its log-probabilities are {off} ({merged.dtype}; up to {merged.tolerance:g} is rounding)."
 
 
 def _gates(report: Trained | None) -> str:
@@ -180,7 +181,7 @@ def _hashes(facts: Facts) -> str:
 
 
 def _use(facts: Facts) -> str:
-    if facts.adapter is None or facts.merged is not None:
+    if facts.adapter is None or facts.is_merged:
         return ""
     rank = next(allowed for allowed in RANKS if allowed >= facts.adapter.rank)
     lora = f"--enable-lora --max-lora-rank {rank} --lora-modules {facts.served_as}=PATH"

@@ -26,7 +26,7 @@ from dpo_cli.stages.push import card, secrets
 from dpo_cli.stages.push.card import Facts
 from dpo_cli.storage import Sent, Source, sync
 from dpo_cli.training.run_folder import ADAPTER_FILES, MODEL_FILES, TOKENIZER_FILES, merged_folder, weights_file
-from dpo_cli.training.run_history import Trained
+from dpo_cli.training.run_history import Merged, Trained, read_report
 
 What = Literal["data", "adapter", "run"]
 
@@ -43,7 +43,7 @@ class Pushed(Struct, kw_only=True):
     what: What
     result: Sent
     verdict: str | None = None
-    merged: dict[str, Any] | None = None
+    merged: Merged | None = None
     notes: list[str] = msgspec.field(default_factory=list)
 
 
@@ -133,7 +133,7 @@ def _trained(
         pushed.verdict = report.verdict
     if merge:
         folder = _merge(config, folder, pushed, dry_run)
-        facts.merged = pushed.merged or {}
+        facts.is_merged, facts.merged = True, pushed.merged
     files: dict[str, Source] = {
         file.name: file for pattern in MODEL for file in sorted(folder.glob(pattern)) if file.is_file()
     }
@@ -165,10 +165,7 @@ def _read_report(folder: Path) -> Trained:
             where=str(folder),
             hint=f"nothing-dpo train --name {folder.name}",
         )
-    try:
-        return msgspec.convert(read_json(file), Trained)
-    except msgspec.ValidationError as error:
-        raise UserError(str(error), where=str(file)) from None
+    return read_report(file)
 
 
 def _merge(config: Config, folder: Path, pushed: Pushed, dry_run: bool) -> Path:
@@ -179,7 +176,7 @@ def _merge(config: Config, folder: Path, pushed: Pushed, dry_run: bool) -> Path:
             pushed.notes.append(f"the merged model is not made yet, so its files are not listed: {output}")
         return output
     require("train", "--merge")
-    from dpo_cli.training.inputs import base_folder
+    from dpo_cli.training.inputs import download_base
     from dpo_cli.training.merge_adapter import merge
 
     file = next((path for side in ("val", "train") if (path := Path(config.data) / f"{side}.jsonl").is_file()), None)
@@ -187,7 +184,7 @@ def _merge(config: Config, folder: Path, pushed: Pushed, dry_run: bool) -> Path:
         raise UserError("no pairs to check the merged model on", where=config.data, hint="--data FOLDER")
     pairs = islice(_pairs(file), CHECK_TEXTS)
     texts = [f"{pair.prompt[-1]['content']}\n{text_of(pair.chosen)}" for pair in pairs]
-    pushed.merged = msgspec.to_builtins(merge(base_folder(config.model.base), folder, output, texts))
+    pushed.merged = merge(download_base(config.model.base), folder, output, texts)
     return output
 
 

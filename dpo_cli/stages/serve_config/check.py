@@ -72,10 +72,10 @@ def check(plan: ServePlan, config: Config, url: str, progress: Progress) -> Chec
     rows = _rows(config)
 
     from dpo_cli.stages.serve_config.log_probs import encode, log_probs
-    from dpo_cli.training.inputs import base_folder
+    from dpo_cli.training.inputs import download_base
     from dpo_cli.training.trainer import redirect_logs
 
-    base = base_folder(config.model.base)
+    base = download_base(config.model.base)
     with redirect_logs(progress):
         sequences = [ids[:MOST_TOKENS] for ids in encode(base, config.model, rows)]
         bare, known = log_probs(base, {name: adapter.path for name, adapter in plan.adapters.items()}, sequences)

@@ -9,7 +9,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from dpo_cli.adapter import RANKS, Adapter, absolute, base_folder, chat_template, check_adapter, read_json
+from dpo_cli.adapter import RANKS, Adapter, absolute, chat_template, check_adapter, find_base, read_json
 from dpo_cli.config.settings import Config
 from dpo_cli.errors import UserError
 
@@ -108,14 +108,14 @@ def _check_names(config: Config) -> None:
 
 def _context_limit(base: str) -> float:
     """The longest context of the base, in tokens; infinite where it is not known here."""
-    folder = base_folder(base)
+    folder = find_base(base)
     settings = read_json(folder / "config.json") if folder else {}
     limit: float = settings.get("text_config", settings).get("max_position_embeddings", math.inf)
     return limit
 
 
 def _template_notes(adapter: Adapter, base: str) -> list[str]:
-    folder = base_folder(base)
+    folder = find_base(base)
     template = chat_template(adapter.path)
     if template is None or (folder and template == chat_template(folder)):
         return []
