@@ -21,3 +21,11 @@ def start(tmp_path_factory):
     save_adapter(folder / "sft", base_model(folder / "base"))
     write_data(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def unknown_endpoints():
+    """What an endpoint takes is remembered by its URL, and two tests' servers may have the same port."""
+    from dpo_cli.endpoint import dialect
+
+    dialect.forget()

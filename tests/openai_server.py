@@ -13,7 +13,7 @@ A fault is a string:
     500 | 503                      server errors
     401 | 403 | 404 | quota        faults that no retry mends
     400:PARAM                      PARAM is refused wherever it is sent; `400:n` only where n > 1
-    400!TEXT                       refused with this message
+    400!TEXT                       refused with this message; any status, and a TEXT that is JSON is the whole reply
     hang                           accepted, paid, never answered
     drop                           accepted, paid, connection closed without an answer
     malformed                      accepted, paid, half a JSON body
@@ -333,8 +333,11 @@ def _refuse(fault: str, body: dict[str, Any]) -> web.Response | None:
         return _error(429, "You exceeded your current quota", code="insufficient_quota")
     if name == "400" and detail in body and (detail != "n" or body["n"] > 1):
         return _error(400, f"Unsupported parameter: '{detail}'", param=detail, code="unsupported_parameter")
-    if fault.startswith("400!"):
-        return _error(400, fault.removeprefix("400!"))
+    if refused := re.fullmatch(r"([45]\d\d)!(.*)", fault, re.S):
+        status, text = int(refused[1]), refused[2]
+        if text[:1] in ("{", "["):
+            return web.Response(status=status, text=text, content_type="application/json")
+        return _error(status, text)
     return None
 
 

@@ -16,7 +16,6 @@ from openai_server import Server, first, shares
 
 from dpo_cli.config.settings import Config, GenerateSection, JudgeSection
 from dpo_cli.data.records import Order
-from dpo_cli.endpoint.http import Rejected
 from dpo_cli.errors import UserError
 from dpo_cli.judges import llm, names
 from dpo_cli.judges._deprecations import ENDINGS, ending_warning
@@ -105,7 +104,7 @@ def test_two_orders_cancel_a_preference_for_the_first_place(tmp_path, bonus):
 
 def test_openai_gets_its_own_fields_and_others_only_what_all_know():
     def fields(model: str, url: str, **settings) -> dict:
-        body = llm.request(model, "hello", ["A", "B"], 99, JudgeSection(url=url, **settings), llm.Dialect())
+        body = llm.request(model, "hello", ["A", "B"], 99, JudgeSection(url=url, **settings))
         assert body.pop("messages") == [{"role": "user", "content": "hello"}]
         assert body.pop("model") == model
         assert body.pop("response_format")["json_schema"]["strict"] is True
@@ -120,7 +119,7 @@ def test_openai_gets_its_own_fields_and_others_only_what_all_know():
 
 
 def test_the_schema_asks_for_evidence_first_and_every_label():
-    body = llm.request("m", "", ["A", "B"], 9, JudgeSection(), llm.Dialect())
+    body = llm.request("m", "", ["A", "B"], 9, JudgeSection())
     schema = body["response_format"]["json_schema"]["schema"]
     assert list(schema["properties"]) == schema["required"] == ["rationale", "scores", "ranking"]
     scores = schema["properties"]["scores"]
@@ -142,24 +141,6 @@ def test_the_message_shows_rubric_prompt_and_candidates_verbatim(tmp_path):
     assert len(server.bodies) == 2
 
 
-@pytest.mark.parametrize(
-    ("rejected", "field"),
-    [
-        (Rejected(400, "nope", param="response_format.json_schema.strict"), "response_format"),
-        (Rejected(422, "guided decoding is not supported"), "response_format"),
-        (Rejected(400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."), "max_tokens"),
-        (Rejected(400, "reasoning_effort is not supported with response_format"), "reasoning_effort"),
-        (Rejected(400, "'max_tokens' is too large: 2048. The maximum context length is 1024."), None),
-        (Rejected(400, "messages: too sad", param="messages"), None),
-        (Rejected(413, "response_format"), None),
-        (Rejected(0, "max_tokens"), None),
-    ],
-)
-def test_a_rejection_gives_up_the_field_that_it_names_first(rejected, field):
-    body = {"max_tokens": 1, "reasoning_effort": "low", "response_format": {}}
-    assert llm.refused_field(body, rejected) == field
-
-
 def test_down_the_ladder_once_and_for_all(tmp_path):
     write(tmp_path, rows(6))
 
@@ -175,7 +156,8 @@ def test_down_the_ladder_once_and_for_all(tmp_path):
     assert [body["response_format"]["json_schema"].get("strict") for body in server.bodies[:2]] == [True, None]
     assert all("response_format" not in body for body in server.bodies[3:])
     assert len(server.bodies) == 3 + 12
-    assert len(log.lines) == 3
+    (line,) = log.lines
+    assert "json_object; now plain text" in line
 
 
 def test_a_refused_cap_takes_its_other_name_and_then_goes(tmp_path):

@@ -245,7 +245,7 @@ def test_flex_is_asked_for_and_shares_its_replies(tmp_path):
         assert {sent["service_tier"] for sent in server.bodies} == {"flex"}
         (tmp_path / "judgments.jsonl").unlink()
         assert run(config(tmp_path, server.url)).receipt.reused == 4
-    assert "service_tier" not in llm.request("m", "", ["A", "B"], 9, config(tmp_path).judge, llm.Dialect())
+    assert "service_tier" not in llm.request("m", "", ["A", "B"], 9, config(tmp_path).judge)
 
 
 def test_an_endpoint_without_flex_is_named(tmp_path):

@@ -101,11 +101,11 @@ class Batches:
     ) -> None:
         self._journal.close()
 
-    async def chat(self, body: dict[str, Any], replicate: int = 0) -> Reply:
+    async def chat(self, body: dict[str, Any], replicate: int = 0, *, final: bool = True) -> Reply:
         """The reply to a request, as `Endpoint.chat`, without sending anything.
 
         Raises:
-            Owed: it must be given to `collect`.
+            PendingRequest: it must be given to `collect`.
             Rejected: the endpoint has refused it.
         """
         key, reply = self._endpoint.recall(body, replicate)
@@ -323,7 +323,7 @@ class Batches:
         """A request that is sent until it is answered; but a POST that may have been obeyed is not sent again.
 
         Raises:
-            Again: nobody knows whether a POST was obeyed.
+            Retryable: nobody knows whether a POST was obeyed.
             UserError: it is refused, or nobody answers for long.
         """
         end = time.monotonic() + RESTART_SECONDS

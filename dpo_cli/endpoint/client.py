@@ -122,13 +122,14 @@ class Endpoint:
         self._sent.close()
         self._journal.close()
 
-    async def chat(self, body: dict[str, Any], replicate: int = 0, path: str = CHAT) -> Reply:
+    async def chat(self, body: dict[str, Any], replicate: int = 0, *, path: str = CHAT, final: bool = True) -> Reply:
         """Send a chat completion request, unless its reply is in the ledger.
 
         Args:
             body: the request's JSON.
             replicate: tells apart requests of the same body that shall each be paid.
             path: `COMPLETIONS` for a completion of a bare prompt instead.
+            final: whether this is the request's last form; else a server error that may be a refusal counts as one.
 
         Raises:
             Rejected: the endpoint refuses this request, or does not answer it.
@@ -140,7 +141,7 @@ class Endpoint:
             return reply
         price = self._price(body["model"])
         try:
-            reply = await self._ask(key, body, price, path)
+            reply = await self._ask(key, body, price, path, final)
         except Rejected:
             self.spend.failed += 1
             raise
@@ -219,7 +220,7 @@ class Endpoint:
         while self._pace.in_flight and time.monotonic() < end:
             await asyncio.sleep(0.02)
 
-    async def _ask(self, key: str, body: dict[str, Any], price: Price | None, path: str) -> Reply:
+    async def _ask(self, key: str, body: dict[str, Any], price: Price | None, path: str, final: bool) -> Reply:
         """Send until there is a reply, a refusal, or no patience left."""
         content = msgspec.json.encode(body)
         attempts = resends = 0
@@ -231,6 +232,8 @@ class Endpoint:
             except Unreachable as fault:
                 self._bear_with(fault)
             except Retryable as fault:
+                if fault.refusal is not None and not final:
+                    raise fault.refusal from None
                 attempts += 1
                 resends += fault.paid
                 if attempts == ATTEMPTS or resends > RESENDS:

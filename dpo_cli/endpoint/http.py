@@ -1,6 +1,7 @@
 """One HTTP connection to an endpoint: the key, the session, and what each kind of failure means for the caller."""
 
 import os
+import re
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit, urlunsplit
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 
 CHAT, COMPLETIONS = "/chat/completions", "/completions"
 JSON = {"Content-Type": "application/json"}
+_REQUEST = re.compile(r"model|parameter|endpoints? found|support", re.I)  # in a 404 that is not about its path
+_PASSING = re.compile(
+    r"try again|retry|temporar|overload|unavailable|time(d)? ?out|internal (server )?error|gateway|capacity|busy", re.I
+)
 
 
 class Rejected(Exception):
@@ -40,16 +45,32 @@ class Unreachable(Exception):
 
 
 class Retryable(Exception):
-    """No answer this time; `paid` if the request may have been paid, `after` seconds if the server says so."""
+    """No answer this time.
+
+    Attributes:
+        status: HTTP status; 0 where there was none.
+        after: seconds to wait, if the server says so.
+        paid: whether the request may have been paid.
+        congestion: whether the server has too much to do.
+        refusal: what it means if it is no passing fault but a refusal of this request; None: it can't be one.
+    """
 
     def __init__(
-        self, status: int, message: str, *, after: float | None = None, paid: bool = False, congestion: bool = False
+        self,
+        status: int,
+        message: str,
+        *,
+        after: float | None = None,
+        paid: bool = False,
+        congestion: bool = False,
+        refusal: Rejected | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.after = after
         self.paid = paid
         self.congestion = congestion
+        self.refusal = refusal
 
 
 class Connection:
@@ -107,8 +128,8 @@ class Connection:
             content: `data`, `params` and `headers`, as aiohttp takes them.
 
         Raises:
-            Down: nobody there.
-            Again: no answer this time.
+            Unreachable: nobody there.
+            Retryable: no answer this time.
             Rejected: this request is refused.
             UserError: no request will be answered.
         """
@@ -144,13 +165,16 @@ class Connection:
         if status == 402 or error.code in ("insufficient_quota", "billing_hard_limit_reached"):
             hint = "everything paid is kept: top up, then run the same command again"
             return UserError(f"the quota is exhausted, {said}", where=self.url, hint=hint, code=Exit.FAILED)
-        if status == 404 and (error.param == "model" or "model" in message.lower()):
+        if status == 404 and (error.param or _REQUEST.search(message)):
             return Rejected(status, message, error.param, error.code)
         if status in (404, 405) and path == CHAT:
             hint = "the URL is the one before /chat/completions, most often ending in /v1"
             return UserError(f"no chat completions there, {said}", where=self.url, hint=hint)
         if status in (408, 409, 425, 429) or status >= 500:
-            return Retryable(status, said, after=after, congestion=status in (408, 429, 503))
+            refusal = None
+            if status == 500 and message and not _PASSING.search(message):  # as llama.cpp says what it does not take
+                refusal = Rejected(status, message, error.param, error.code)
+            return Retryable(status, said, after=after, congestion=status in (408, 429, 503), refusal=refusal)
         return Rejected(status, message, error.param, error.code)
 
 

@@ -1,11 +1,10 @@
 """Completions from an OpenAI-compatible endpoint that serves the SFT adapter (vLLM, or whatever speaks like it).
 
 Paid replies go to `generate.replies.jsonl` first, so that a kill costs only what was in flight. What the server
-refuses by name (`n`, a sampling parameter) is left out for the rest of the run, with a line in the log.
+refuses (`n`, a sampling parameter) is left out for the rest of the run, with a line in the log.
 """
 
 import asyncio
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,23 +14,17 @@ from dpo_cli.config.settings import Config
 from dpo_cli.data.records import Usage, content_id
 from dpo_cli.endpoint.client import Endpoint
 from dpo_cli.endpoint.costs import Receipt
+from dpo_cli.endpoint.dialect import Dialect
 from dpo_cli.endpoint.http import Rejected
 from dpo_cli.endpoint.prices import price_of
 from dpo_cli.endpoint.responses import Reply
 from dpo_cli.engines import Request, Sampled
-from dpo_cli.errors import UserError
 from dpo_cli.progress import Progress
 
 KEY_VARIABLE = "SERVE_API_KEY"  # vLLM asks for a key only if it was started with one
 EXTERNAL_KEY_VARIABLE = "OPENAI_API_KEY"  # of generate.contrast_url
 LEDGER = "generate.replies.jsonl"
 REPORT_SECONDS = 0.5
-
-# Parameters that a server may lack, and a run can do without.
-_OPTIONAL = ("frequency_penalty", "seed", "top_p", "temperature", "chat_template_kwargs")
-_REFUSAL = re.compile(
-    r"un(supported|known|recognized|expected)|not (supported|permitted|allowed)|extra|does not support"
-)
 
 
 def sample(requests: list[Request], config: Config, deliver: Callable[[Sampled], None], progress: Progress) -> Receipt:
@@ -86,13 +79,11 @@ def _tell(endpoint: Endpoint, progress: Progress) -> None:
 
 
 class _Sampler:
-    """Asks for completions, and remembers what this server can't do."""
+    """Asks for completions, in the form that this server takes."""
 
     def __init__(self, endpoint: Endpoint, config: Config, progress: Progress) -> None:
-        self._endpoint = endpoint
+        self._dialect = Dialect(endpoint, config.model.name, progress.log)
         self._seed = config.generate.seed
-        self._log = progress.log
-        self._most = config.generate.n
         self._body: dict[str, Any] = {
             "model": config.model.name,
             "max_tokens": config.generate.max_tokens,
@@ -102,7 +93,6 @@ class _Sampler:
         }
         if config.model.chat_template_kwargs:  # vLLM's own field
             self._body["chat_template_kwargs"] = config.model.chat_template_kwargs
-        self._refused: set[str] = set()
 
     async def complete(self, request: Request) -> Sampled:
         """All completions of one prompt, in as few requests as the server allows."""
@@ -115,51 +105,16 @@ class _Sampler:
                     result.texts.append(choice.text or choice.refusal or "")
                     result.finish_reasons.append(choice.finish_reason)
         except Rejected as error:
-            if error.status == 404:
-                raise await self._no_model(error) from None
             result.error = str(error)
         return result
 
     async def _ask(self, request: Request, first: int, missing: int) -> Reply:
         """Completions from index `first` on: at most `missing`, at least one."""
-        while True:
-            body = {
-                **self._body,
-                "messages": request.prompt,
-                "n": min(missing, self._most),
-                # vLLM gives child i the seed + i: completion i is the same, however many are asked for at once.
-                "seed": int(content_id(self._seed, request.id), 16) % 2**31 + first,
-            }
-            sent = {name: value for name, value in body.items() if name not in self._refused}
-            try:
-                return await self._endpoint.chat(sent, replicate=first)
-            except Rejected as error:
-                if error.status not in (400, 422) or not self._do_without(error, sent):
-                    raise
-
-    def _do_without(self, error: Rejected, sent: dict[str, Any]) -> bool:
-        """Whether the request can be sent again in another form: without what this error names."""
-        if sent["n"] > 1 and (error.param == "n" or re.search(r"(?<![\w\\])n(?!\w)", error.message)):
-            if self._most > 1:
-                self._most = 1
-                self._log(f"the server refuses n > 1, so each completion is a request of its own ({error.message})")
-            return True
-        if "max_tokens" in sent and "max_completion_tokens" in error.message:
-            if "max_tokens" in self._body:
-                self._body["max_completion_tokens"] = self._body.pop("max_tokens")
-            return True
-        for name in _OPTIONAL:
-            named = error.param == name or (name in error.message and _REFUSAL.search(error.message.lower()))
-            if named and name in sent:
-                if name not in self._refused:
-                    self._refused.add(name)
-                    self._log(f"the server refuses {name}, so it is left out ({error.message})")
-                return True
-        return False
-
-    async def _no_model(self, error: Rejected) -> UserError:
-        names = ", ".join(await self._endpoint.models())
-        hint = f"--model NAME; it serves: {names}" if names else "--model NAME, as the server was told to serve it"
-        return UserError(
-            f"no model '{self._body['model']}' there ({error.message})", where=self._endpoint.url, hint=hint
-        )
+        body = {
+            **self._body,
+            "messages": request.prompt,
+            "n": missing,
+            # vLLM gives child i the seed + i: completion i is the same, however many are asked for at once.
+            "seed": int(content_id(self._seed, request.id), 16) % 2**31 + first,
+        }
+        return await self._dialect.chat(body, replicate=first)

@@ -7,8 +7,7 @@ model must answer, at the same endpoint.
 
 import asyncio
 import re
-from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial, reduce
 from operator import add
@@ -17,7 +16,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import msgspec
-from msgspec import Struct
 
 from dpo_cli.config.settings import Config, JudgeSection
 from dpo_cli.data.records import Judgment, Order, Usage, content_id
@@ -25,6 +23,7 @@ from dpo_cli.endpoint.batch import Batches, PendingRequest, waiting
 from dpo_cli.endpoint.client import Endpoint
 from dpo_cli.endpoint.costs import Estimate, Receipt
 from dpo_cli.endpoint.costs import estimate as price_estimate
+from dpo_cli.endpoint.dialect import Dialect
 from dpo_cli.endpoint.http import Rejected
 from dpo_cli.endpoint.prices import Price, Tier, price_of
 from dpo_cli.endpoint.responses import Choice, Reply
@@ -54,22 +53,9 @@ REPORT_SECONDS = 0.5
 REPLY_TOKENS, SENTENCE_TOKENS = 120, 60  # of a usual reply, reasoning included: altogether, and for a candidate
 FLEX_SECONDS = 900.0  # OpenAI's advice: flex answers when there is room
 
-# The form in which a reply is asked for; an endpoint that refuses one is asked for the next.
-FORMATS = ("json_schema, strict", "json_schema", "json_object", "plain text")
-
 # What can be asked of a completion by itself: a score from 1 to 10, or 1 for right and 0 for wrong.
 FORMS = {"rate": RATING, "grade": GRADE}
 
-# How an endpoint's complaint names each field of the request that it may do without.
-_FIELDS = {
-    "response_format": re.compile(r"response_format|json_schema|json_object|structured.?output|guided|grammar", re.I),
-    "max_completion_tokens": re.compile(r"\bmax_completion_tokens\b"),
-    "max_tokens": re.compile(r"\bmax_tokens\b"),
-    "reasoning_effort": re.compile(r"\breasoning_effort\b|\breasoning\.effort\b"),
-    "service_tier": re.compile(r"\bservice_tier\b|\bflex\b"),
-    "prompt_cache_options": re.compile(r"\bprompt_cache_options\b"),
-}
-_TOO_LONG = re.compile(r"context.?length|maximum context|too (large|long)", re.I)  # this request, not its fields
 _POLICY = ("content_filter", "content_policy_violation", "invalid_prompt")
 
 
@@ -102,7 +88,7 @@ def estimate(tasks: Sequence[Task], config: Config, form: Form = RANKING) -> Est
         for task in tasks:
             for order in cyclic_orders(task, settings.orders, settings.seed):
                 message, candidates = compose(task, order, rubric, settings.seed, form)
-                body = request(model, message, list(candidates), cap, settings, Dialect(), form)
+                body = request(model, message, list(candidates), cap, settings, form)
                 size += len(msgspec.json.encode(body))
                 typical += min(cap, REPLY_TOKENS + SENTENCE_TOKENS * len(candidates))
                 owed += 1
@@ -192,7 +178,8 @@ async def _judge(
                 if not await batches.collect([], settings.wait):
                     return  # what former runs have sent is paid, and comes first
                 await first()
-                court.chat = batches.chat
+                for dialect in court.dialects.values():
+                    dialect.send = batches.chat
                 for task in await answer(tasks[1:], court.owed, batches, settings.wait):
                     await handle(task)
 
@@ -206,8 +193,7 @@ async def _judge(
             if settings.batch:
                 await in_batches()
             else:
-                await first()
-                await endpoint.each(tasks[1:], handle)
+                await endpoint.each(tasks, handle)
         finally:
             reporter.cancel()
             tell()
@@ -223,24 +209,16 @@ def _live_tier(config: Config) -> Tier | None:
     return "flex" if config.judge.flex else None
 
 
-class Dialect(Struct, frozen=True):
-    """What an endpoint takes, as far as is known: index into `FORMATS`, and fields that it refused."""
-
-    format: int = 0
-    dropped: frozenset[str] = frozenset()
-
-
 class LlmJudge:
     """One endpoint, and what has been learnt about it, for many tasks."""
 
     def __init__(self, endpoint: Endpoint, config: Config, log: Callable[[str], None], form: Form) -> None:
         self.endpoint = endpoint
         self.form = form
-        self.chat: Callable[[dict[str, Any], int], Awaitable[Reply]] = endpoint.chat
         self.settings = config.judge
         self.rubric = read_rubric(config.judge.rubric)
         self.log = log
-        self.dialects: dict[str, Dialect] = defaultdict(Dialect)  # by model
+        self.dialects = {model: Dialect(endpoint, model, log) for model in self.settings.models}
 
     async def judgment(self, task: Task) -> Judgment:
         """The judgment of one task: scored, skipped where the judge refuses, or an error where it can't be had."""
@@ -320,43 +298,18 @@ class LlmJudge:
     async def _ask(
         self, model: str, message: str, labels: list[str], cap: int, replicate: int, paid: list[Reply]
     ) -> Choice:
-        while True:
-            dialect = self.dialects[model]
-            body = request(model, message, labels, cap, self.settings, dialect, self.form)
-            try:
-                reply = await self.chat(body, replicate)
-            except Rejected as rejected:
-                if rejected.status == 404:
-                    raise await self._no_model(model, rejected) from None
-                self._learn(dialect, body, rejected)
-                continue
-            paid.append(reply)
-            return reply.choices[0]
-
-    def _learn(self, dialect: Dialect, body: dict[str, Any], rejected: Rejected) -> None:
-        """Change the dialect as the rejection says, or raise what it means."""
-        model = body["model"]
-        if self.dialects[model] != dialect:
-            return  # another task has learnt it meanwhile
-        if rejected.code in _POLICY:
-            raise _Refused(rejected.message) from rejected
-        field = refused_field(body, rejected)
-        if field is None:
-            raise rejected
-        if field == "service_tier":
-            raise UserError(f"no flex tier there ({rejected.message})", where=self.endpoint.url, hint="without --flex")
-        if field == "response_format":
-            learnt = msgspec.structs.replace(dialect, format=dialect.format + 1)
-            self.log(f"the judge's endpoint refuses {FORMATS[dialect.format]}; now {FORMATS[learnt.format]}")
-        else:
-            learnt = msgspec.structs.replace(dialect, dropped=dialect.dropped | {field})
-            self.log(f"the judge's endpoint refuses {field}; now without it")
-        self.dialects[model] = learnt
-
-    async def _no_model(self, model: str, rejected: Rejected) -> UserError:
-        names = ", ".join(await self.endpoint.models())
-        hint = f"--model NAME; it serves: {names}" if names else "--model NAME"
-        return UserError(f"no model '{model}' there ({rejected.message})", where=self.endpoint.url, hint=hint)
+        body = request(model, message, labels, cap, self.settings, self.form)
+        try:
+            reply = await self.dialects[model].chat(body, replicate)
+        except Rejected as rejected:
+            if rejected.code in _POLICY:
+                raise _Refused(rejected.message) from rejected
+            if "service_tier" in body and re.search(r"service_tier|flex", rejected.param or rejected.message):
+                what = f"no flex tier there ({rejected.message})"
+                raise UserError(what, where=self.endpoint.url, hint="without --flex") from None
+            raise
+        paid.append(reply)
+        return reply.choices[0]
 
 
 def compose(task: Task, order: list[int], rubric: str, seed: int, form: Form) -> tuple[str, dict[str, str]]:
@@ -371,18 +324,13 @@ def request(
     labels: list[str],
     cap: int,
     settings: JudgeSection,
-    dialect: Dialect,
     form: Form = RANKING,
 ) -> dict[str, Any]:
     """The request body; beyond OpenAI only what every endpoint knows: model, messages, format and output cap."""
     body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": message}]}
     openai = _is_openai(settings.url)
-    caps = ["max_completion_tokens", "max_tokens"] if openai else ["max_tokens", "max_completion_tokens"]
-    body |= dict.fromkeys([name for name in caps if name not in dialect.dropped][:1], cap)
-    if dialect.format <= 1:
-        body["response_format"] = verdict_schema(labels, dialect.format == 0, form)
-    elif dialect.format == 2:
-        body["response_format"] = {"type": "json_object"}
+    body["max_completion_tokens" if openai else "max_tokens"] = cap
+    body["response_format"] = verdict_schema(labels, True, form)
     if settings.flex:
         body["service_tier"] = "flex"
     if openai:
@@ -390,17 +338,8 @@ def request(
         if re.match(r"gpt-(5\.([6-9]|\d\d)|[6-9]|\d\d)", model):
             # Each message is sent once: writing it to the cache would cost a quarter more and never pay.
             extra["prompt_cache_options"] = {"mode": "explicit"}
-        body |= {name: value for name, value in extra.items() if value is not None and name not in dialect.dropped}
+        body |= {name: value for name, value in extra.items() if value is not None}
     return body
-
-
-def refused_field(body: dict[str, Any], rejected: Rejected) -> str | None:
-    """The field of the request that a rejection complains of, if the request can do without it."""
-    if rejected.status not in (400, 422) or _TOO_LONG.search(f"{rejected.code} {rejected.message}"):
-        return None
-    said = rejected.param or rejected.message
-    named = ((match.start(), field) for field, words in _FIELDS.items() if (match := words.search(said)))
-    return min(((place, field) for place, field in named if field in body), default=(0, None))[1]
 
 
 def _is_openai(url: str) -> bool:

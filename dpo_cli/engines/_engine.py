@@ -1,0 +1,91 @@
+"""What an engine is asked and what it gives; the engines by name, and which one the settings mean."""
+
+import pkgutil
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias, cast
+
+import msgspec
+from msgspec import Struct
+
+from dpo_cli.config.settings import Config
+from dpo_cli.data.records import Message, Usage
+from dpo_cli.errors import UserError, require
+from dpo_cli.progress import Progress
+
+if TYPE_CHECKING:  # the names of engines and judges are wanted for --help, asyncio is not
+    from dpo_cli.endpoint.costs import Estimate, Receipt
+
+
+class Request(Struct, kw_only=True):
+    """`need` more completions for one prompt.
+
+    `have` are the completions that exist; a new one's index, and with it its seed, continues after them.
+    """
+
+    id: str
+    prompt: list[Message]
+    have: list[str]
+    need: int
+
+
+class Sampled(Struct, kw_only=True):
+    """What came of one request: texts and finish reasons in step, or an `error` that the next run retries."""
+
+    id: str
+    texts: list[str]
+    finish_reasons: list[str]
+    usage: Usage
+    error: str | None = None
+
+
+Sample: TypeAlias = "Callable[[list[Request], Config, Callable[[Sampled], None], Progress], Receipt | None]"
+
+
+def names() -> list[str]:
+    """Every engine's name."""
+    modules = pkgutil.iter_modules([str(Path(__file__).parent)])
+    return sorted(module.name for module in modules if not module.name.startswith("_"))
+
+
+def load(name: str) -> Sample:
+    """The engine of a name that `names` lists.
+
+    Raises:
+        UserError: it needs an extra that is not installed.
+    """
+    if name == "transformers":
+        require("train", "--engine transformers")
+    return cast(Sample, import_module(f"{__package__}.{name}").sample)
+
+
+def choose(config: Config, progress: Progress) -> str:
+    """The engine of the settings; without an endpoint, the one that needs none.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if config.generate.engine != "endpoint" or config.generate.url is not None:
+        return config.generate.engine
+    if config.model.adapter is None or not Path(config.model.adapter).is_dir():
+        raise UserError(
+            f"nothing to sample from: no endpoint, and no adapter at {config.model.adapter}",
+            hint="export SERVE_URL=http://HOST:PORT/v1, or --engine transformers --base MODEL --adapter FOLDER",
+        )
+    progress.log(f"no SERVE_URL: sampling in this process from {config.model.base} with {config.model.adapter}")
+    return "transformers"
+
+
+def estimate(requests: list[Request], config: Config) -> "Estimate":
+    """What an endpoint would cost that answers these, in one request each."""
+    from dpo_cli.endpoint.costs import estimate
+    from dpo_cli.endpoint.prices import price_of
+
+    settings = config.generate
+    size = sum(len(msgspec.json.encode(request.prompt)) for request in requests)
+    worst = sum(request.need for request in requests) * settings.max_tokens
+    price = price_of(settings.url or "", config.model.name, settings.price)
+    return estimate(
+        len(requests), size, worst // 2, worst, price, given=settings.price is not None, typical="half of max_tokens"
+    )
