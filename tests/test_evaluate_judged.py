@@ -22,7 +22,8 @@ from dpo_cli.config.settings import Config, EvaluateSection, GenerateSection, Ju
 from dpo_cli.data.jsonl import read_rows, write_rows
 from dpo_cli.data.records import Compared
 from dpo_cli.errors import Exit, UserError
-from dpo_cli.judges._prompt import GRADE, RATING, read_verdict
+from dpo_cli.judges._forms import GRADE, RATING
+from dpo_cli.judges._verdict import read_verdict
 from dpo_cli.progress import Silent
 from dpo_cli.stages.evaluate import run as evaluate
 from dpo_cli.stages.evaluate.results import Evaluation
@@ -522,9 +523,9 @@ def test_verdicts_on_one_answer():
 @pytest.mark.parametrize(
     ("text", "form"),
     [
-        ('{"score": 0}', RATING), ('{"score": 11}', RATING), ('{"score": "7"}', RATING), ('{"score": true}', RATING),
+        ('{"score": 0}', RATING), ('{"score": 11}', RATING), ('{"score": "7/5"}', RATING), ('{"score": true}', RATING),
         (GOOD + GOOD.replace("7", "8"), RATING), (reply({"A": 7}), RATING), ("7", RATING), ("[7]", RATING),
-        ('{"correct": "yes"}', GRADE), ('{"correct": 1}', GRADE), ("yes", GRADE),
+        ('{"correct": "perhaps"}', GRADE), ('{"correct": 1}', GRADE), ("yes", GRADE),
     ],
 )  # fmt: skip
 def test_what_is_no_verdict_on_one_answer(text, form):

@@ -19,10 +19,11 @@ from dpo_cli.data.records import Order
 from dpo_cli.errors import UserError
 from dpo_cli.judges import llm, names
 from dpo_cli.judges._deprecations import ENDINGS, ending_warning
-from dpo_cli.judges._orders import OrderVerdict, aggregate, cyclic_orders, preference
-from dpo_cli.judges._prompt import Verdict, read_verdict
+from dpo_cli.judges._forms import Verdict
+from dpo_cli.judges._orders import OrderVerdict, aggregate, cyclic_orders, hear, preference
 from dpo_cli.judges._ranking import label_of
 from dpo_cli.judges._task import Task, make_task
+from dpo_cli.judges._verdict import read_verdict
 from dpo_cli.stages import judge
 
 OPENAI = "https://api.openai.com/v1"
@@ -194,27 +195,88 @@ def test_a_verdict_is_found_among_other_words(text):
     assert read_verdict(text, ["A", "B"], ["x", "y"]).scores == GOOD
 
 
+def wrapped(**parts) -> str:
+    """The good verdict with some of its parts said otherwise."""
+    return json.dumps({"rationale": "Why not.", "scores": GOOD, "ranking": ["B", "A"]} | parts)
+
+
+LENIENT = {
+    "raw line breaks": reply(GOOD).replace("Why not.", "A is flat.\nB:\tvivid.\r\n"),
+    "raw line breaks in a code block": f"```json\n{reply(GOOD)}\n```".replace("Why not.", "A is flat.\nB is vivid."),
+    "trailing commas": reply(GOOD).replace("]}", ",],}").replace("8}", "8,}"),
+    "single quotes": str(json.loads(reply(GOOD))),
+    "single quotes, apostrophe": str(json.loads(reply(GOOD))).replace("Why not.", "It's A's fault, isn't it"),
+    "quotes that should be escaped": reply(GOOD).replace("Why not.", 'A says "no" and "why" twice.'),
+    "typographic quotes": '{“scores”: {“A”: 3, “B”: 8}, “ranking”: [“B”, “A”]}',
+    "no quotes": "{rationale: A is flat, scores: {A: 3, B: 8}, ranking: [B, A]}",
+    "comments": '{"scores": {"A": 3, // flat\n "B": 8}, // vivid: 9?\n "ranking": ["B", "A"]}',
+    "wrapped": '{"verdict": ' + reply(GOOD) + "}",
+    "wrapped twice": '{"result": {"verdict": ' + reply(GOOD) + '}, "model": "m"}',
+    "a list": "[" + reply(GOOD) + "]",
+    "a string of JSON": json.dumps(reply(GOOD)),
+    "lower case": wrapped(scores={"a": 3, "b": 8}, ranking=["b", "a"]),
+    "candidate A": wrapped(scores={"candidate A": 3, "Candidate B": 8}, ranking=["candidate B", "candidate A"]),
+    "keys in capitals": json.dumps({"Scores": GOOD, "RANKING": ["B", "A"]}),
+    "A > B": wrapped(ranking="B > A"),
+    "A > B in a list": wrapped(ranking=["B > A"]),
+    "a numbered ranking": wrapped(ranking="1. B\n2. Candidate A"),
+    "no ranking": json.dumps({"scores": GOOD}),
+    "a ranking of null": wrapped(ranking=None),
+    "strings": wrapped(scores={"A": "3", "B": "8"}),
+    "of ten": wrapped(scores={"A": "3/10", "B": "8 out of 10"}),
+    "objects": wrapped(scores={"A": {"score": 3, "why": "flat"}, "B": {"score": "8"}}),
+    "a list of labels and scores": wrapped(scores=[{"label": "B", "score": 8}, {"label": "A", "score": 3}]),
+    "a list that the ranking confirms": wrapped(scores=[3, 8]),
+    "the same one twice": reply(GOOD) + str(json.loads(reply(GOOD))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", LENIENT.values(), ids=LENIENT.keys())
+def test_what_says_the_same_is_the_same_verdict(text):
+    found = read_verdict(text, ["A", "B"], ["x", "y"])
+    assert found.scores == GOOD
+    assert preference([0, 1], found) == [1, 0]
+
+
+def test_scores_between_the_integers_are_kept():
+    assert read_verdict(reply({"A": 3.5, "B": 8}), ["A", "B"], []).scores == {"A": 3.5, "B": 8}
+
+
+def test_equal_scores_without_a_ranking_share_their_place():
+    """The judge ranked B first in the first order, and said nothing of the two in the second: 1 and 0, then halves."""
+    orders = [Order([0, 1], {"A": 5, "B": 5}, ""), Order([1, 0], {"A": 5, "B": 5}, "")]
+    heard = [hear(orders[0], Verdict({"A": 5, "B": 5}, ["B", "A"])), hear(orders[1], Verdict({"A": 5, "B": 5}, []))]
+    assert aggregate(heard[1:]) == ({0: 5, 1: 5}, {0: 0.5, 1: 0.5})
+    assert aggregate(heard) == ({0: 5, 1: 5}, {0: 0.25, 1: 0.75})
+
+
 INVALID = {
     "empty": "",
     "no JSON": "A is better than B.",
     "half a verdict": reply(GOOD)[:-12],
-    "a list": "[" + reply(GOOD) + "]",
     "a label is missing": reply({"A": 3}, ["A", "B"]),
     "a label too many": reply({**GOOD, "C": 1}, ["A", "B"]),
-    "another label": reply({"A": 3, "b": 8}),
     "zero": reply({"A": 0, "B": 8}),
     "eleven": reply({"A": 3, "B": 11}),
-    "a half": reply({"A": 3.5, "B": 8}),
-    "a string": reply({"A": "3", "B": "8"}, ["B", "A"]),
     "true": reply({"A": True, "B": 8}),
     "null": json.dumps({"scores": {"A": None, "B": 8}, "ranking": ["B", "A"]}),
     "NaN": '{"scores": {"A": NaN, "B": 8}, "ranking": ["B", "A"]}',
     "infinity": '{"scores": {"A": 1e999, "B": 8}, "ranking": ["B", "A"]}',
-    "scores as a list": json.dumps({"scores": [3, 8], "ranking": ["B", "A"]}),
-    "no ranking": json.dumps({"scores": GOOD}),
     "a ranking of one": reply(GOOD, ["B"]),
     "a ranking with a repetition": reply(GOOD, ["B", "B"]),
     "a ranking of numbers": json.dumps({"scores": GOOD, "ranking": [1, 2]}),
+    "a score of a hundred": wrapped(scores={"A": "3/100", "B": "8/100"}),
+    "a score in words": wrapped(scores={"A": "three", "B": "eight"}),
+    "a label twice": '{"scores": {"A": 3, "a": 4, "B": 8}}',
+    "a key twice": '{"scores": {"A": 3, "B": 8}, "scores": {"A": 9, "B": 8}}',
+    "scores as a list": json.dumps({"scores": [3, 8]}),
+    "a list that the ranking denies": wrapped(scores=[8, 3]),
+    "scores by number": wrapped(scores={"1": 3, "2": 8}),
+    "a ranking without scores": json.dumps({"ranking": ["B", "A"]}),
+    "a ranking in words": wrapped(ranking="B is better"),
+    "only thought": "<think>" + reply(GOOD),
+    "two verdicts in a list": "[" + reply(GOOD) + "," + reply({"A": 9, "B": 1}) + "]",
+    "open strings": '{"' * 20_000,
     "two verdicts": reply(GOOD) + reply({"A": 9, "B": 1}),
     "too deep": '{"scores": ' * 20_000,
     "too many braces": "{" * 20_000,

@@ -9,7 +9,7 @@ from msgspec import Struct
 
 from dpo_cli.config.settings import Orders
 from dpo_cli.data.records import Order, content_id
-from dpo_cli.judges._prompt import Verdict
+from dpo_cli.judges._forms import Verdict
 from dpo_cli.judges._ranking import conclude, label_of
 from dpo_cli.judges._task import Task
 
@@ -17,10 +17,14 @@ MOST = 8  # orders of one prompt, whatever the number of candidates
 
 
 class OrderVerdict(Struct):
-    """A verdict: the order and its scores, and completion indices, best first."""
+    """A verdict: the order and its scores, and completion indices, best first.
+
+    `ranked`: the judge ranked equal scores as well; else they share their places.
+    """
 
     order: Order
     best_first: list[int]
+    ranked: bool = True
 
 
 def cyclic_orders(task: Task, orders: Orders, seed: int) -> list[list[int]]:
@@ -51,13 +55,18 @@ def is_enough(task: Task, orders: Orders, asked: int, heard: Sequence[OrderVerdi
     return len(heard) < 2 or conclude(task, *aggregate(heard), [one.order for one in heard]).consistent is True
 
 
+def hear(order: Order, verdict: Verdict) -> OrderVerdict:
+    """What a verdict says of the completions that were shown in an order."""
+    return OrderVerdict(order, preference(order.order, verdict), ranked=bool(verdict.ranking))
+
+
 def preference(order: list[int], verdict: Verdict) -> list[int]:
     """Completion indices, best first: by score, and by the judge's ranking only between equal scores.
 
     A ranking that contradicts its scores is so overruled; it stays in the record, as the judge wrote it.
     """
     index_of = {label_of(place): index for place, index in enumerate(order)}
-    labels = sorted(verdict.ranking, key=lambda label: -verdict.scores[label])
+    labels = sorted(verdict.ranking or verdict.scores, key=lambda label: -verdict.scores[label])
     return [index_of[label] for label in labels]
 
 
@@ -66,9 +75,11 @@ def aggregate(heard: Sequence[OrderVerdict]) -> tuple[dict[int, float], dict[int
     total = dict.fromkeys(sorted(heard[0].best_first), 0.0)
     borda = dict(total)
     for one in heard:
-        for place, index in enumerate(one.order.order):
-            total[index] += one.order.scores[label_of(place)]
-        for place, index in enumerate(one.best_first):
-            borda[index] += len(one.best_first) - 1 - place
+        scores = {index: one.order.scores[label_of(place)] for place, index in enumerate(one.order.order)}
+        points = {index: len(one.best_first) - 1.0 - place for place, index in enumerate(one.best_first)}
+        for index, score in scores.items():
+            equals = [points[other] for other in scores if scores[other] == score]
+            total[index] += score
+            borda[index] += points[index] if one.ranked else sum(equals) / len(equals)
     count = len(heard)  # dividing the sum, so that thirds break no tie
     return {index: score / count for index, score in total.items()}, {key: sum_ / count for key, sum_ in borda.items()}

@@ -19,10 +19,11 @@ import msgspec
 
 from dpo_cli.data.records import Judgment, Order
 from dpo_cli.judges._agreement import agree
-from dpo_cli.judges._orders import OrderVerdict, aggregate, preference
-from dpo_cli.judges._prompt import Verdict, read_verdict
+from dpo_cli.judges._forms import Verdict
+from dpo_cli.judges._orders import OrderVerdict, aggregate, hear
 from dpo_cli.judges._ranking import conclude, label_of
 from dpo_cli.judges._task import Task
+from dpo_cli.judges._verdict import read_all
 
 DIGITS = 9  # a sum of weighted means has noise below that, which must break no tie
 
@@ -89,16 +90,14 @@ def settle(tasks: Sequence[Task], judgments: Mapping[str, Judgment]) -> list[Jud
 
 
 def _again(task: Task, row: Judgment, weights: Mapping[str, float]) -> Judgment:
-    found = decide(task, [_recall(task, order) for order in row.orders or []], weights)
+    found = decide(task, [_recall(order) for order in row.orders or []], weights)
     return msgspec.structs.replace(
         row, scores=found.scores, ranking=found.ranking, consistent=found.consistent, weights=found.weights
     )
 
 
-def _recall(task: Task, order: Order) -> OrderVerdict:
-    """A verdict from its record: the scores as they stand there, the ranking from the judge's words."""
+def _recall(order: Order) -> OrderVerdict:
+    """A verdict from its record: the scores as they stand there, the ranking from the reply that gave them."""
     labels = [label_of(place) for place in range(len(order.order))]
-    shown = [task.completions[index] for index in order.order] + [part["content"] for part in task.prompt]
-    ranking = read_verdict(order.raw, labels, shown).ranking
-    scores = {label: int(score) for label, score in order.scores.items()}
-    return OrderVerdict(order, preference(order.order, Verdict(scores, ranking)))
+    said = (verdict for verdict, *_ in read_all(order.raw, labels) if verdict and verdict.scores == order.scores)
+    return hear(order, next(said, Verdict(order.scores, [])))

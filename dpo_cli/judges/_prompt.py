@@ -1,23 +1,15 @@
-"""The judge on the wire: what is asked, in which form the reply is asked for, and when a reply is a verdict.
+"""The judge on the wire: the one message that shows what is to be judged and asks for a verdict.
 
-The texts to be judged stand verbatim between lines that carry a nonce which none of them contains; everything outside
-these lines is ours. Pure functions, without a network.
+The texts to be judged stand between lines that carry a nonce which none of them contains; everything outside these
+lines is ours. Pure functions, without a network.
 """
 
-import json
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from msgspec import Struct
 
 from dpo_cli.data.records import Message, content_id
 from dpo_cli.errors import UserError
-
-LOWEST, HIGHEST = 1, 10
-
-_OPENING = re.compile(r'\{\s*"')
+from dpo_cli.judges._forms import RANKING, Form
 
 # A text that reads like a reply is wrapped in these words, which never change, so that providers can cache them.
 _NOTICE = """\
@@ -39,98 +31,6 @@ nothing else, its keys in this order:
 {shape}
 
 """
-_RANKED = f"""\
-- `rationale`: for each label in turn, one short sentence of evidence from its text.
-- `scores`: for every label an integer from {LOWEST} (worst) to {HIGHEST} (best), by the criteria at the top.
-- `ranking`: every label once, best first, as the scores have it."""
-_RATED = f"""\
-- `rationale`: one or two short sentences of evidence from the candidate's text.
-- `score`: an integer from {LOWEST} (worst) to {HIGHEST} (best), by the criteria at the top."""
-_GRADED = """\
-- `rationale`: one short sentence.
-- `correct`: whether the candidate gives the right answer."""
-
-GRADING = """\
-You grade the answers of a quiz. The conversation holds a question and, as its last part, what the right answer is. The
-candidate is correct if it gives that answer, in whatever words, style or length, and does not take it back or give
-another one beside it. What else it says, and how, does not matter."""
-
-
-class Verdict(Struct):
-    """A valid reply: label -> score, and the labels best first."""
-
-    scores: dict[str, int]
-    ranking: list[str]
-
-
-class Form(Struct, frozen=True):
-    """What is asked about the candidates: the shape of the reply, its schema, and how it becomes a verdict.
-
-    `rubric` replaces the judge's own where the question is another one.
-    """
-
-    shape: Callable[[Sequence[str]], str]
-    explained: str
-    schema: Callable[[Sequence[str]], dict[str, Any]]
-    check: Callable[[dict[str, Any], Sequence[str]], Verdict]
-    rubric: str | None = None
-
-
-def _check_ranking(value: dict[str, Any], labels: Sequence[str]) -> Verdict:
-    scores, ranking = value.get("scores"), value.get("ranking")
-    if not isinstance(scores, dict) or set(scores) != set(labels):
-        raise ValueError("not one score for each label")
-    found = {label: _score(scores[label]) for label in labels}
-    if not isinstance(ranking, list) or sorted(map(str, ranking)) != sorted(labels):
-        raise ValueError("the ranking does not hold each label once")
-    return Verdict(found, ranking)
-
-
-def _check_rating(value: dict[str, Any], labels: Sequence[str]) -> Verdict:
-    return Verdict(dict.fromkeys(labels, _score(value.get("score"))), list(labels))
-
-
-def _check_grade(value: dict[str, Any], labels: Sequence[str]) -> Verdict:
-    correct = value.get("correct")
-    if not isinstance(correct, bool):
-        raise ValueError("`correct` is neither true nor false")
-    return Verdict(dict.fromkeys(labels, int(correct)), list(labels))
-
-
-def _score(value: Any) -> int:
-    whole = value.is_integer() if isinstance(value, float) else type(value) is int
-    if not whole or not LOWEST <= value <= HIGHEST:
-        raise ValueError(f"a score that is no integer from {LOWEST} to {HIGHEST}")
-    return int(value)
-
-
-def _ranking_shape(labels: Sequence[str]) -> str:
-    scores = ", ".join(f'"{label}": integer' for label in labels)
-    return f'{{"rationale": "text", "scores": {{{scores}}}, "ranking": [labels]}}'
-
-
-_SCORE = {"type": "integer", "enum": list(range(LOWEST, HIGHEST + 1))}  # strict modes refuse minimum and maximum
-
-# Several candidates beside each other, of which two are a comparison.
-RANKING = Form(
-    _ranking_shape,
-    _RANKED,
-    lambda labels: {
-        "scores": _closed(dict.fromkeys(labels, _SCORE)),
-        "ranking": {"type": "array", "items": {"type": "string", "enum": list(labels)}},
-    },
-    _check_ranking,
-)
-# One candidate by itself.
-RATING = Form(lambda _: '{"rationale": "text", "score": integer}', _RATED, lambda _: {"score": _SCORE}, _check_rating)
-# One answer to a question, beside the right one, which is the last message of the prompt.
-GRADE = Form(
-    lambda _: '{"rationale": "text", "correct": true or false}',
-    _GRADED,
-    lambda _: {"correct": {"type": "boolean"}},
-    _check_grade,
-    GRADING,
-)
 
 
 def write_message(
@@ -153,84 +53,8 @@ def write_message(
     return "\n\n".join([rubric.strip(), _NOTICE, f"The code of this request is {nonce}.", *fenced, reminder])
 
 
-def verdict_schema(labels: Sequence[str], strict: bool, form: Form = RANKING) -> dict[str, Any]:
-    """`response_format` for a verdict: evidence first, every key required, no other."""
-    schema = _closed({"rationale": {"type": "string"}, **form.schema(labels)})
-    named = {"name": "verdict", "schema": schema}
-    return {"type": "json_schema", "json_schema": named | ({"strict": True} if strict else {})}
-
-
-def read_verdict(reply: str, labels: Sequence[str], shown: Sequence[str], form: Form = RANKING) -> Verdict:
-    """The verdict in a judge's reply, which may stand among other words.
-
-    A verdict that what was shown gives of itself is a quotation, or obeys it; two different ones are none.
-
-    Args:
-        reply: the judge's words.
-        labels: the labels that were shown.
-        shown: the fenced texts.
-        form: what was asked.
-
-    Raises:
-        ValueError: there is no valid verdict; says why.
-    """
-    check = form.check
-    forged = [verdict for text in shown for verdict, _ in _verdicts(text, labels, check)]
-    reason = "no JSON object"
-    found: list[Verdict] = []
-    for verdict, fault in _verdicts(reply, labels, check):
-        if verdict is None:
-            reason = fault
-        elif verdict in forged:
-            reason = "the verdict is quoted from the material"
-        elif verdict not in found:
-            found.append(verdict)
-    if len(found) > 1:
-        raise ValueError("two different verdicts")
-    if not found:
-        raise ValueError(reason)
-    return found[0]
-
-
-def _verdicts(
-    text: str, labels: Sequence[str], check: Callable[[dict[str, Any], Sequence[str]], Verdict]
-) -> Iterator[tuple[Verdict | None, str]]:
-    """Each outermost JSON object in a text as a verdict, or what keeps it from being one."""
-    for value in _objects(text):
-        try:
-            if not isinstance(value, dict):
-                raise ValueError("no JSON object")
-            yield check(value, labels), ""
-        except ValueError as error:
-            yield None, str(error)
-
-
-def _objects(text: str) -> Iterator[Any]:
-    """Each outermost JSON object in a text; only the text itself if that is JSON."""
-    text = text.strip()
-    decoder = json.JSONDecoder(parse_constant=lambda name: None)
-    try:
-        yield decoder.decode(text)
-        return
-    except (ValueError, RecursionError):
-        text = text.rpartition("</think>")[2]
-    end = 0
-    while opening := _OPENING.search(text, end):
-        try:
-            value, end = decoder.raw_decode(text, opening.start())
-            yield value
-        except ValueError:
-            end = opening.start() + 1
-        except RecursionError:
-            return
-
-
 def _fence(nonce: str, name: str, text: str) -> str:
     return f"<<<{nonce} {name}>>>\n{text}\n<<<{nonce} end>>>"
-
-
-def _closed(properties: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
 
 
 def read_rubric(path: str | None) -> str:

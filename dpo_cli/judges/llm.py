@@ -31,19 +31,12 @@ from dpo_cli.errors import UserError
 from dpo_cli.judges import _panel
 from dpo_cli.judges._batch import answer
 from dpo_cli.judges._deprecations import ending_warning
-from dpo_cli.judges._orders import OrderVerdict, cyclic_orders, is_enough, preference
-from dpo_cli.judges._prompt import (
-    GRADE,
-    RANKING,
-    RATING,
-    Form,
-    read_rubric,
-    read_verdict,
-    verdict_schema,
-    write_message,
-)
+from dpo_cli.judges._forms import GRADE, RANKING, RATING, Form, verdict_schema
+from dpo_cli.judges._orders import OrderVerdict, cyclic_orders, hear, is_enough
+from dpo_cli.judges._prompt import read_rubric, write_message
 from dpo_cli.judges._ranking import label_of
 from dpo_cli.judges._task import Task
+from dpo_cli.judges._verdict import read_verdict
 from dpo_cli.progress import Progress
 
 LEDGER = "judge.replies.jsonl"
@@ -291,9 +284,8 @@ class LlmJudge:
                 else:
                     raise _Invalid(f"no valid verdict: {'cut off by length' if cut else error}") from None
             else:
-                scores = {label: float(score) for label, score in verdict.scores.items()}
                 name = model if len(self.settings.models) > 1 else None
-                return OrderVerdict(Order(order, scores, choice.text, name), preference(order, verdict))
+                return hear(Order(order, verdict.scores, choice.text, name), verdict)
 
     async def _ask(
         self, model: str, message: str, labels: list[str], cap: int, replicate: int, paid: list[Reply]

@@ -19,7 +19,7 @@ from dpo_cli.config.settings import Config
 from dpo_cli.data.jsonl import Journal, read_latest
 from dpo_cli.data.records import Completions, Judgment, Message, Order, canonical, content_id
 from dpo_cli.endpoint.costs import Estimate, Receipt
-from dpo_cli.judges._prompt import LOWEST
+from dpo_cli.judges._forms import LOWEST
 from dpo_cli.judges._ranking import label_of
 from dpo_cli.judges._task import Task, make_task
 from dpo_cli.progress import After, Progress
