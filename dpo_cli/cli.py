@@ -151,8 +151,7 @@ def command(
             except Exception as error:  # the one boundary: what nobody foresaw is a line as well
                 if debug:
                     raise
-                hint = "this is a bug in nothing-dpo; --debug shows the traceback"
-                _say(UserError(f"{type(error).__name__}: {error}", hint=hint))
+                _say(UserError(f"unexpected {type(error).__name__}: {error}", hint="--debug shows where"))
                 code = Exit.FAILED
             raise typer.Exit(code or Exit.OK)
 
@@ -451,7 +450,7 @@ def jobs(
     from dpo_cli.jobs import backends, launch, registry
 
     if action == "list":
-        session.show(launch.listed(session.config), view.jobs)
+        session.show(launch.listed(session.config, lambda text: typer.echo(plain(text), err=True)), view.jobs)
         return None
     found = registry.get(identity, session.config)
     if action == "attach":

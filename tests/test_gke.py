@@ -332,7 +332,7 @@ def test_what_is_missing_is_one_line_with_the_command_that_makes_it(cluster, buc
         run(settings(*sets))
     assert "\n" not in str(missing.value) and command in str(missing.value.hint)
     assert not cluster.jobs and not bucket.names()
-    assert not jobs.all_jobs(settings())
+    assert jobs.all_jobs(settings()) == ([], [])
 
 
 def test_without_a_kubeconfig_the_command_that_makes_it_is_named(cluster, monkeypatch):

@@ -113,9 +113,9 @@ def test_results_replace_what_is_here_but_rows_made_here_meanwhile_stay(work, mo
     rows = [{"id": "1", "completions": ["old"]}, {"id": "2", "completions": ["paid"]}]
     write_rows(data / "completions.jsonl", rows)
     there = {"data/completions.jsonl": '{"id": "1", "completions": ["new", "newer"]}\n'}
-    monkeypatch.setattr(launch.backends, "load", lambda name: Elsewhere(there))
+    backend = Elsewhere(there)
     spec = jobs_spec.make(config, "generate")
-    launch.bring_home(Job(id="x", backend="x", spec=spec), config, Silent())
+    launch.bring_home(backend, Job(id="x", backend="x", spec=spec), config, Silent())
     rows = {row["id"]: row["completions"] for row in read_rows(data / "completions.jsonl")}
     assert rows == {"1": ["new", "newer"], "2": ["paid"]}
 
@@ -125,7 +125,9 @@ def test_results_replace_what_is_here_but_rows_made_here_meanwhile_stay(work, mo
     there.clear()
     there["out/adapter_config.json"] = '{"base_model_name_or_path": "/vol/uploads/1/base", "r": 4}'
     there["runs/dpo/report.json"] = "{}"
-    launched = launch.bring_home(Job(id="x", backend="x", spec=jobs_spec.make(config, "train")), config, Silent())
+    launched = launch.bring_home(
+        backend, Job(id="x", backend="x", spec=jobs_spec.make(config, "train")), config, Silent()
+    )
     assert launched == ["runs/dpo", "out"]
     assert json.loads(Path("out/adapter_config.json").read_text())["base_model_name_or_path"] == config.model.base
     assert not Path("out/left.txt").exists() and (folder / "runs/dpo/checkpoints").exists()

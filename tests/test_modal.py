@@ -336,7 +336,7 @@ from dpo_cli.errors import UserError
 modal.CONNECT_SECONDS = 0.5
 config = resolve(environment={}).config
 try:
-    with modal.explained(config):
+    with modal.translate_errors(config):
         modal.preflight(config, [])
 except UserError as error:
     print(error)

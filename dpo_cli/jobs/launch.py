@@ -6,8 +6,8 @@ stopped by it. Reads and writes `runs/.jobs/`; results land beside what there is
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import msgspec
@@ -19,6 +19,7 @@ from dpo_cli.errors import Exit, UserError
 from dpo_cli.jobs import backends, progress_lines
 from dpo_cli.jobs import registry as jobs
 from dpo_cli.jobs import spec as jobs_spec
+from dpo_cli.jobs.backends import Backend
 from dpo_cli.jobs.registry import Job, Status
 from dpo_cli.jobs.spec import Spec
 from dpo_cli.progress import Progress
@@ -38,7 +39,7 @@ class Launched(Struct, kw_only=True):
 
 
 def spec(backend: str, config: Config, command: jobs_spec.Command, gpu: str | None = None, **given: Any) -> Spec:
-    """As `job.make`, for a backend: its paths, and its card unless another is asked for."""
+    """A spec for a backend, as `spec.make` makes it: with its paths, and its card unless another is asked for."""
     chosen = backends.load(backend)
     gpu = gpu or (chosen.gpu(config) if command == "train" else None)
     return jobs_spec.make(config, command, gpu=gpu, volume=chosen.VOLUME, **given)
@@ -46,8 +47,7 @@ def spec(backend: str, config: Config, command: jobs_spec.Command, gpu: str | No
 
 def render(backend: str, spec: Spec, config: Config) -> str:
     """What would be submitted."""
-    text: str = backends.load(backend).render(spec, config)
-    return text
+    return backends.load(backend).render(spec, config)
 
 
 def run(
@@ -67,10 +67,11 @@ def run(
         UserError: what the backend can't do, or another job of this name is running.
         KeyboardInterrupt: Ctrl-C before it was submitted.
     """
-    submitted = submit(backend, spec, config, progress)
+    chosen = backends.load(backend)
+    submitted = _submit(chosen, jobs_spec.identity(backend, spec), spec, config, progress)
     if detach:
-        return Launched(job=submitted, status=backends.load(backend).status(submitted, config), detached=True)
-    return attach(submitted, config, progress, fetch)
+        return Launched(job=submitted, status=chosen.status(submitted, config), detached=True)
+    return _attach(chosen, submitted, config, progress, fetch)
 
 
 def train(
@@ -102,15 +103,17 @@ def submit(backend: str, spec: Spec, config: Config, progress: Progress) -> Job:
     Raises:
         UserError: as `run`.
     """
-    chosen, identity = backends.load(backend), jobs_spec.identity(backend, spec)
+    return _submit(backends.load(backend), jobs_spec.identity(backend, spec), spec, config, progress)
+
+
+def _submit(backend: Backend, identity: str, spec: Spec, config: Config, progress: Progress) -> Job:
     with jobs.claimed(identity, config):
         known = jobs.find(identity, config)
-        if known is not None and not chosen.status(known, config).ended:
+        if known is not None and not backend.status(known, config).ended:
             jobs.refuse_another(known.spec, spec, identity)
             progress.log(f"{identity} is running since {known.submitted}: attaching to it")
             return known
-        submitted: Job = chosen.submit(spec, config, progress)
-        return jobs.save(submitted, config)
+        return jobs.save(backend.submit(spec, config, progress), config)
 
 
 def attach(job: Job, config: Config, progress: Progress, fetch: bool = True) -> Launched:
@@ -119,7 +122,10 @@ def attach(job: Job, config: Config, progress: Progress, fetch: bool = True) -> 
     Raises:
         UserError: as the backend.
     """
-    backend = backends.load(job.backend)
+    return _attach(backends.load(job.backend), job, config, progress, fetch)
+
+
+def _attach(backend: Backend, job: Job, config: Config, progress: Progress, fetch: bool) -> Launched:
     try:
         last = _follow(backend, job, config, progress)
     except KeyboardInterrupt:
@@ -131,7 +137,7 @@ def attach(job: Job, config: Config, progress: Progress, fetch: bool = True) -> 
         return Launched(job=job, status=Status("cancelled", Exit.INTERRUPTED, "interrupted; a checkpoint is saved"))
     finally:
         progress.end()
-    status: Status = backend.status(job, config)
+    status = backend.status(job, config)
     launched = Launched(job=job, status=status)
     if last is not None and last.exit_code == status.exit_code:
         status.reason = status.reason or last.error
@@ -139,17 +145,25 @@ def attach(job: Job, config: Config, progress: Progress, fetch: bool = True) -> 
     succeeded = status.state == "succeeded"
     if fetch and backend.VOLUME is not None and (succeeded or job.spec.command != "train"):
         try:
-            launched.fetched = bring_home(job, config, progress)
+            launched.fetched = bring_home(backend, job, config, progress)
         except UserError:  # rows are paid for, however it ended; but there may be none
             if succeeded:
                 raise
     return launched
 
 
-def listed(config: Config) -> list[Launched]:
-    """Every job and where it stands, the newest first; what can't be asked is said in its reason."""
+def listed(config: Config, warn: Callable[[str], None] = lambda text: None) -> list[Launched]:
+    """Every job and where it stands, the newest first; what can't be asked is said in its reason.
+
+    Args:
+        config: every setting.
+        warn: told of each file that holds no job.
+    """
     found = []
-    for job in jobs.all_jobs(config):
+    known, unreadable = jobs.all_jobs(config)
+    for error in unreadable:
+        warn(f"{error}: {error.hint}")
+    for job in known:
         try:
             status = backends.load(job.backend).status(job, config)
         except UserError as error:
@@ -165,7 +179,7 @@ def cancel(job: Job, config: Config) -> Launched:
         UserError: as the backend.
     """
     backend = backends.load(job.backend)
-    status: Status = backend.status(job, config)
+    status = backend.status(job, config)
     if not status.ended:
         job.cancelled = True
         jobs.save(job, config)  # before it is: that it was cancelled is known here alone
@@ -181,25 +195,21 @@ def suspend(job: Job, config: Config, suspended: bool) -> Launched:
         UserError: as the backend, or it can't.
     """
     backend = backends.load(job.backend)
-    if not hasattr(backend, "suspend"):
-        hint = f"nothing-dpo jobs cancel {job.id}; the same command goes on from its checkpoint"
-        raise UserError(f"backend {job.backend} has no pause", where=job.id, hint=hint)
     backend.suspend(job, config, suspended)
     return Launched(job=job, status=backend.status(job, config), detached=True)
 
 
-def bring_home(job: Job, config: Config, progress: Progress) -> list[str]:
+def bring_home(backend: Backend, job: Job, config: Config, progress: Progress) -> list[str]:
     """Fetch a job's results: each replaces what is here once it is whole; rows made here since are kept.
 
     Returns:
         Where they are.
     """
-    backend, spec = backends.load(job.backend), job.spec
-    fetched = []
+    spec, fetched = job.spec, []
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=_parent(config)) as staged:
         backend.fetch(job, config, Path(staged), progress)
         for there, here in spec.results.items():
-            new = Path(staged) / Path(there).relative_to(backend.VOLUME)
+            new = Path(staged) / Path(there).relative_to(str(backend.VOLUME))
             if new.exists():
                 _replace(new, Path(here), spec.base)
                 fetched.append(here)
@@ -245,7 +255,7 @@ def _keep_own_rows(new: Path, here: Path) -> None:
         jsonl.write_rows(new, [*(row for _, row in jsonl.read_rows(new, dict[str, Any])), *own])
 
 
-def _follow(backend: ModuleType, job: Job, config: Config, progress: Progress) -> progress_lines.Outcome | None:
+def _follow(backend: Backend, job: Job, config: Config, progress: Progress) -> progress_lines.Outcome | None:
     last = None
     for text in backend.logs(job, config, follow=True):
         last = progress_lines.replay(text, progress) or last

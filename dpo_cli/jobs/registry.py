@@ -80,7 +80,7 @@ def find(identity: str, config: Config) -> Job | None:
     except FileNotFoundError:
         return None
     except (OSError, msgspec.MsgspecError) as error:
-        raise UserError(str(error), where=str(file), hint=f"remove it, or {hint_list()}") from None
+        raise UserError(str(error), where=str(file), hint=f"rm {file}, if nothing of it runs; {hint_list()}") from None
 
 
 def get(identity: str, config: Config) -> Job:
@@ -99,10 +99,17 @@ def get(identity: str, config: Config) -> Job:
     return job
 
 
-def all_jobs(config: Config) -> list[Job]:
-    """Every job, the newest first."""
-    jobs = [find(file.stem, config) for file in folder(config).glob("*.json")]
-    return sorted((job for job in jobs if job), key=lambda job: job.submitted, reverse=True)
+def all_jobs(config: Config) -> tuple[list[Job], list[UserError]]:
+    """Every job, the newest first, and what is wrong with the files that hold none."""
+    jobs, unreadable = [], []
+    for file in sorted(folder(config).glob("*.json")):
+        try:
+            job = find(file.stem, config)
+        except UserError as error:
+            unreadable.append(error)
+        else:
+            jobs += [job] if job else []
+    return sorted(jobs, key=lambda job: job.submitted, reverse=True), unreadable
 
 
 def hint_list() -> str:

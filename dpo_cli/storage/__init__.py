@@ -74,7 +74,8 @@ class Storage(Protocol):
 
 def names() -> list[str]:
     """Every scheme."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "folder")
+    others = ("folder", "sync")
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in others)
 
 
 def connect(dest: str) -> Storage:

@@ -104,6 +104,16 @@ def cancel(job: Job, config: Config) -> None:
         os.kill(int(job.handle["pid"]), signal.SIGTERM)
 
 
+def suspend(job: Job, config: Config, suspended: bool) -> None:
+    """There is no pause here.
+
+    Raises:
+        UserError: always.
+    """
+    hint = f"nothing-dpo jobs cancel {job.id}; the same command goes on from its checkpoint"
+    raise UserError(f"backend {job.backend} has no pause", where=job.id, hint=hint)
+
+
 def fetch(job: Job, config: Config, into: Path, progress: Progress) -> None:
     """Everything is here already."""
 

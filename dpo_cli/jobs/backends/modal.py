@@ -301,6 +301,16 @@ def cancel(job: Job, config: Config) -> None:
         within(CONNECT_SECONDS, lambda: call.cancel(terminate_containers=True))
 
 
+def suspend(job: Job, config: Config, suspended: bool) -> None:
+    """There is no pause here.
+
+    Raises:
+        UserError: always.
+    """
+    hint = f"nothing-dpo jobs cancel {job.id}; the same command goes on from its checkpoint"
+    raise UserError(f"backend {job.backend} has no pause", where=job.id, hint=hint)
+
+
 def fetch(job: Job, config: Config, into: Path, progress: Progress) -> None:
     """Bring the results home from the volume."""
     transfer.fetch(job.spec, f"modal://{config.modal.volume}", VOLUME, into, progress)
