@@ -286,7 +286,11 @@ def judge(
         session.show(result, view.judged)
         session.suggest("nothing-dpo judge --batch, which takes the results in; a batch ends within a day")
         return None
-    pairs = make_pairs(session.config)
+    try:
+        pairs = make_pairs(session.config)
+    except UserError:
+        session.show(result, view.judged)
+        raise
     session.show({"judged": result, "paired": pairs}, view.judged_and_paired)
     if result.errors:
         session.suggest("nothing-dpo judge, which asks again where the judge failed")

@@ -9,7 +9,7 @@ from judging import config, row, write
 from dpo_cli.config.settings import PairSection
 from dpo_cli.data.jsonl import read_latest, write_rows
 from dpo_cli.data.records import Completions, Judgment, Order, Preference, completions_id
-from dpo_cli.errors import UserError
+from dpo_cli.errors import Exit, UserError
 from dpo_cli.stages.pair import run
 
 
@@ -54,6 +54,9 @@ def test_best_against_worst_with_scores_and_finish_reasons(tmp_path):
     assert (found.chosen_finish_reason, found.rejected_finish_reason) == ("length", "cut")
 
 
+FIRST_WINS = [Order([0, 1], {"A": 7, "B": 3}, ""), Order([1, 0], {"A": 7, "B": 3}, "")]
+
+
 @pytest.mark.parametrize(
     ("texts", "scores", "fields", "reason"),
     [
@@ -61,6 +64,9 @@ def test_best_against_worst_with_scores_and_finish_reasons(tmp_path):
         (("a", "b"), (5, 4.5), {}, "the gap is below min_gap"),
         (("a", "b"), (8, 2), {"consistent": False}, "an order inverts the pair"),
         (("a", "b"), (8, 2), {"orders": [Order([1, 0], {"A": 6, "B": 5}, "")]}, "an order inverts the pair"),
+        # Whoever is shown first wins: the means tie, or nearly so.
+        (("a", "b"), (5, 5), {"orders": FIRST_WINS}, "position: the judge's orders contradict each other"),
+        (("a", "b"), (5.5, 5), {"orders": FIRST_WINS}, "position: the judge's orders contradict each other"),
         (("a b", "a  b\n"), (8, 2), {}, "fewer than two different texts"),
         (("caf\u00e9", "cafe\u0301"), (8, 2), {}, "fewer than two different texts"),
         (("a", " "), (8, 0), {}, "fewer than two different texts"),
@@ -82,6 +88,17 @@ def test_a_gap_of_exactly_min_gap_is_enough_whatever_floats_make_of_it(tmp_path)
     completions = row(1, "a", "b")
     make(tmp_path, [(completions, judged(completions, 0.3, 0.2))], min_gap=0.1)
     assert only(tmp_path).score_gap == pytest.approx(0.1)
+
+
+def test_where_nothing_comes_out_the_most_frequent_reason_is_explained(tmp_path):
+    rows = [row(number, "a", "b") for number in range(4)]
+    with pytest.raises(UserError, match=r"4 x position: .*") as error:
+        make(tmp_path, [(one, judged(one, 5, 5, orders=FIRST_WINS)) for one in rows])
+    assert "--votes" in str(error.value.hint)
+    why = "no valid verdict: no JSON object"
+    with pytest.raises(UserError, match=rf"4 x the judge failed \(3 x {why}, 1 x 503\)") as error:
+        make(tmp_path, [(one, judged(one, error=why if number else "503")) for number, one in enumerate(rows)])
+    assert error.value.code == Exit.FAILED
 
 
 def test_inverted_pairs_are_kept_on_demand(tmp_path):

@@ -28,7 +28,7 @@ from dpo_cli.data.records import (
     prompt_id,
     split_side,
 )
-from dpo_cli.errors import UserError
+from dpo_cli.errors import Exit, UserError
 from dpo_cli.judges._ranking import any_inverts
 from dpo_cli.stages.pair.rollouts import Rollout, RolloutStatistics, pair_rollouts, stratified
 from dpo_cli.stages.pair.strategies import STRATEGIES
@@ -97,7 +97,7 @@ def run(config: Config, dry_run: bool = False) -> Paired:
             skipped[reasons[0] if reasons else _NOT_HIGH] += 1
         sides[split_side(key, settings.seed, settings.val_share)] += pairs
     if not any(sides.values()):
-        raise _nothing(skipped, min_gap)
+        raise _nothing(skipped, min_gap, Counter(row.error for row in judgments.values() if row.error is not None))
     return _write(config, sides, skipped, dry_run)
 
 
@@ -196,7 +196,7 @@ def _usable(row: Completions | None, judgment: Judgment | None) -> _Judged:
     if row is None:
         raise _NoPair("judged, but no longer in completions.jsonl")
     if judgment.error is not None:
-        raise _NoPair("the judge failed")
+        raise _NoPair(_FAILED)
     if judgment.skipped is not None:
         raise _NoPair(judgment.skipped.partition(":")[0])
     if judgment.completions_id != completions_id(row.completions):
@@ -257,8 +257,8 @@ def _filter(candidates: list[_Candidate], settings: PairSection, min_gap: float)
     kept, reasons = [], []
     for pair, inverted in candidates:
         reason = _fault(pair, min_gap)
-        if reason is None and inverted and settings.require_consistent:
-            reason = "an order inverts the pair"
+        if inverted and (settings.require_consistent if reason is None else reason in _TOO_CLOSE):
+            reason = _INVERTED if reason is None else _POSITION
         if reason:
             reasons.append(reason)
             continue
@@ -276,8 +276,8 @@ def _fault(pair: Preference, min_gap: float) -> str | None:
     if pair.score_gap is None:
         return None
     if pair.score_gap <= EPSILON:
-        return "a tie"
-    return "the gap is below min_gap" if pair.score_gap < min_gap - EPSILON else None
+        return _TIE
+    return _SMALL_GAP if pair.score_gap < min_gap - EPSILON else None
 
 
 def _said(side: list[Message]) -> list[tuple[str, str]]:
@@ -330,27 +330,40 @@ def _warn(train: list[Preference], val: list[Preference], settings: PairSection)
     return []
 
 
+_FAILED = "the judge failed"
+_INVERTED = "an order inverts the pair"
+_POSITION = "position: the judge's orders contradict each other"
+_TIE, _SMALL_GAP = "a tie", "the gap is below min_gap"
+_TOO_CLOSE = (_TIE, _SMALL_GAP)
 _NOT_HIGH = "no score is high, or none that is low goes with it"
+_MORE_ORDERS = "more orders average it out: nothing-dpo judge --votes 6; or a stronger judge model"
 
 # What to try, by the reason that is most frequent.
 _HINTS = {
     "not judged yet": "nothing-dpo judge",
-    "the judge failed": "nothing-dpo judge, which asks again",
+    _FAILED: "nothing-dpo judge, which asks again; if it fails as before, another --model",
     "judged before its completions changed": "nothing-dpo judge",
-    "the gap is below min_gap": "a lower --min-gap, or more completions a prompt: nothing-dpo generate --n 5",
-    "a tie": "more completions a prompt: nothing-dpo generate --n 5",
-    "an order inverts the pair": "--no-require-consistent, or a stronger judge model",
+    _SMALL_GAP: "a lower --min-gap, or more completions a prompt: nothing-dpo generate --n 5",
+    _TIE: "more completions a prompt: nothing-dpo generate --n 5",
+    _INVERTED: f"--no-require-consistent, or {_MORE_ORDERS}",
+    _POSITION: _MORE_ORDERS,
     _NOT_HIGH: "a lower --high, a higher --low, or --strategy best-worst",
 }
+SHOWN_REASONS = 5
 
 
-def _nothing(skipped: Counter[str], min_gap: float) -> UserError:
+def _nothing(skipped: Counter[str], min_gap: float, errors: Counter[str]) -> UserError:
+    """That no pair came out, why, and what to do about the most frequent reason; `errors` are the judge's."""
     most = skipped.most_common(1)[0][0]
     hint = _HINTS.get(most, "more varied completions: nothing-dpo generate --temperature 1.0 --n 5")
-    if most == "the gap is below min_gap":
+    if most == _SMALL_GAP:
         hint += f" (min_gap is {min_gap:g})"
-    return UserError(f"no pair comes out of {skipped.total()} prompts: {_counted(skipped)}", hint=hint)
+    message = f"no pair comes out of {skipped.total()} prompts: {_counted(skipped)}"
+    message += f" ({_counted(errors)})" if most == _FAILED else ""
+    return UserError(message, hint=hint, code=Exit.FAILED if most == _FAILED else Exit.USAGE)
 
 
 def _counted(skipped: Counter[str]) -> str:
-    return ", ".join(f"{count} x {reason}" for reason, count in skipped.most_common())
+    said = [f"{count} x {reason}" for reason, count in skipped.most_common(SHOWN_REASONS)]
+    others = skipped.total() - sum(count for _, count in skipped.most_common(SHOWN_REASONS))
+    return ", ".join(said + [f"{others} x other reasons"] * (others > 0))
