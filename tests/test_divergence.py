@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo_cli.config.settings import Config, EvaluateSection, GenerateSection
 from dpo_cli.data.jsonl import read_rows
+from dpo_cli.data.records import Prompt
 from dpo_cli.engines.transformers import Model
 from dpo_cli.progress import Silent
 from dpo_cli.stages.evaluate import divergence
@@ -73,7 +74,7 @@ def found(pair: tuple[Any, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) 
     )  # fmt: skip
     (folder / "evaluation").mkdir()
     sides = [Side(name=name, config=settings, made_with={"side": name}) for name in ("reference", "policy")]
-    prompts: Any = {str(number): ["word"] * (1 + number % 7) for number in range(COUNT)}
+    prompts: Any = {str(number): Prompt(["word"] * (1 + number % 7)) for number in range(COUNT)}
     return measure(sides[0], sides[1], prompts, settings, Silent(), RunBudget(None)), seen
 
 

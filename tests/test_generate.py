@@ -263,7 +263,11 @@ def test_forms_of_prompts_are_one_prompt(folder):
     ("text", "where", "message"),
     [
         ('{"prompt": "a"}\n{"prompt": 3}\n', "val.jsonl:2", '"prompt" is not a string'),
-        ('{"prompt": "a"}\n{"prompt": [{"role": "user", "content": 3}]}\n', "val.jsonl:2", '"prompt" is not a string'),
+        (
+            '{"prompt": "a"}\n{"prompt": [{"role": "user", "content": 3}]}\n',
+            "val.jsonl:2",
+            'has a message whose "content" is not a text',
+        ),
         ('{"text": "a"}\n', "val.jsonl:1", 'no "prompt"'),
         ('{"prompt": " "}\n', "val.jsonl:1", "no text"),
         ("[]\n", "val.jsonl:1", "not a JSON object"),

@@ -25,7 +25,7 @@ def write(path, rows):
 
 
 def rollout(prompt, text, reward):
-    return Rollout([{"role": "user", "content": prompt}], text, reward)
+    return Rollout([{"role": "user", "content": prompt}], [{"role": "assistant", "content": text}], reward)
 
 
 def texts(pairs):
@@ -112,7 +112,7 @@ def test_the_answer_is_the_last_message_and_its_end_is_known():
     parameters = {"input": "What?", "instructions": "Look first."}
     response = {"output": output, "status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}}
     read = read_rollout({"responses_create_params": parameters, "response": response, "reward": 1})
-    assert (read.text, read.finish_reason) == ("It is red.", "length")
+    assert (read.answer[0]["content"], read.finish_reason) == ("It is red.", "length")
     assert [message["content"] for message in read.prompt] == ["Look first.", "What?"]
     assert read_rollout({**row("p", "a", 1)}).finish_reason is None
 

@@ -41,7 +41,7 @@ def within(judgments: Mapping[str, Judgment], completions: Mapping[str, Completi
 
 def _deviations(judgment: Judgment, row: Completions | None) -> Deviations:
     scores = judgment.scores
-    if row is None or not scores or judgment.completions_id != completions_id(row.completions):
+    if row is None or not scores or judgment.completions_id != completions_id(row.completions, row.messages):
         return {}
     if len(scores) != len(row.completions) or sorted(judgment.ranking or []) != list(range(len(scores))):
         return {}

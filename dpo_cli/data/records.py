@@ -2,24 +2,29 @@
 
 Ids are hashes of content, so that files are joined by key and never by position. Rows from other tools are read in
 the forms that the field uses (prompt-only, `messages`, prompt-completion, preference); what is written has one form.
-Messages with images or tool calls are not covered and are refused.
+What a message may hold is in `data.messages`.
 """
 
 import hashlib
 import json
-import unicodedata
-from typing import Any, TypedDict
+from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
-_encode_sorted = msgspec.json.Encoder(order="sorted").encode
-
-
-class Message(TypedDict):
-    """One chat message with text content."""
-
-    role: str
-    content: str
+# Everybody takes the record types from here.
+from dpo_cli.data.messages import Message as Message
+from dpo_cli.data.messages import Prompt as Prompt
+from dpo_cli.data.messages import Tool as Tool
+from dpo_cli.data.messages import ToolCall as ToolCall
+from dpo_cli.data.messages import canonical as canonical
+from dpo_cli.data.messages import content_id as content_id
+from dpo_cli.data.messages import message_key as message_key
+from dpo_cli.data.messages import prompt_id as prompt_id
+from dpo_cli.data.messages import read_messages as read_messages
+from dpo_cli.data.messages import read_tools as read_tools
+from dpo_cli.data.messages import said as said
+from dpo_cli.data.messages import text_of as text_of
 
 
 class Usage(msgspec.Struct, omit_defaults=True):
@@ -39,8 +44,12 @@ class Usage(msgspec.Struct, omit_defaults=True):
         )
 
 
-class Completions(msgspec.Struct, kw_only=True):
-    """One line of completions.jsonl: what the SFT adapter answered to one prompt."""
+class Completions(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """One line of completions.jsonl: what the SFT adapter answered to one prompt.
+
+    `completions` are the texts. Where any is more than a text (a tool call, reasoning), `messages` holds the whole
+    message of each, None for those that are a text alone; `answer` gives one in either case. `tools` are the prompt's.
+    """
 
     id: str
     prompt: list[Message]
@@ -49,6 +58,18 @@ class Completions(msgspec.Struct, kw_only=True):
     model: str
     sampling: dict[str, Any]
     usage: Usage = msgspec.field(default_factory=Usage)
+    tools: list[Tool] | None = None
+    messages: list[Message | None] = []
+
+    def answer(self, index: int) -> Message:
+        """One completion as the assistant's message."""
+        whole = self.messages[index] if index < len(self.messages) else None
+        return whole or {"role": "assistant", "content": self.completions[index]}
+
+    @property
+    def answers(self) -> list[Message]:
+        """Every completion as the assistant's message."""
+        return [self.answer(index) for index in range(len(self.completions))]
 
 
 class Order(msgspec.Struct, omit_defaults=True):
@@ -101,6 +122,7 @@ class Preference(msgspec.Struct, kw_only=True, omit_defaults=True):
     chosen_finish_reason: str | None = None
     rejected_finish_reason: str | None = None
     margin: float | None = None
+    tools: list[Tool] | None = None
 
 
 class Compared(msgspec.Struct, kw_only=True):
@@ -121,53 +143,9 @@ class Compared(msgspec.Struct, kw_only=True):
     orders: list[list[Order]] = msgspec.field(default_factory=list)
 
 
-def content_id(*parts: Any) -> str:
-    """Hash of JSON-able content: 16 hexadecimal digits, the same on every machine."""
-    return hashlib.sha256(_encode_sorted(parts)).hexdigest()[:16]
-
-
-def prompt_id(messages: list[Message]) -> str:
-    """Id of a prompt: a hash of its roles and texts."""
-    return content_id([[message["role"], message["content"]] for message in messages])
-
-
-def completions_id(texts: list[str]) -> str:
-    """Id of one prompt's completions, in their order."""
-    return content_id(texts)
-
-
-def canonical(text: str) -> str:
-    """A text without what no reader sees: Unicode NFC, each run of whitespace one space. Equal means identical."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
-
-
-def read_messages(value: Any, field: str, role: str = "user") -> list[Message]:
-    """Read a list of chat messages; a bare string is one message of `role`.
-
-    Raises:
-        ValueError: naming the field.
-    """
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    if isinstance(value, list) and value and all(map(_is_plain, value)):
-        return value
-    try:
-        messages = msgspec.convert(value, list[Message])
-    except msgspec.ValidationError:
-        raise ValueError(f'"{field}" is not a string or a list of {{"role", "content"}} messages') from None
-    if not messages:
-        raise ValueError(f'"{field}" is empty')
-    return messages
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether this is a message already, with nothing to drop: five times faster than converting it."""
-    return (
-        isinstance(value, dict)
-        and len(value) == 2
-        and isinstance(value.get("role"), str)
-        and isinstance(value.get("content"), str)
-    )
+def completions_id(texts: list[str], messages: Sequence[Message | None] = ()) -> str:
+    """Id of one prompt's completions, in their order; `messages` as in `Completions`."""
+    return content_id(texts, messages) if any(messages) else content_id(texts)
 
 
 def read_prompt(row: dict[str, Any]) -> list[Message]:
@@ -184,10 +162,18 @@ def read_prompt(row: dict[str, Any]) -> list[Message]:
             prompt = prompt[:-1]
     else:
         raise ValueError('no "prompt" and no "messages"')
-    for message in prompt:
-        if message["content"].strip():
-            return prompt
+    if any(said(message).strip() for message in prompt):
+        return prompt
     raise ValueError("the prompt has no text")
+
+
+def read_prompt_and_tools(row: dict[str, Any]) -> Prompt:
+    """The prompt of a row as `read_prompt` has it, with the row's `tools`.
+
+    Raises:
+        ValueError: if the row holds no usable prompt.
+    """
+    return Prompt(read_prompt(row), read_tools(row.get("tools")))
 
 
 def read_demonstration(row: dict[str, Any]) -> tuple[list[Message], list[Message]]:
@@ -217,11 +203,11 @@ def read_preference(row: dict[str, Any]) -> Preference:
             raise ValueError(f'no "{side}"')
         sides.append(read_messages(row[side], side, role="assistant"))
     chosen, rejected = sides
-    extra = {name: row.get(name) for name in Preference.__struct_fields__[4:]}
+    extra = {name: row.get(name) for name in Preference.__struct_fields__[4:]} | {"tools": read_tools(row.get("tools"))}
     try:
         return msgspec.convert(
             {
-                "id": row.get("id") or preference_id(prompt, chosen, rejected),
+                "id": row.get("id") or preference_id(prompt, chosen, rejected, extra["tools"]),
                 "prompt": prompt,
                 "chosen": chosen,
                 "rejected": rejected,
@@ -233,9 +219,11 @@ def read_preference(row: dict[str, Any]) -> Preference:
         raise ValueError(str(error)) from None
 
 
-def preference_id(prompt: list[Message], chosen: list[Message], rejected: list[Message]) -> str:
-    """Id of a pair: a hash of its three texts."""
-    return content_id(prompt, chosen, rejected)
+def preference_id(
+    prompt: list[Message], chosen: list[Message], rejected: list[Message], tools: list[Tool] | None = None
+) -> str:
+    """Id of a pair: a hash of its three texts, and of the prompt's tools where there are any."""
+    return content_id(prompt, chosen, rejected, tools) if tools else content_id(prompt, chosen, rejected)
 
 
 def split_side(prompt: str, seed: int, val_share: float) -> bool:
@@ -250,11 +238,6 @@ def split_side(prompt: str, seed: int, val_share: float) -> bool:
     """
     digest = hashlib.sha256(f"{seed}:{prompt}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < val_share
-
-
-def text_of(messages: list[Message]) -> str:
-    """The texts of messages as one."""
-    return messages[0]["content"] if len(messages) == 1 else "\n".join(message["content"] for message in messages)
 
 
 def rationale(order: Order) -> str:

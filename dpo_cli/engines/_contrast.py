@@ -45,6 +45,7 @@ def split(request: Request, good: str, bad: str) -> list[Request]:
             prompt=_with_system(request.prompt, good if index == 0 else bad),
             have=request.have,
             need=1,
+            tools=request.tools,
         )
         for index in range(first, first + request.need)
     ]
@@ -58,10 +59,12 @@ def _with_system(prompt: list[Message], text: str) -> list[Message]:
 
 
 def _join(key: str, parts: list[Sampled]) -> Sampled:
+    messages = [message for part in parts for message in part.messages or [None] * len(part.texts)]
     return Sampled(
         id=key,
         texts=[text for part in parts for text in part.texts],
         finish_reasons=[reason for part in parts for reason in part.finish_reasons],
         usage=sum((part.usage for part in parts), Usage()),
+        messages=messages if any(messages) else [],
         error=next((part.error for part in parts if part.error is not None), None),
     )

@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Struct
 
 from dpo_cli.config.settings import Config
-from dpo_cli.data.records import Message, Usage
+from dpo_cli.data.records import Message, Tool, Usage
 from dpo_cli.errors import UserError, require
 from dpo_cli.progress import Progress
 
@@ -21,23 +21,29 @@ if TYPE_CHECKING:  # the names of engines and judges are wanted for --help, asyn
 class Request(Struct, kw_only=True):
     """`need` more completions for one prompt.
 
-    `have` are the completions that exist; a new one's index, and with it its seed, continues after them.
+    `have` are the completions that exist; a new one's index, and with it its seed, continues after them. `tools` are
+    the prompt's.
     """
 
     id: str
     prompt: list[Message]
     have: list[str]
     need: int
+    tools: list[Tool] | None = None
 
 
 class Sampled(Struct, kw_only=True):
-    """What came of one request: texts and finish reasons in step, or an `error` that the next run retries."""
+    """What came of one request: texts and finish reasons in step, or an `error` that the next run retries.
+
+    `messages` is in step with the texts where any completion is more than its text (`Completions.messages`).
+    """
 
     id: str
     texts: list[str]
     finish_reasons: list[str]
     usage: Usage
     error: str | None = None
+    messages: list[Message | None] = []
 
 
 Sample: TypeAlias = "Callable[[list[Request], Config, Callable[[Sampled], None], Progress], Receipt | None]"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_cli.config.settings import Config
+from dpo_cli.data.messages import wire
 from dpo_cli.data.records import Usage, content_id
 from dpo_cli.endpoint.client import Endpoint
 from dpo_cli.endpoint.costs import Receipt
@@ -112,7 +113,8 @@ class _Sampler:
         """Completions from index `first` on: at most `missing`, at least one."""
         body = {
             **self._body,
-            "messages": request.prompt,
+            "messages": wire(request.prompt),
+            **({"tools": request.tools} if request.tools else {}),
             "n": missing,
             # vLLM gives child i the seed + i: completion i is the same, however many are asked for at once.
             "seed": int(content_id(self._seed, request.id), 16) % 2**31 + first,

@@ -21,7 +21,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging
 
 from dpo_cli.config.settings import Config, GenerateSection
-from dpo_cli.data.records import Message, Usage, content_id
+from dpo_cli.data.records import Message, Tool, Usage, content_id
 from dpo_cli.engines import Request, Sampled
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Progress
@@ -39,10 +39,10 @@ class Model(Struct):
     context: int
     template: dict[str, Any] = {}
 
-    def encode(self, prompt: list[Message]) -> list[int]:
+    def encode(self, prompt: list[Message], tools: list[Tool] | None = None) -> list[int]:
         """Token ids of a prompt under the base model's chat template, up to where the assistant begins."""
         ids: list[int] = self.tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, return_dict=False, **self.template
+            prompt, tools=tools, add_generation_prompt=True, return_dict=False, **self.template
         )
         return ids
 
@@ -202,7 +202,7 @@ def _plan(
     """Rows that are prefilled together, the longest prompt last; what can't be sampled is delivered with its error."""
     groups = []
     for request in requests:
-        prompt = model.encode(request.prompt)
+        prompt = model.encode(request.prompt, request.tools)
         if len(prompt) >= model.context:
             error = f"the prompt has {len(prompt)} tokens, the model's context {model.context}"
             deliver(Sampled(id=request.id, texts=[], finish_reasons=[], usage=Usage(), error=error))

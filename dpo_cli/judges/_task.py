@@ -4,14 +4,15 @@ from collections.abc import Callable
 
 from msgspec import Struct
 
-from dpo_cli.data.records import Completions, Message, canonical, completions_id
+from dpo_cli.data.records import Completions, Message, Tool, canonical, completions_id, said
 
 
 class Task(Struct, kw_only=True):
     """One prompt's completions, to be judged.
 
     `stands` has, for each completion, the index of the one that stands for it: its own, that of an earlier identical
-    one, or None if the completion is not usable. `failures` counts the former runs that ended in an error.
+    one, or None if the completion is not usable. `failures` counts the former runs that ended in an error. A completion
+    that is more than its text is its message as `said` writes it; `tools` are the prompt's.
     """
 
     id: str
@@ -20,6 +21,7 @@ class Task(Struct, kw_only=True):
     completions: list[str]
     stands: list[int | None]
     failures: int = 0
+    tools: list[Tool] | None = None
 
     @property
     def shown(self) -> list[int]:
@@ -29,16 +31,18 @@ class Task(Struct, kw_only=True):
 
 def make_task(row: Completions, usable: Callable[[str], bool], failures: int = 0) -> Task:
     """A task for one prompt's completions; identical (see `canonical`) and unusable ones will not be shown."""
+    texts = [said(answer) for answer in row.answers]
     first: dict[str, int] = {}
     stands = [
         first.setdefault(canonical(text), index) if canonical(text) and usable(text) else None
-        for index, text in enumerate(row.completions)
+        for index, text in enumerate(texts)
     ]
     return Task(
         id=row.id,
-        completions_id=completions_id(row.completions),
+        completions_id=completions_id(row.completions, row.messages),
         prompt=row.prompt,
-        completions=row.completions,
+        completions=texts,
         stands=stands,
         failures=failures,
+        tools=row.tools,
     )

@@ -10,7 +10,7 @@ a judge says which is better.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from dpo_cli import engines
 from dpo_cli.config.resolve import get
 from dpo_cli.config.settings import Config
 from dpo_cli.data.jsonl import Journal, parse_rows, read_rows
-from dpo_cli.data.records import Completions, Message, Usage, canonical, prompt_id, read_prompt
+from dpo_cli.data.records import Completions, Prompt, Usage, message_key, prompt_id, read_prompt_and_tools
 from dpo_cli.endpoint.costs import Estimate, Receipt
 from dpo_cli.engines import Request, Sample, Sampled
 from dpo_cli.engines._contrast import contrasted, split
@@ -100,7 +100,7 @@ def run(config: Config, progress: Progress, limit: int | None = None, dry_run: b
     return result
 
 
-def read_prompts(path: Path) -> Iterator[list[Message]]:
+def read_prompts(path: Path) -> Iterator[Prompt]:
     """Every prompt of a JSONL file, or of val.jsonl in a folder, duplicates included.
 
     Raises:
@@ -110,7 +110,7 @@ def read_prompts(path: Path) -> Iterator[list[Message]]:
     if not file.exists():
         raise UserError("no prompts there", where=str(file), hint="--prompts FILE, or a folder that holds val.jsonl")
     empty = True
-    for _, prompt in parse_rows(file, read_prompt):
+    for _, prompt in parse_rows(file, read_prompt_and_tools):
         empty = False
         yield prompt
     if empty:
@@ -175,7 +175,7 @@ def _find_owed(config: Config, engine: str, limit: int | None, result: Generated
     seen: set[str] = set()
     owed: list[Request] = []
     for prompt in read_prompts(Path(config.generate.prompts)):
-        key = prompt_id(prompt)
+        key = prompt_id(*prompt)
         if key in seen:
             result.merged += 1
             continue
@@ -184,7 +184,7 @@ def _find_owed(config: Config, engine: str, limit: int | None, result: Generated
         seen.add(key)
         need = n - counts.get(key, 0)
         if need > 0:
-            owed.append(Request(id=key, prompt=prompt, have=[], need=need))
+            owed.append(Request(id=key, prompt=prompt.messages, have=[], need=need, tools=prompt.tools))
             result.owed_completions += need
     result.prompts = len(seen)
     result.owed_prompts = len(owed)
@@ -218,8 +218,22 @@ class _Open(Struct):
 
     def twins(self) -> list[int]:
         """Places of new completions that are identical to one before them."""
-        texts = [canonical(text) for text in self.row.completions]
-        return [place for place in range(self.had, len(texts)) if texts[place] in texts[:place]]
+        keys = [message_key(answer) for answer in self.row.answers]
+        return [place for place in range(self.had, len(keys)) if keys[place] in keys[:place]]
+
+    def put(self, places: Iterable[int], sampled: Sampled, keep: Callable[[str], str]) -> None:
+        """Put what was sampled at these places: the next ones, or those of twins. `keep` filters the texts."""
+        row = self.row
+        row.completions, row.finish_reasons = [*row.completions], [*row.finish_reasons]  # a request has them as well
+        new = sampled.messages or [None] * len(sampled.texts)
+        if any(new) and not row.messages:
+            row.messages = [None] * len(row.completions)
+        whole = bool(row.messages) or any(new)
+        for place, text, reason, message in zip(places, sampled.texts, sampled.finish_reasons, new, strict=True):
+            row.completions[place : place + 1] = [keep(text)]
+            row.finish_reasons[place : place + 1] = [reason]
+            if whole:
+                row.messages[place : place + 1] = [message and {**message, "content": keep(message["content"])}]
 
 
 def _open_rows(config: Config, engine: str, requests: list[Request], path: Path) -> dict[str, _Open]:
@@ -234,6 +248,7 @@ def _open_rows(config: Config, engine: str, requests: list[Request], path: Path)
                 finish_reasons=[],
                 model=config.model.name,
                 sampling=sampling,
+                tools=request.tools,
             ),
             had=0,
         )
@@ -285,7 +300,7 @@ class _Work:
         receipt = sample(requests, config, self._deliver, self._tally)
         self._tally.settle()
         again = [
-            Request(id=key, prompt=made.row.prompt, have=made.row.completions, need=len(twins))
+            Request(id=key, prompt=made.row.prompt, have=made.row.completions, need=len(twins), tools=made.row.tools)
             for key, made in self._open.items()
             if (twins := made.twins())
         ]
@@ -298,8 +313,8 @@ class _Work:
     def _deliver(self, sampled: Sampled) -> None:
         made = self._open[sampled.id]
         if self._count(sampled):
-            made.row.completions = made.row.completions + [self._keep(text) for text in sampled.texts]
-            made.row.finish_reasons = made.row.finish_reasons + sampled.finish_reasons
+            start = len(made.row.completions)
+            made.put(range(start, start + len(sampled.texts)), sampled, self._keep)
             made.row.usage += sampled.usage
             if not made.twins():
                 self._write(made)
@@ -308,9 +323,7 @@ class _Work:
     def _deliver_again(self, sampled: Sampled) -> None:
         made = self._open[sampled.id]
         if self._count(sampled):
-            for place, text, reason in zip(made.twins(), sampled.texts, sampled.finish_reasons, strict=True):
-                made.row.completions[place] = self._keep(text)
-                made.row.finish_reasons[place] = reason
+            made.put(made.twins(), sampled, self._keep)
             made.row.usage += sampled.usage
             self._result.identical += len(made.twins())
             self._write(made)

@@ -133,7 +133,7 @@ def _plan(rows: Iterable[Completions], known: dict[str, Judgment], config: Confi
     skips: list[Judgment] = []
     for row in rows:
         old = known.get(row.id)
-        if old is not None and old.completions_id != completions_id(row.completions):
+        if old is not None and old.completions_id != completions_id(row.completions, row.messages):
             old = None
         if old is not None and old.error is None and old.skipped != TOO_FEW:
             continue

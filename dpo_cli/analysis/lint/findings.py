@@ -7,7 +7,7 @@ from typing import Literal
 from msgspec import Struct
 
 from dpo_cli.data.jsonl import read_rows
-from dpo_cli.data.records import Message, Preference, canonical, content_id
+from dpo_cli.data.records import Message, Preference, Tool, content_id, message_key
 
 Side = Literal["train", "val"]
 
@@ -64,12 +64,16 @@ def read_pairs(path: Path, side: Side) -> list[Pair]:
 
 def make_pair(row: Preference, side: Side, where: str) -> Pair:
     """A row with its keys."""
-    keys = (_key(messages) for messages in (row.prompt, row.chosen, row.rejected))
-    prompt_key, chosen_key, rejected_key = keys
     return Pair(
-        side=side, where=where, row=row, prompt_key=prompt_key, chosen_key=chosen_key, rejected_key=rejected_key
+        side=side,
+        where=where,
+        row=row,
+        prompt_key=_key(row.prompt, row.tools),
+        chosen_key=_key(row.chosen),
+        rejected_key=_key(row.rejected),
     )
 
 
-def _key(messages: list[Message]) -> str:
-    return content_id([[message["role"], canonical(message["content"])] for message in messages])
+def _key(messages: list[Message], tools: list[Tool] | None = None) -> str:
+    keys = list(map(message_key, messages))
+    return content_id(keys, tools) if tools else content_id(keys)

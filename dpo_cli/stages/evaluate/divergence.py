@@ -20,7 +20,8 @@ from msgspec import Struct
 
 from dpo_cli.config.settings import Config
 from dpo_cli.data.jsonl import Journal, read_latest
-from dpo_cli.data.records import Message, content_id
+from dpo_cli.data.messages import wire
+from dpo_cli.data.records import Prompt, content_id
 from dpo_cli.endpoint.client import Endpoint
 from dpo_cli.endpoint.http import COMPLETIONS, Rejected
 from dpo_cli.endpoint.prices import price_of
@@ -32,7 +33,7 @@ from dpo_cli.stages.evaluate.sampling import FOLDER, RunBudget, Side
 ROWS, LEDGER = "kl.jsonl", "kl.replies.jsonl"
 TOGETHER = 8  # prompts that are sampled in one batch; the draws depend on what is in it
 
-Prompts = dict[str, list[Message]]
+Prompts = dict[str, Prompt]
 
 
 class Divergence(Struct, kw_only=True):
@@ -124,7 +125,7 @@ def _compute(
         pad = min(model.ends) if model.tokenizer.pad_token_id is None else model.tokenizer.pad_token_id
         most, how = config.generate.max_tokens, (nullcontext, lambda *_: False)  # no autocast, and no stop on the way
         for group in groups:
-            encoded = {key: model.encode(prompt) for key, prompt in group.items()}
+            encoded = {key: model.encode(*prompt) for key, prompt in group.items()}
             fitting = {key: ids for key, ids in encoded.items() if len(ids) + most <= model.context}
             if not fitting:
                 continue
@@ -180,11 +181,12 @@ async def _ask(
             purse.add(endpoint.spend)
 
 
-def _writing(policy: Side, key: str, prompt: list[Message]) -> dict[str, Any]:
+def _writing(policy: Side, key: str, prompt: Prompt) -> dict[str, Any]:
     settings, template = policy.config.generate, policy.config.model.chat_template_kwargs
     return {
         "model": policy.config.model.name,
-        "messages": prompt,
+        "messages": wire(prompt.messages),
+        **({"tools": prompt.tools} if prompt.tools else {}),
         "max_tokens": settings.max_tokens,
         "temperature": 1.0,
         "top_p": 1.0,

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from dpo_cli.config.settings import Config
 from dpo_cli.data.jsonl import parse_rows, write_rows
-from dpo_cli.data.records import Message, prompt_id, read_prompt
+from dpo_cli.data.records import Message, Prompt, Tool, prompt_id, read_prompt, read_tools
 from dpo_cli.endpoint.costs import Receipt
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.judges._task import Task
@@ -37,6 +37,7 @@ class Question(Struct):
 
     prompt: list[Message]
     answers: list[str]
+    tools: list[Tool] | None = None
 
 
 class Answered(Struct):
@@ -90,7 +91,7 @@ def quiz(
         generate=replace(config.generate, temperature=0.0, frequency_penalty=0.0),
         evaluate=replace(config.evaluate, samples=1),
     )
-    prompts = {key: question.prompt for key, question in questions.items()}
+    prompts = {key: Prompt(question.prompt, question.tools) for key, question in questions.items()}
     answers = {name: sample(make_side(name, greedy, progress), prompts, progress, purse) for name in names}
     texts = {name: {key: row.completions[0] for key, row in found.rows.items()} for name, found in answers.items()}
     correct = {
@@ -134,7 +135,7 @@ def read_questions(path: Path, limit: int | None = None) -> dict[str, Question]:
     Raises:
         UserError: there are none, or a row that is none.
     """
-    found = {prompt_id(question.prompt): question for _, question in parse_rows(path, _read_question)}
+    found = {prompt_id(question.prompt, question.tools): question for _, question in parse_rows(path, _read_question)}
     if not found:
         raise UserError("no questions in it", where=str(path), hint='rows of {"question": "…", "answer": "…"}')
     return dict(list(found.items())[:limit])
@@ -160,7 +161,7 @@ def _read_question(row: dict[str, Any]) -> Question:
     if not isinstance(answers, list) or not answers or not all(isinstance(one, str) and one.strip() for one in answers):
         raise ValueError('"answer" is not a string or a list of strings')
     prompt = {"prompt": row["question"]} if "question" in row else row
-    return Question(read_prompt(prompt), answers)
+    return Question(read_prompt(prompt), answers, read_tools(row.get("tools")))
 
 
 def _grade(

@@ -20,7 +20,7 @@ from dpo_cli.analysis.judge_audit import audit
 from dpo_cli.config.settings import Config
 from dpo_cli.data.files import write_json
 from dpo_cli.data.jsonl import write_rows
-from dpo_cli.data.records import Compared, Completions, Message
+from dpo_cli.data.records import Compared, Completions, Prompt
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Progress
 from dpo_cli.stages.evaluate.divergence import Divergence, Unmeasurable, measure
@@ -111,7 +111,7 @@ def run(config: Config, progress: Progress, limit: int | None = None, fresh: boo
     rows = [
         Compared(
             id=key,
-            prompt=prompt,
+            prompt=prompt.messages,
             reference=reference[key].completions,
             policy=policy[key].completions,
             win=comparisons[key].win,
@@ -246,7 +246,7 @@ def read_result(config: Config) -> Evaluation:
 
 
 def _divergence(
-    config: Config, sides: Sequence[Side], prompts: dict[str, list[Message]], progress: Progress, purse: RunBudget
+    config: Config, sides: Sequence[Side], prompts: dict[str, Prompt], progress: Progress, purse: RunBudget
 ) -> tuple[Divergence | None, str]:
     """KL, or why there is none."""
     if not config.evaluate.kl_prompts:
@@ -267,7 +267,7 @@ def _gain(row: Compared) -> tuple[float, float]:
     return row.win, fmean(row.policy_scores) - fmean(row.reference_scores) if rated else 0.0
 
 
-def _expected(side: Side, prompts: dict[str, list[Message]]) -> dict[str, Completions]:
+def _expected(side: Side, prompts: dict[str, Prompt]) -> dict[str, Completions]:
     """What the side has answered, filled up with texts of the length that is to be expected."""
     settings = side.config.generate
     have = known(side)
@@ -276,7 +276,9 @@ def _expected(side: Side, prompts: dict[str, list[Message]]) -> dict[str, Comple
         texts = have[key].completions if key in have else []
         length = CHARACTERS_A_TOKEN * settings.max_tokens // 2
         texts = texts + [f"{side.name} {index}".ljust(length, ".") for index in range(len(texts), settings.n)]
-        rows[key] = Completions(id=key, prompt=prompt, completions=texts, finish_reasons=[], model="", sampling={})
+        rows[key] = Completions(
+            id=key, prompt=prompt.messages, completions=texts, finish_reasons=[], model="", sampling={}
+        )
     return rows
 
 

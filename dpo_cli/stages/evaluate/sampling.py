@@ -18,7 +18,7 @@ from dpo_cli.adapter import find_base, fingerprint
 from dpo_cli.config.resolve import get
 from dpo_cli.config.settings import Config
 from dpo_cli.data.jsonl import Journal, parse_rows, read_latest
-from dpo_cli.data.records import Completions, Message, content_id, prompt_id, read_prompt
+from dpo_cli.data.records import Completions, Prompt, content_id, prompt_id, read_prompt_and_tools
 from dpo_cli.endpoint.costs import Receipt
 from dpo_cli.endpoint.prices import price_of
 from dpo_cli.engines import Request, Sampled
@@ -72,7 +72,7 @@ class Answers(Struct, kw_only=True):
     failed: dict[str, int] = field(default_factory=dict)
 
 
-def read_prompts(config: Config, limit: int | None = None) -> dict[str, list[Message]]:
+def read_prompts(config: Config, limit: int | None = None) -> dict[str, Prompt]:
     """The held-out prompts by id: those of `evaluate.prompts`, or of val.jsonl.
 
     Raises:
@@ -81,7 +81,7 @@ def read_prompts(config: Config, limit: int | None = None) -> dict[str, list[Mes
     path = Path(config.evaluate.prompts) if config.evaluate.prompts else Path(config.data) / "val.jsonl"
     if not path.exists():
         raise UserError("no held-out prompts there", where=str(path), hint="--prompts FILE")
-    prompts = {prompt_id(prompt): prompt for _, prompt in parse_rows(path, read_prompt)}
+    prompts = {prompt_id(*prompt): prompt for _, prompt in parse_rows(path, read_prompt_and_tools)}
     if not prompts:
         raise UserError("no prompts in it", where=str(path), hint="--prompts FILE")
     return dict(list(prompts.items())[:limit])
@@ -109,14 +109,14 @@ def forget(side: Side) -> None:
     shutil.rmtree(side.config.data, ignore_errors=True)
 
 
-def owed(side: Side, prompts: dict[str, list[Message]], known: dict[str, Completions]) -> list[Request]:
+def owed(side: Side, prompts: dict[str, Prompt], known: dict[str, Completions]) -> list[Request]:
     """What is not sampled yet."""
     requests = []
     for key, prompt in prompts.items():
         have = known[key].completions if key in known else []
         need = side.config.generate.n - len(have)
         if need > 0:
-            requests.append(Request(id=key, prompt=prompt, have=have, need=need))
+            requests.append(Request(id=key, prompt=prompt.messages, have=have, need=need, tools=prompt.tools))
     return requests
 
 
@@ -125,7 +125,7 @@ def known(side: Side) -> dict[str, Completions]:
     return read_latest(_path(side), Completions)
 
 
-def sample(side: Side, prompts: dict[str, list[Message]], progress: Progress, purse: RunBudget) -> Answers:
+def sample(side: Side, prompts: dict[str, Prompt], progress: Progress, purse: RunBudget) -> Answers:
     """Have every prompt answered `evaluate.samples` times; one that fails is left out, and owed by the next run.
 
     Raises:
@@ -148,14 +148,18 @@ def sample(side: Side, prompts: dict[str, list[Message]], progress: Progress, pu
                     return
                 row = answers.rows.get(sampled.id) or Completions(
                     id=sampled.id,
-                    prompt=prompts[sampled.id],
+                    prompt=prompts[sampled.id].messages,
+                    tools=prompts[sampled.id].tools,
                     completions=[],
                     finish_reasons=[],
                     model=config.model.name,
                     sampling=side.made_with,
                 )
+                new = sampled.messages or [None] * len(sampled.texts)
+                whole = [*(row.messages or [None] * len(row.completions)), *new]
                 row = replace(
                     row,
+                    messages=whole if any(whole) else [],
                     completions=row.completions + sampled.texts,
                     usage=row.usage + sampled.usage,
                     finish_reasons=row.finish_reasons + sampled.finish_reasons,

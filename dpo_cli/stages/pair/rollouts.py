@@ -19,7 +19,7 @@ import msgspec
 from msgspec import Struct
 
 from dpo_cli.data.jsonl import parse_rows
-from dpo_cli.data.records import Message, Preference, canonical, preference_id, prompt_id
+from dpo_cli.data.records import Message, Preference, Tool, message_key, preference_id, prompt_id
 from dpo_cli.errors import UserError
 
 STRATEGIES = ("same-prompt", "stratified")
@@ -31,9 +31,15 @@ class Rollout(Struct):
     """One answer and its reward; `finish_reason` is `length` where the token limit ended it, None if unknown."""
 
     prompt: list[Message]
-    text: str
+    answer: list[Message]
     reward: float
     finish_reason: str | None = None
+    tools: list[Tool] | None = None
+
+    @property
+    def key(self) -> str:
+        """Id of its prompt."""
+        return prompt_id(self.prompt, self.tools)
 
 
 class RolloutStatistics(Struct, kw_only=True):
@@ -75,7 +81,7 @@ def pair_rollouts(
         pairs = same_prompt(rollouts, min_gap)
     else:
         pairs = stratified(rollouts, min_gap=min_gap, high=high, low=low, max_pairs=max_pairs, seed=seed)
-    prompts = Counter(prompt_id(rollout.prompt) for rollout in rollouts)
+    prompts = Counter(rollout.key for rollout in rollouts)
     if not pairs:
         raise UserError(
             f"no pair comes out of {len(rollouts)} rollouts of {len(prompts)} prompts{_counted(skipped)}",
@@ -133,7 +139,7 @@ def read_rollout(row: dict[str, Any]) -> Rollout | str:
     answers = _messages(response["output"], "output")
     if not answers or not answers[-1]["content"].strip():
         return "no message in the output"
-    return Rollout(prompt, answers[-1]["content"], reward, _finish_reason(response))
+    return Rollout(prompt, answers[-1:], reward, _finish_reason(response))
 
 
 def _messages(items: Any, field: str) -> list[Message]:
@@ -179,7 +185,7 @@ def same_prompt(rollouts: Sequence[Rollout], min_gap: float) -> list[Preference]
     """The best against the worst rollout of each prompt, in the order of the prompts."""
     groups: dict[str, list[Rollout]] = {}
     for rollout in rollouts:
-        groups.setdefault(prompt_id(rollout.prompt), []).append(rollout)
+        groups.setdefault(rollout.key, []).append(rollout)
     best_worst = (
         (max(group, key=lambda rollout: rollout.reward), min(group, key=lambda rollout: rollout.reward))
         for group in groups.values()
@@ -199,9 +205,9 @@ def stratified(
     rejected = sorted((rollout for rollout in rollouts if rollout.reward <= low), key=_reward)
     by_prompt: dict[str, list[Rollout]] = {}
     for rollout in rejected:
-        by_prompt.setdefault(prompt_id(rollout.prompt), []).append(rollout)
+        by_prompt.setdefault(rollout.key, []).append(rollout)
     rng = random.Random(seed)
-    of_prompt = [by_prompt.get(prompt_id(good.prompt), []) for good in chosen]
+    of_prompt = [by_prompt.get(good.key, []) for good in chosen]
     same = _draw(chosen, of_prompt, min_gap, max_pairs, rng)
     across = _draw(chosen, [rejected] * len(chosen), min_gap, max_pairs - len(same), rng, across=True)
     return same + across
@@ -235,7 +241,7 @@ def _draw(
 
     while len(drawn) < count and (number := next(numbers, None)) is not None:
         good, bad = sides(number)
-        if _is_pair(good, bad, min_gap) and not (across and good.prompt == bad.prompt):
+        if _is_pair(good, bad, min_gap) and not (across and good.key == bad.key):
             drawn.append(number)
     return [make_pair(*sides(number)) for number in sorted(drawn)]
 
@@ -256,18 +262,21 @@ def _reward(rollout: Rollout) -> float:
 def _is_pair(good: Rollout, bad: Rollout, min_gap: float) -> bool:
     """Far enough apart, and not the same text: a tie teaches nothing, whatever the least gap."""
     gap = good.reward - bad.reward
-    return gap > EPSILON and gap >= min_gap - EPSILON and canonical(good.text) != canonical(bad.text)
+    return (
+        gap > EPSILON
+        and gap >= min_gap - EPSILON
+        and [*map(message_key, good.answer)] != [*map(message_key, bad.answer)]
+    )
 
 
 def make_pair(good: Rollout, bad: Rollout) -> Preference:
     """The pair of two rollouts, under the prompt of the better one."""
-    chosen: list[Message] = [{"role": "assistant", "content": good.text}]
-    rejected: list[Message] = [{"role": "assistant", "content": bad.text}]
     return Preference(
-        id=preference_id(good.prompt, chosen, rejected),
+        id=preference_id(good.prompt, good.answer, bad.answer, good.tools),
         prompt=good.prompt,
-        chosen=chosen,
-        rejected=rejected,
+        tools=good.tools,
+        chosen=good.answer,
+        rejected=bad.answer,
         chosen_score=good.reward,
         rejected_score=bad.reward,
         score_gap=good.reward - bad.reward,

@@ -20,12 +20,13 @@ from dpo_cli.data.jsonl import read_latest, write_rows
 from dpo_cli.data.records import (
     Completions,
     Judgment,
-    Message,
     Preference,
     canonical,
     completions_id,
+    message_key,
     preference_id,
     prompt_id,
+    said,
     split_side,
 )
 from dpo_cli.errors import Exit, UserError
@@ -148,12 +149,12 @@ def _take_in(
     seen: set[str] = set()
     by_prompt: defaultdict[str, list[_Candidate]] = defaultdict(list)
     for pair in pairs:
-        content = preference_id(pair.prompt, pair.chosen, pair.rejected)
+        content = preference_id(pair.prompt, pair.chosen, pair.rejected, pair.tools)
         if content in seen:
             skipped["a copy of another pair"] += 1
             continue
         seen.add(content)
-        by_prompt[prompt_id(pair.prompt)].append((pair, False))
+        by_prompt[prompt_id(pair.prompt, pair.tools)].append((pair, False))
     sides: dict[bool, list[Preference]] = {False: [], True: []}
     for key, candidates in by_prompt.items():
         kept, reasons = _filter(candidates, config.pair, min_gap)
@@ -199,15 +200,16 @@ def _usable(row: Completions | None, judgment: Judgment | None) -> _Judged:
         raise _NoPair(_FAILED)
     if judgment.skipped is not None:
         raise _NoPair(judgment.skipped.partition(":")[0])
-    if judgment.completions_id != completions_id(row.completions):
+    if judgment.completions_id != completions_id(row.completions, row.messages):
         raise _NoPair("judged before its completions changed")
     scores, ranking = judgment.scores or [], judgment.ranking or []
     if len(scores) != len(row.completions) or sorted(ranking) != list(range(len(scores))):
         raise _NoPair("the judgment does not fit its completions")
     # Of identical texts the first stands for all: it is the one that the judge saw.
-    first = {canonical(text): index for index, text in reversed(list(enumerate(row.completions)))}
-    ranking = [index for index in ranking if first[canonical(row.completions[index])] == index]
-    ranking = [index for index in ranking if canonical(row.completions[index])]
+    keys = [message_key(answer) for answer in row.answers]
+    first = {key: index for index, key in reversed(list(enumerate(keys)))}
+    ranking = [index for index in ranking if first[keys[index]] == index]
+    ranking = [index for index in ranking if canonical(said(row.answer(index)))]
     if len(ranking) < 2:
         raise _NoPair("fewer than two different texts")
     return _Judged(row, judgment, scores, ranking)
@@ -231,24 +233,24 @@ def _across(prompts: dict[str, _Judged], settings: PairSection, min_gap: float) 
     The thresholds are shares of the range of all scores: rewards go from 0 to 1, judges' scores on any scale.
     """
     rollouts = [
-        Rollout(row.prompt, row.completions[index], prompt.scores[index], row.finish_reasons[index])
+        Rollout(row.prompt, [row.answer(index)], prompt.scores[index], row.finish_reasons[index], row.tools)
         for prompt, row in ((prompt, prompt.row) for prompt in prompts.values())
         for index in prompt.ranking
     ]
     rewards = [rollout.reward for rollout in rollouts]
     lowest, highest = min(rewards, default=0.0), max(rewards, default=0.0)
     high, low = (round(lowest + share * (highest - lowest), 9) for share in (settings.high, settings.low))
-    by_prompt = {prompt_id(prompt.row.prompt): key for key, prompt in prompts.items()}
+    by_prompt = {prompt_id(prompt.row.prompt, prompt.row.tools): key for key, prompt in prompts.items()}
     proposed: dict[str, list[_Candidate]] = {key: [] for key in prompts}
     for pair in stratified(
         rollouts, min_gap=min_gap, high=high, low=low, max_pairs=settings.max_pairs, seed=settings.seed
     ):
-        key = by_prompt[prompt_id(pair.prompt)]
-        texts = prompts[key].row.completions
-        sides = [pair.chosen[0]["content"], pair.rejected[0]["content"]]
+        key = by_prompt[prompt_id(pair.prompt, pair.tools)]
+        answers = prompts[key].row.answers
+        sides = [pair.chosen[0], pair.rejected[0]]
         # No order of the judge shows completions of two prompts.
-        of_prompt = all(side in texts for side in sides)
-        proposed[key].append((pair, of_prompt and _inverted(prompts[key], *map(texts.index, sides))))
+        of_prompt = all(side in answers for side in sides)
+        proposed[key].append((pair, of_prompt and _inverted(prompts[key], *map(answers.index, sides))))
     return proposed
 
 
@@ -271,17 +273,13 @@ def _filter(candidates: list[_Candidate], settings: PairSection, min_gap: float)
 
 def _fault(pair: Preference, min_gap: float) -> str | None:
     """Why this teaches nothing; a gap that is not known is no fault."""
-    if _said(pair.chosen) == _said(pair.rejected):
+    if [*map(message_key, pair.chosen)] == [*map(message_key, pair.rejected)]:
         return "both sides say the same"
     if pair.score_gap is None:
         return None
     if pair.score_gap <= EPSILON:
         return _TIE
     return _SMALL_GAP if pair.score_gap < min_gap - EPSILON else None
-
-
-def _said(side: list[Message]) -> list[tuple[str, str]]:
-    return [(message["role"], canonical(message["content"])) for message in side]
 
 
 def _inverted(prompt: _Judged, chosen: int, rejected: int) -> bool:
@@ -300,10 +298,11 @@ def _inverted(prompt: _Judged, chosen: int, rejected: int) -> bool:
 
 def _preference(prompt: _Judged, chosen: int, rejected: int) -> Preference:
     row, scores = prompt.row, prompt.scores
-    good, bad = _answer(row.completions[chosen]), _answer(row.completions[rejected])
+    good, bad = [row.answer(chosen)], [row.answer(rejected)]
     return Preference(
-        id=preference_id(row.prompt, good, bad),
+        id=preference_id(row.prompt, good, bad, row.tools),
         prompt=row.prompt,
+        tools=row.tools,
         chosen=good,
         rejected=bad,
         chosen_score=scores[chosen],
@@ -312,10 +311,6 @@ def _preference(prompt: _Judged, chosen: int, rejected: int) -> Preference:
         chosen_finish_reason=row.finish_reasons[chosen],
         rejected_finish_reason=row.finish_reasons[rejected],
     )
-
-
-def _answer(text: str) -> list[Message]:
-    return [{"role": "assistant", "content": text}]
 
 
 def _warn(train: list[Preference], val: list[Preference], settings: PairSection) -> list[str]:
