@@ -50,7 +50,7 @@ BEST = (MARGIN, 1)
 REFERENCES = ".reference"  # beside the runs, which share it
 
 
-class EasyFirst(Sampler[int]):
+class CurriculumSampler(Sampler[int]):
     """The first epoch in the order of the rows, later ones shuffled by seed and epoch."""
 
     def __init__(self, rows: int, seed: int) -> None:
@@ -115,7 +115,7 @@ class Trainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ignore
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
         if self.easy_first:
-            return EasyFirst(len(self.train_dataset), self.args.seed)
+            return CurriculumSampler(len(self.train_dataset), self.args.seed)
         return super()._get_train_sampler(train_dataset)
 
     def _keep_log_probs(self, module: Any, inputs: Any, outputs: Any) -> None:
