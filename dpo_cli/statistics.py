@@ -5,50 +5,68 @@ import random
 import statistics
 from collections.abc import Sequence
 from itertools import pairwise
-from statistics import fmean
+from statistics import NormalDist, fmean
 
 from msgspec import Struct
 
 CONFIDENCE = 0.95
 
 
-class Interval(Struct):
-    """A number and its 95% interval."""
+class Interval(Struct, omit_defaults=True):
+    """A measured value with the ends of its confidence interval, at 95% unless the maker says otherwise.
+
+    `n` is the number of observations, 0 where it is not known; `count` how many of them were counted, where the value
+    is a share; `error` the standard error, where the ends come from one.
+    """
 
     value: float
     low: float
     high: float
+    n: int = 0
+    count: int | None = None
+    error: float | None = None
+
+    def holds(self, number: float) -> bool:
+        """Whether a number is within the interval."""
+        return self.low <= number <= self.high
+
+    @property
+    def z(self) -> float:
+        """Distance of a share from one half, in the standard errors of a fair coin."""
+        return (self.value - 0.5) / math.sqrt(0.25 / self.n)
 
 
-class Effect(Interval):
-    """A number with its 95% interval and standard error, from `n` observations."""
-
-    error: float
-    n: int
+def quantile(confidence: float = CONFIDENCE) -> float:
+    """Two-sided quantile of the normal distribution: 1.96 for 0.95."""
+    return NormalDist().inv_cdf(0.5 + confidence / 2)
 
 
-def bootstrap(values: Sequence[float], resamples: int, seed: int) -> Interval:
+def bootstrap(values: Sequence[float], resamples: int, seed: int, confidence: float = CONFIDENCE) -> Interval:
     """The mean with its percentile bootstrap interval (Efron 1979).
 
     It knows no spread but that of `values`: if all are equal, it has no width.
     """
     draw = random.Random(seed)
     means = sorted(fmean(draw.choices(values, k=len(values))) for _ in range(resamples))
-    outside = int(resamples * (1 - CONFIDENCE) / 2)
-    return Interval(fmean(values), means[outside], means[-1 - outside])
+    outside = int(resamples * (1 - confidence) / 2)
+    return Interval(fmean(values), means[outside], means[-1 - outside], n=len(values))
 
 
-Z95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
-
-
-def wilson(count: int, n: int) -> tuple[float, float]:
-    """95% score interval of a share (Wilson 1927, doi:10.1080/01621459.1927.10502953); all of it if n is 0."""
+def wilson(count: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Score interval of a share (Wilson 1927, doi:10.1080/01621459.1927.10502953); all of it if n is 0."""
     if n == 0:
         return 0.0, 1.0
-    share, shrink = count / n, 1 + Z95**2 / n
-    centre = (share + Z95**2 / (2 * n)) / shrink
-    half = Z95 / shrink * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n**2))
+    z = quantile(confidence)
+    share, shrink = count / n, 1 + z**2 / n
+    centre = (share + z**2 / (2 * n)) / shrink
+    half = z / shrink * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def normal(value: float, error: float, n: int = 0, confidence: float = CONFIDENCE) -> Interval:
+    """A value and its standard error as an interval of the normal distribution."""
+    reach = quantile(confidence) * error
+    return Interval(value, value - reach, value + reach, n=n, error=error)
 
 
 BINS = 10
@@ -81,17 +99,6 @@ class Histogram(Struct):
         return names[:-1] if self.whole else [f"{low} – {high}" for low, high in pairwise(names)]
 
 
-class Proportion(Struct):
-    """A share with its 95% Wilson interval; `z` is the distance from one half in standard errors."""
-
-    count: int
-    n: int
-    share: float
-    low: float
-    high: float
-    z: float
-
-
 def spread(values: Sequence[float]) -> Spread | None:
     """Where numbers lie; None if there are none."""
     if not len(values):
@@ -121,9 +128,8 @@ def _round_width(least: float) -> float:
     return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least)
 
 
-def proportion(count: int, n: int) -> Proportion | None:
+def proportion(count: int, n: int, confidence: float = CONFIDENCE) -> Interval | None:
     """A share with its Wilson score interval; None if n is 0."""
     if n == 0:
         return None
-    share = count / n
-    return Proportion(count, n, share, *wilson(count, n), (share - 0.5) / math.sqrt(0.25 / n))
+    return Interval(count / n, *wilson(count, n, confidence), n=n, count=count)

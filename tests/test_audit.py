@@ -6,7 +6,7 @@ import pytest
 from judging import config, write
 
 from dpo_cli.analysis import judge_audit
-from dpo_cli.analysis.length_bias import length_controlled, length_slope, within
+from dpo_cli.analysis.length_bias import length_slope, within, without_length_effect
 from dpo_cli.config.settings import PairSection
 from dpo_cli.data.jsonl import read_latest, write_rows
 from dpo_cli.data.records import Completions, Judgment, Order, Preference, Usage, completions_id, prompt_id
@@ -214,7 +214,7 @@ def test_length_control_by_hand():
     judgments, completions = {j.id: j for _, j in rows}, {c.id: c for c, _ in rows}
     slope = length_slope(within(judgments, completions).values()).value
     assert slope == pytest.approx((8 * 4 + 1.5) / 18)
-    found = length_controlled(judgments, completions)[odd.id]
+    found = without_length_effect(judgments, completions)[odd.id]
     # Means 5 and 6.5 at one hundred characters below and above the mean of the prompt; the twin follows its like, and
     # what was never shown stays below all.
     assert found.scores == pytest.approx([5 + slope, 5 + slope, 6.5 - slope, 0])
@@ -229,7 +229,7 @@ def test_judgments_of_other_completions_are_left_alone():
     stale = Judgment(id="old", completions_id=completions_id(["a"]), scores=[1.0], ranking=[0])
     judgments = {j.id: j for _, j in rows} | {"old": stale}
     completions = {c.id: c for c, _ in rows} | {"old": row(99, "b")}
-    assert length_controlled(judgments, completions)["old"] == stale
+    assert without_length_effect(judgments, completions)["old"] == stale
     assert len(within(judgments, completions)) == 20
 
 

@@ -38,7 +38,7 @@ def test_bootstrap_covers_as_often_as_it_says() -> None:
     assert 0.90 <= covered <= 0.99
     # The normal interval of a fair coin's mean is 2 * 1.96 * 0.5 / sqrt(60) = 0.253 wide.
     assert sum(one.high - one.low for one in intervals) / len(intervals) == pytest.approx(0.253, abs=0.02)
-    assert bootstrap([1.0, 1.0], 100, 0) == Interval(1.0, 1.0, 1.0)
+    assert bootstrap([1.0, 1.0], 100, 0) == Interval(1.0, 1.0, 1.0, n=2)
 
 
 def score(prompt: list[dict[str, str]], completion: str) -> float:

@@ -93,7 +93,7 @@ def test_a_judge_that_prefers_a_marker_gives_the_policy_every_comparison(folder)
     assert (result.win_rate, result.interval, result.length_controlled_win_rate) == (1, (1, 1), 1)
     assert (result.scores.reference, result.scores.policy) == (3, 9)
     assert (result.n, result.wins, result.ties, result.losses, result.failed) == (12, 12, 0, 0, 0)
-    assert result.position["judge-small"].flips.share == 0
+    assert result.position["judge-small"].flips.value == 0
     assert result.findings == [] or not any("first" in finding for finding in result.findings)
     for row in rows(folder).values():
         assert STAR in row.policy[0]
@@ -112,8 +112,8 @@ def test_a_judge_that_prefers_what_it_sees_first_says_nothing_and_is_told_on(fol
     with Server(fault=fault) as server:
         result = run(config(folder, server.url))
     assert (result.win_rate, result.interval, result.ties) == (0.5, (0.5, 0.5), 12)
-    assert result.position["judge-small"].first_wins.share == 1
-    assert result.position["judge-small"].flips.share == 1
+    assert result.position["judge-small"].first_wins.value == 1
+    assert result.position["judge-small"].flips.value == 1
     assert any("prefers what it is shown first" in finding for finding in result.findings)
     assert any("contradicts itself in 100%" in finding for finding in result.findings)
 

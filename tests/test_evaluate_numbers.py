@@ -6,7 +6,7 @@ from statistics import fmean
 
 import pytest
 
-from dpo_cli.stages.evaluate.win_rate import PRIOR_SD, distinct, length_controlled
+from dpo_cli.stages.evaluate.win_rate import PRIOR_SD, distinct, length_controlled_win_rate
 from dpo_cli.statistics import Interval
 
 
@@ -25,7 +25,7 @@ def test_by_hand():
     # Two lengths, whose tanh is ±t: without a prior, the fit goes through both shares, and θ is their mean log-odds.
     prompts = [[(float(i < 75), 10.0)] for i in range(100)] + [[(float(i < 40), -10.0)] for i in range(100)]
     wanted = logistic((math.log(0.75 / 0.25) + math.log(0.4 / 0.6)) / 2)
-    assert length_controlled(prompts).value == pytest.approx(wanted, abs=0.001)  # the prior is weak
+    assert length_controlled_win_rate(prompts).value == pytest.approx(wanted, abs=0.001)  # the prior is weak
     assert fmean(won for own in prompts for won, _ in own) == 0.575 != pytest.approx(wanted, abs=0.005)
 
 
@@ -39,7 +39,7 @@ def test_it_is_the_maximum_of_the_penalised_likelihood():
         fitted = [(won, logistic(theta + phi * math.tanh(x / spread))) for won, x in points]
         return sum(math.log(p if won else 1 - p) for won, p in fitted) - phi**2 / PRIOR_SD**2 / 2
 
-    found = length_controlled(prompts).value
+    found = length_controlled_win_rate(prompts).value
     theta = math.log(found / (1 - found))
     best = {shift: max(objective(theta + shift, phi / 200) for phi in range(-1000, 1000)) for shift in (-0.02, 0, 0.02)}
     assert best[0] == max(best.values())
@@ -48,7 +48,7 @@ def test_it_is_the_maximum_of_the_penalised_likelihood():
 @pytest.mark.parametrize(("theta", "phi", "drift"), [(0.0, 2.0, 0.8), (0.6, -1.5, 0.5), (0.0, 0.0, 0.0)])
 def test_worlds_in_which_length_pleases(theta, phi, drift):
     """The interval holds the truth about as often as it says, where the plain win rate is off."""
-    found = [length_controlled(world(150, theta, phi, drift, seed)) for seed in range(120)]
+    found = [length_controlled_win_rate(world(150, theta, phi, drift, seed)) for seed in range(120)]
     covered = fmean(one.low <= logistic(theta) <= one.high for one in found)
     assert 0.88 <= covered <= 1.0
     assert fmean(one.value for one in found) == pytest.approx(logistic(theta), abs=0.025)
@@ -59,21 +59,21 @@ def test_worlds_in_which_length_pleases(theta, phi, drift):
 
 def test_the_samples_of_one_prompt_are_no_independent_evidence():
     prompts = world(40, 0.5, 0.5, 0.2, 5)
-    once, ten_times = length_controlled(prompts), length_controlled([own * 10 for own in prompts])
+    once, ten_times = length_controlled_win_rate(prompts), length_controlled_win_rate([own * 10 for own in prompts])
     assert (ten_times.value, ten_times.low) == (pytest.approx(once.value), pytest.approx(once.low))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_where_all_are_alike_there_is_nothing_to_fit(share):
-    assert length_controlled([[(share, x)] for x in (-9.0, 0.0, 50.0)]) == Interval(share, share, share)
+    assert length_controlled_win_rate([[(share, x)] for x in (-9.0, 0.0, 50.0)]) == Interval(share, share, share, n=3)
 
 
 def test_lengths_that_tell_all_leave_it_finite():
     prompts = [[(1.0, 10.0 + i)] for i in range(10)] + [[(0.0, -10.0 - i)] for i in range(10)]
-    found = length_controlled(prompts)
+    found = length_controlled_win_rate(prompts)
     assert found.value == pytest.approx(0.5, abs=0.01)
     assert 0 < found.low < 0.5 < found.high < 1
-    same = length_controlled([[(float(i % 4 > 0), 7.0)] for i in range(40)])
+    same = length_controlled_win_rate([[(float(i % 4 > 0), 7.0)] for i in range(40)])
     assert same.value == pytest.approx(0.75)
 
 

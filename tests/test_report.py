@@ -80,7 +80,7 @@ def test_the_page_has_every_part():
     for part in ("Does it prefer what it sees first?", "How it uses its scale", "Krippendorff", "Scores as given",
                  "Scores with --length-control", "Largest gap", "prefers what it is shown first"):  # fmt: skip
         assert part in text
-    assert f"{found.judges['m'].first_wins.share:.1%}" in text
+    assert f"{found.judges['m'].first_wins.value:.1%}" in text
     assert Page(html.audit(found)).tags.count("svg") == 7
 
 

@@ -23,7 +23,7 @@ def pair(prompt, chosen, rejected, **fields):
 def test_wilson_interval_of_eight_in_ten():
     # Worked by hand from Wilson's formula with z = 1.96: centre 0.71674, half width 0.22658.
     found = statistics.proportion(8, 10)
-    assert found.share == 0.8
+    assert found.value == 0.8
     assert found.low == pytest.approx(0.4902, abs=1e-4)
     assert found.high == pytest.approx(0.9433, abs=1e-4)
     assert found.z == pytest.approx(0.3 / math.sqrt(0.025))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from msgspec import Struct
 
 from dpo_cli.data.records import Completions, Preference, Usage, text_of
-from dpo_cli.statistics import Histogram, Proportion, Spread, histogram, proportion, spread
+from dpo_cli.statistics import Histogram, Interval, Spread, histogram, proportion, spread
 
 
 class Lengths(Struct):
@@ -37,9 +37,9 @@ class PairStats(Struct, kw_only=True):
     gap_histogram: Histogram | None
     chosen: Lengths
     rejected: Lengths
-    longer_chosen: Proportion | None
-    chosen_cut: Proportion | None
-    rejected_cut: Proportion | None
+    longer_chosen: Interval | None
+    chosen_cut: Interval | None
+    rejected_cut: Interval | None
     duplicate_pairs: int
     repeated_prompts: int
     shared_prompts: int

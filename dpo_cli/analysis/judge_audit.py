@@ -13,11 +13,11 @@ from statistics import fmean
 
 from msgspec import Struct, field
 
-from dpo_cli.analysis.length_bias import length_controlled, length_slope, within
+from dpo_cli.analysis.length_bias import length_slope, within, without_length_effect
 from dpo_cli.data.records import Completions, Judgment, Order, Usage, judge_name
 from dpo_cli.judges._agreement import agree
 from dpo_cli.judges._ranking import label_of
-from dpo_cli.statistics import Z95, Effect, Histogram, Proportion, Spread, histogram, proportion, spread
+from dpo_cli.statistics import Histogram, Interval, Spread, histogram, normal, proportion, spread
 
 POINTS = 300  # of a scatter plot; more say no more
 SKIPPED_MUCH = 0.1
@@ -34,7 +34,7 @@ class Reliability(Struct):
     all those pairs; `alpha` is Krippendorff's α, interval metric, with the completions as units.
     """
 
-    flips: Proportion | None
+    flips: Interval | None
     tau: float | None
     alpha: float | None
 
@@ -49,10 +49,10 @@ class JudgeAudit(Struct, kw_only=True):
 
     judgments: int
     orders: int
-    first_wins: Proportion | None
+    first_wins: Interval | None
     expected_first: float | None
     undecided: int
-    places: list[Effect]
+    places: list[Interval]
     between_orders: Reliability
     scores: Histogram | None
 
@@ -65,8 +65,8 @@ class LengthEffect(Struct):
     completions as (100 characters, points), less the means of their prompt.
     """
 
-    slope: Effect | None
-    longer_chosen: Proportion | None
+    slope: Interval | None
+    longer_chosen: Interval | None
     points: list[tuple[float, float]]
 
 
@@ -89,10 +89,10 @@ class Audit(Struct, kw_only=True):
 
     total: int
     judged: int
-    skipped_share: Proportion | None
+    skipped_share: Interval | None
     skipped: dict[str, int]
     errors: dict[str, int]
-    consistent: Proportion | None
+    consistent: Interval | None
     scores: Spread | None
     gaps: Spread | None
     judges: dict[str, JudgeAudit]
@@ -131,7 +131,7 @@ def audit(judgments: Mapping[str, Judgment], completions: Mapping[str, Completio
         judges=judges,
         between_judges=between,
         length=_length(judgments, completions),
-        length_controlled=_length(length_controlled(judgments, completions), completions),
+        length_controlled=_length(without_length_effect(judgments, completions), completions),
         usage=sum((row.usage for row in rows), Usage()),
         usd=sum(row.usd for row in rows),
         examples=_examples(rows, completions),
@@ -238,7 +238,7 @@ def _judge(prompts: Sequence[Sequence[Order]], direct: Sequence[float]) -> Judge
         first_wins=proportion(first, decided),
         expected_first=expected / decided if decided else None,
         undecided=undecided,
-        places=[_mean_effect(by_place[place]) for place in sorted(by_place)],
+        places=[_mean_interval(by_place[place]) for place in sorted(by_place)],
         between_orders=reliability(ratings),
         scores=histogram(scores or direct),
     )
@@ -255,13 +255,9 @@ def _mean(ratings: Sequence[Scores]) -> Scores:
     return {index: fmean(rating[index] for rating in ratings if index in rating) for index in rated}
 
 
-def _effect(value: float, error: float, n: int) -> Effect:
-    return Effect(value, value - Z95 * error, value + Z95 * error, error, n)
-
-
-def _mean_effect(values: Sequence[float]) -> Effect:
+def _mean_interval(values: Sequence[float]) -> Interval:
     n = len(values)
-    return _effect(fmean(values), math.sqrt(_scatter(values) / (n - 1) / n) if n > 1 else math.inf, n)
+    return normal(fmean(values), math.sqrt(_scatter(values) / (n - 1) / n) if n > 1 else math.inf, n)
 
 
 def _length(judgments: Mapping[str, Judgment], completions: Mapping[str, Completions]) -> LengthEffect:
@@ -276,7 +272,7 @@ def _length(judgments: Mapping[str, Judgment], completions: Mapping[str, Complet
     slope = length_slope(prompts.values())
     points = [point for deviations in prompts.values() for point in deviations.values()]
     return LengthEffect(
-        _effect(slope.value, slope.error, slope.n) if slope else None,
+        normal(slope.value, slope.error, slope.n) if slope else None,
         proportion(longer, unequal),
         points[:: max(1, math.ceil(len(points) / POINTS))],
     )
@@ -307,25 +303,25 @@ def _findings(found: Audit) -> list[str]:
     said = []
     for name, judge in found.judges.items():
         wins, expected = judge.first_wins, judge.expected_first
-        if wins is not None and expected is not None and not wins.low <= expected <= wins.high:
-            verb = "prefers" if wins.share > expected else "avoids"
+        if wins is not None and expected is not None and not wins.holds(expected):
+            verb = "prefers" if wins.value > expected else "avoids"
             said.append(
-                f"{name} {verb} what it is shown first: best in {wins.share:.0%} of the orders, "
+                f"{name} {verb} what it is shown first: best in {wins.value:.0%} of the orders, "
                 f"where {expected:.0%} would be chance. More orders average it out: `judge --orders`."
             )
         alpha = judge.between_orders.alpha
         if alpha is not None and alpha < TENTATIVE:
             said.append(f"{name} depends on the order: α {alpha:.2f}; below {TENTATIVE}, trust no single score.")
     slope, longer = found.length.slope, found.length.longer_chosen
-    if slope is not None and not slope.low <= 0 <= slope.high:
-        share = f", and the longer one is chosen in {longer.share:.0%}" if longer else ""
+    if slope is not None and not slope.holds(0):
+        share = f", and the longer one is chosen in {longer.value:.0%}" if longer else ""
         said.append(
             f"{'Longer' if slope.value > 0 else 'Shorter'} completions score higher: {slope.value:+.2f} points per "
             f"100 characters{share}. `pair --length-control` removes it."
         )
-    if found.skipped_share is not None and found.skipped_share.share > SKIPPED_MUCH:
+    if found.skipped_share is not None and found.skipped_share.value > SKIPPED_MUCH:
         most = next(iter(found.skipped))
-        said.append(f"{found.skipped_share.share:.0%} of the prompts are skipped, most for: {most}.")
+        said.append(f"{found.skipped_share.value:.0%} of the prompts are skipped, most for: {most}.")
     if found.flagged:
         reasons = ", ".join(f"{reason} ({count:,})" for reason, count in found.flagged.items())
         said.append(f"Some completions look as if they were written for the judge: {reasons}.")

@@ -79,7 +79,7 @@ def length_slope(prompts: Collection[Deviations]) -> Slope | None:
     return Slope(value, math.sqrt(max(0.0, yy - value * xy) / free / xx), len(points), len(prompts))
 
 
-def length_controlled(
+def without_length_effect(
     judgments: Mapping[str, Judgment], completions: Mapping[str, Completions]
 ) -> Mapping[str, Judgment]:
     """The judgments with length's linear effect removed from every score, and ranked again.

@@ -12,7 +12,7 @@ from dpo_cli.html.markup import Markup, escaped, joined, markup
 from dpo_cli.html.page import document, figure, footer, grid, tile
 from dpo_cli.html.svg import bars, interval, lines, scatter
 from dpo_cli.judges._ranking import label_of
-from dpo_cli.statistics import Effect, Histogram, Proportion
+from dpo_cli.statistics import Histogram, Interval
 
 TEXT_SHOWN = 1_200  # characters of an example's text
 HALF = 0.5
@@ -50,9 +50,9 @@ def _tiles(found: Audit) -> Iterable[str]:
         yield tile(f"{found.scores.mean:.2f}", "mean score")
         yield tile(f"{found.gaps.mean:.2f}", "mean of best − worst")
     if found.consistent is not None:
-        yield tile(f"{found.consistent.share:.1%}", "best and worst the same in every order")
+        yield tile(f"{found.consistent.value:.1%}", "best and worst the same in every order")
     if found.skipped_share is not None:
-        yield tile(f"{found.skipped_share.share:.1%}", "skipped")
+        yield tile(f"{found.skipped_share.value:.1%}", "skipped")
     if found.errors:
         yield tile(f"{sum(found.errors.values()):,}", "errors")
 
@@ -69,7 +69,7 @@ def _judge(name: str, judge: JudgeAudit) -> Markup:
     return markup("<h2>{}</h2>{}", name, grid("plots", cards))
 
 
-def _places(name: str, places: list[Effect]) -> Markup:
+def _places(name: str, places: list[Interval]) -> Markup:
     caption = Markup("<figcaption>Mean score by place of display, less the mean of its order.</figcaption>")
     return caption + lines(
         "Mean score by place of display",
@@ -81,8 +81,8 @@ def _places(name: str, places: list[Effect]) -> Markup:
     )
 
 
-def _interval(name: str, found: Proportion, mark: float) -> Markup:
-    return interval(f"{name}, of {found.n:,}", found.low, found.share, found.high, mark)
+def _interval(name: str, found: Interval, mark: float) -> Markup:
+    return interval(f"{name}, of {found.n:,}", found.low, found.value, found.high, mark)
 
 
 def _histogram(found: Histogram | None) -> Markup:
@@ -94,7 +94,7 @@ def _histogram(found: Histogram | None) -> Markup:
 
 def _reliability(found: Reliability, between: str) -> Iterable[str]:
     if found.flips is not None:
-        yield tile(f"{found.flips.share:.1%}", f"of {found.flips.n:,} pairs flip between {between}")
+        yield tile(f"{found.flips.value:.1%}", f"of {found.flips.n:,} pairs flip between {between}")
     if found.tau is not None:
         yield tile(f"{found.tau:.2f}", f"Kendall τ-b between {between}")
     if found.alpha is not None:
@@ -124,7 +124,7 @@ def _length(raw: LengthEffect, controlled: LengthEffect) -> Markup:
     return Markup("<h2>Length</h2>") + grid("plots", cards)
 
 
-def _slope(slope: Effect | None) -> str:
+def _slope(slope: Interval | None) -> str:
     if slope is None:
         return "–"
     return f"{round(slope.value, 2) + 0:+.2f} ({slope.low:+.2f} – {slope.high:+.2f})".replace("-", "−")

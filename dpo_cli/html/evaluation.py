@@ -8,11 +8,12 @@ from statistics import fmean
 
 from dpo_cli.data.records import Compared, Order, rationale
 from dpo_cli.html.markup import Markup, joined, markup
-from dpo_cli.html.page import document, facts, figure, footer, grid, tile, word
+from dpo_cli.html.page import document, facts, figure, footer, grid, tile, verdict
 from dpo_cli.html.svg import bars, interval, scatter
 from dpo_cli.judges._ranking import label_of
 from dpo_cli.stages.evaluate.results import Evaluation
 from dpo_cli.statistics import histogram
+from dpo_cli.training.gates import numbers
 
 EVEN = 0.5
 SIDES = ("reference", "policy")
@@ -30,14 +31,14 @@ def evaluation(result: Evaluation, rows: Sequence[Compared]) -> str:
     judge = result.judge.get("model") or result.judge.get("function") or result.judge.get("judge", "")
     judge = judge if isinstance(judge, str) else " and ".join(map(str, judge))
     low, high = result.interval
-    verdict = "Yes" if low > EVEN else "No" if high < EVEN else "Not shown"
+    answer = "Yes" if low > EVEN else "No" if high < EVEN else "Not shown"
     spent = f"${result.usd:,.4f}" if result.usd else "nothing spent"
     return document(
         f"Evaluation: {result.win_rate:.1%}",
         [
             markup(
                 '<h1>Is the policy better? {}.</h1><p class="dim">{:,} prompts · judged by {} · {}</p>',
-                verdict,
+                answer,
                 result.n,
                 judge,
                 spent,
@@ -105,9 +106,7 @@ def _style(low: float, high: float) -> str:
 
 def _gates(result: Evaluation) -> Markup:
     rows = joined(
-        markup(
-            "<tr><td>{}</td><td>at least {:.1%}, limit {:.1%} {}</td></tr>", name, gate.value, gate.limit, word(gate.ok)
-        )
+        markup("<tr><td>{}</td><td>{} {}</td></tr>", name, numbers(gate), verdict(gate.verdict))
         for name, gate in result.gates.items()
     )
     return markup('<h2>Gates</h2><div class="card"><table class="facts">{}</table></div>', rows) if rows else Markup()

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from dpo_cli.html.markup import Markup, joined, markup
 from dpo_cli.html.svg import CARD, DARK, LIGHT, STYLE, variables
+from dpo_cli.training.gates import MARKS, Verdict
 
 CSS = (
     f"""
@@ -56,7 +57,7 @@ td:last-child { text-align: right; font-variant-numeric: tabular-nums; }
 .columns { font-variant-numeric: tabular-nums; }
 .columns th { padding: .1rem 1rem .35rem 0; text-align: left; font-weight: 600; font-size: .85rem; color: var(--dim); }
 .columns td { padding-right: 1rem; text-align: left; }
-.yes { color: var(--good); } .no { color: var(--bad); }
+.yes { color: var(--good); } .open { color: var(--dim); } .no { color: var(--bad); }
 summary { cursor: pointer; padding: .2rem 0; } details table { margin-top: .6rem; }
 footer { margin-top: 2.5rem; font-size: .85rem; color: var(--dim); }
 """
@@ -112,8 +113,9 @@ def columns(headers: Iterable[str], rows: Iterable[Iterable[str]]) -> Markup:
     return markup('<div class="card scroll"><table class="columns"><tr>{}</tr>{}</table></div>', head, lines)
 
 
-def word(ok: bool | None) -> Markup:
-    """A verdict in its colour; None: nobody can tell."""
-    if ok is None:
+def verdict(word: Verdict | None) -> Markup:
+    """A verdict with its mark, in its colour; a dash for none."""
+    if word is None:
         return Markup("–")
-    return Markup('<span class="yes">✓ pass</span>') if ok else Markup('<span class="no">✗ fail</span>')
+    style = {"pass": "yes", "fail": "no", "not shown": "open"}[word]
+    return markup('<span class="{}">{} {}</span>', style, MARKS[word], word)

@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from dpo_cli.data.files import flat
 from dpo_cli.html.markup import Markup, joined, markup
-from dpo_cli.html.page import columns, document, facts, figure, footer, grid, tile, word
+from dpo_cli.html.page import columns, document, facts, figure, footer, grid, tile, verdict
 from dpo_cli.html.svg import interval, lines
 from dpo_cli.training.guards import KL, LN2, MARGIN
 from dpo_cli.training.remedies import REMEDIES, advice, shown_by
@@ -122,7 +122,7 @@ def _gates(report: Trained | None) -> Markup:
     rows = []
     for name, gate in report.gates.items():
         between = " – ".join(map(_value, gate.interval)) if gate.interval else Markup()
-        rows.append((name, _value(gate.value), between, _value(gate.limit), word(gate.ok)))
+        rows.append((name, _value(gate.value), between, _value(gate.limit), verdict(gate.verdict)))
     share = report.gates.get(SHARE)
     drawn = ""
     if share and share.interval:

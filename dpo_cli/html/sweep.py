@@ -6,13 +6,13 @@ Takes what `sweep.run` returned and the runs' own numbers, and returns the page;
 from collections.abc import Mapping
 
 from dpo_cli.html.markup import Markup, markup
-from dpo_cli.html.page import columns, document, figure, footer, grid, word
+from dpo_cli.html.page import columns, document, figure, footer, grid, verdict
 from dpo_cli.html.svg import lines
 from dpo_cli.training.guards import KL, MARGIN
 from dpo_cli.training.run_history import Run
 from dpo_cli.workflows.sweep import Point, SweepResult, best_said
 
-Interval = tuple[float, float] | None
+Ends = tuple[float, float] | None
 
 
 def sweep(swept: SweepResult, runs: Mapping[str, Run]) -> str:
@@ -66,7 +66,7 @@ def _side_by_side(swept: SweepResult, names: list[str]) -> Markup:
 
 
 def _plot(
-    swept: SweepResult, names: list[str], title: str, values: list[float | None], reach: list[Interval], limit: float
+    swept: SweepResult, names: list[str], title: str, values: list[float | None], reach: list[Ends], limit: float
 ) -> Markup:
     curve = [(float(place), value) for place, value in enumerate(values) if value is not None]
     band = [(float(place), *ends) for place, ends in enumerate(reach) if ends]
@@ -79,7 +79,7 @@ def _table(swept: SweepResult) -> Markup:
         name = markup("<b>★ {:g}</b>", point.value) if best else f"{point.value:g}"
         numbers = (point.accuracy, point.margin, point.loss, point.kl)
         cells = ["–" if value is None else f"{value:.4g}" for value in numbers]
-        return [name, *cells, word(None if point.verdict is None else point.verdict == "pass"), point.run]
+        return [name, *cells, verdict(point.verdict), point.run]
 
     headers = (swept.setting, "accuracy", "margin", "loss", "KL", "gates", "run")
     return columns(headers, map(row, swept.points))

@@ -26,7 +26,7 @@ from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Progress, Silent
 from dpo_cli.training import distributed, plan
 from dpo_cli.training.encode import Encoded
-from dpo_cli.training.gates import check_gates, failure_reason
+from dpo_cli.training.gates import check_gates, describe
 from dpo_cli.training.guards import best_step
 from dpo_cli.training.inputs import Inputs, Stage, download_base, read_inputs
 from dpo_cli.training.preflight import of_encoded
@@ -240,7 +240,7 @@ def _finish(
     result.metrics = {key: value for row in rows if row["step"] <= best for key, value in row.items()}
     result.gates = check_gates(result.stage, [row for row in rows if row["step"] <= best], config, encoded["held_out"])
     result.verdict = "fail" if any(gate.ok is False for gate in result.gates.values()) else "pass"
-    result.reasons = [failure_reason(name, gate) for name, gate in result.gates.items() if not gate.ok]
+    result.reasons = [describe(name, gate) for name, gate in result.gates.items() if not gate.ok]
     kl = result.gates.get("kl_nats_per_token")
     if kl is not None and not kl.ok:
         result.reasons.append("no checkpoint is within the KL limit: this is the one of least KL; keep the SFT adapter")

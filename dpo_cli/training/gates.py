@@ -1,27 +1,65 @@
-"""The quality gates of a training run: a measured value, its limit, and whether it holds."""
+"""Quality gates: a measured value with its interval, a limit, and one of three verdicts, worded here for everybody.
 
-from collections.abc import Sequence
+A gate passes where the whole interval is on the right side of the limit, and fails where the whole interval is on the
+wrong one; else the data show neither, and it is said how many rows would. The KL limit alone is compared with the
+measured value, as the guards compare it: it is a limit that somebody chose, not an effect to be shown.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
 from statistics import mean
-from typing import Any
+from typing import Any, Literal
 
 from msgspec import Struct
 
 from dpo_cli.config.settings import Config
-from dpo_cli.statistics import proportion
+from dpo_cli.statistics import Interval, proportion
 from dpo_cli.training.guards import KL, LN2, MARGIN, RECENT
 from dpo_cli.training.inputs import Stage
 
+Verdict = Literal["pass", "fail", "not shown"]
+WORDS: dict[bool | None, Verdict] = {True: "pass", False: "fail", None: "not shown"}
+MARKS: dict[Verdict, str] = {"pass": "✓", "fail": "✗", "not shown": "?"}
+
 
 class Gate(Struct):
-    """One condition on the result: `value` against `limit`; `interval` is the value's 95% one, where known.
+    """One condition on a result: `value` against `limit`; `interval` is the value's, where it is known.
 
-    `ok` None: too few rows to tell; that fails no run, but is said.
+    `ok` None: the data show neither yes nor no. `more` is how many further rows would show the effect that was seen,
+    where there is one.
     """
 
     value: float
     limit: float
     ok: bool | None
     interval: tuple[float, float] | None = None
+    more: int | None = None
+
+    @property
+    def verdict(self) -> Verdict:
+        """`ok` as a word."""
+        return WORDS[self.ok]
+
+
+def worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """The verdict on all of them: fail before not shown before pass."""
+    return max(verdicts, key=("pass", "not shown", "fail").index, default="pass")
+
+
+def compared(found: Interval, limit: float, above: bool = True) -> Gate:
+    """The gate that asks for a value above its limit, or below it."""
+    sure, refuted = (found.low > limit, found.high < limit) if above else (found.high < limit, found.low > limit)
+    ok = True if sure else False if refuted else None
+    return Gate(found.value, limit, ok, (found.low, found.high), _more(found, limit, above) if ok is None else None)
+
+
+def _more(found: Interval, limit: float, above: bool) -> int | None:
+    """Rows beyond `found.n` whose interval would clear the limit, if the value stayed: its width falls with 1/√n."""
+    distance = (found.value - limit) * (1 if above else -1)
+    reach = (found.high - found.low) / 2
+    if not found.n or not distance > 0 or not math.isfinite(reach):
+        return None
+    return max(1, math.ceil(found.n * (reach / distance) ** 2) - found.n)
 
 
 def check_gates(stage: Stage, rows: Sequence[dict[str, Any]], config: Config, held_out_rows: int) -> dict[str, Gate]:
@@ -41,8 +79,7 @@ def check_gates(stage: Stage, rows: Sequence[dict[str, Any]], config: Config, he
     gates["margin_rises"] = Gate(last[MARGIN], before, last[MARGIN] > before)
     correct = proportion(last["eval_pairs_correct"], held_out_rows)
     if correct is not None:
-        ok = True if correct.low > 0.5 else False if correct.high < 0.5 else None
-        gates["held_out_accuracy"] = Gate(correct.share, 0.5, ok, (correct.low, correct.high))
+        gates["held_out_accuracy"] = compared(correct, 0.5)
     if KL in last:
         gates["kl_nats_per_token"] = Gate(last[KL], config.gate.kl_limit, last[KL] <= config.gate.kl_limit)
     return gates
@@ -52,8 +89,17 @@ def _below(value: float, limit: float) -> Gate:
     return Gate(value, limit, value < limit)
 
 
-def failure_reason(name: str, gate: Gate) -> str:
-    """Why a gate does not say yes."""
-    interval = f", 95% interval {gate.interval[0]:.3g} to {gate.interval[1]:.3g}" if gate.interval else ""
-    said = "is not shown: too few rows" if gate.ok is None else "fails"
-    return f"{name} {said} (value {gate.value:.4g}, limit {gate.limit:.4g}{interval})"
+def numbers(gate: Gate) -> str:
+    """Value, interval, where it is known, and limit, in words."""
+    interval = ""
+    if gate.interval is not None and all(map(math.isfinite, gate.interval)):
+        interval = f" [{gate.interval[0]:.4g}, {gate.interval[1]:.4g}]"
+    return f"{gate.value:.4g}{interval}, limit {gate.limit:.4g}"
+
+
+def describe(name: str, gate: Gate, unit: str = "held-out pairs") -> str:
+    """A gate's verdict as a sentence, with what would show an effect that was seen but not shown."""
+    said = f"{name}: {gate.verdict} ({numbers(gate)})"
+    if gate.more:
+        said += f"; about {gate.more:,} more {unit} would show this effect, if it is there"
+    return said

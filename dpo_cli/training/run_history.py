@@ -3,13 +3,13 @@
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 from msgspec import Struct
 
 from dpo_cli.errors import UserError
-from dpo_cli.training.gates import Gate
+from dpo_cli.training.gates import Gate, Verdict
 from dpo_cli.training.inputs import Stage
 
 
@@ -34,7 +34,7 @@ class Merged(Struct):
 class Trained(Struct, kw_only=True):
     """What became of a run.
 
-    `verdict` is pass or fail by the gates, none for a dry run; `reasons` are those gates that do not say yes. `step`
+    `verdict` is the worst of the gates', none for a dry run; `reasons` are those gates that do not say yes. `step`
     is that of the newest checkpoint, `ended` the fault that ended the run before its last step, `metrics` the last
     training and evaluation lines, `refused` reason -> rows.
     """
@@ -53,7 +53,7 @@ class Trained(Struct, kw_only=True):
     step_zero: StepZero | None = None
     metrics: dict[str, Any] = msgspec.field(default_factory=dict)
     gates: dict[str, Gate] = msgspec.field(default_factory=dict)
-    verdict: Literal["pass", "fail"] | None = None
+    verdict: Verdict | None = None
     reasons: list[str] = msgspec.field(default_factory=list)
     ended: str | None = None
     merged: Merged | None = None

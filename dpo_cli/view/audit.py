@@ -16,7 +16,7 @@ from dpo_cli.analysis.judge_audit import (
     verdict,
 )
 from dpo_cli.judges._ranking import label_of
-from dpo_cli.statistics import Effect, Proportion
+from dpo_cli.statistics import Interval
 from dpo_cli.view.braille import interval
 from dpo_cli.view.facts import alarm, bars, counted, facts, share, share_of, spread_row, tokens
 from dpo_cli.view.pairs import ID_SHOWN, LABEL
@@ -95,15 +95,15 @@ def _reliability(grid: Table, found: Reliability) -> None:
         grid.add_row("Krippendorff α", Text(f"{found.alpha:.2f}").append(f"  {verdict(found.alpha)}", style))
 
 
-def _against(found: Proportion, expected: float) -> Text:
+def _against(found: Interval, expected: float) -> Text:
     """A share on a scale, beside what chance would give; in colour whether the interval holds that."""
     style = GOOD if found.low <= expected <= found.high else BAD
-    text = Text(f"{percent(found.share)} of {found.n:,}", style).append(f"  chance {percent(expected)}", "dim")
-    whisker = interval(found.low, found.share, found.high, expected, WHISKER_WIDTH)
+    text = Text(f"{percent(found.value)} of {found.n:,}", style).append(f"  chance {percent(expected)}", "dim")
+    whisker = interval(found.low, found.value, found.high, expected, WHISKER_WIDTH)
     return text.append("\n").append(whisker, style).append(f"  {percent(found.low)} – {percent(found.high)}", "dim")
 
 
-def _places(places: list[Effect]) -> Text:
+def _places(places: list[Interval]) -> Text:
     """Mean deviation from the order's mean, by place; in colour where it is no chance."""
     parts = []
     for place, found in enumerate(places):
@@ -125,7 +125,7 @@ def _lengths(raw: LengthEffect, controlled: LengthEffect) -> Table:
     return table
 
 
-def _slope(slope: Effect | None) -> Text:
+def _slope(slope: Interval | None) -> Text:
     if slope is None:
         return Text("–", "dim")
     text = Text(f"{round(slope.value, 2) + 0:+.2f} points", GOOD if slope.low <= 0 <= slope.high else BAD)

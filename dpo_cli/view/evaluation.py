@@ -11,7 +11,7 @@ from dpo_cli.analysis.data_stats import words
 from dpo_cli.data.records import Compared
 from dpo_cli.data.row_index import Rows
 from dpo_cli.view.browse import Look
-from dpo_cli.view.facts import add_estimate, fact_table, reason_lines, receipt
+from dpo_cli.view.facts import add_estimate, fact_table, gate_line, reason_lines, receipt
 from dpo_cli.view.judgments import reply
 from dpo_cli.view.pairs import (
     ID_SHOWN,
@@ -140,8 +140,8 @@ def evaluated(console: Console, result: "Evaluation") -> None:
     for size, sides in result.distinct.items():
         table.add_row(f"distinct-{size}", f"{sides.reference:.3f} → {sides.policy:.3f}")
     for name, found in result.position.items():
-        parts = [f"{found.first_wins.share:.0%} won by the first shown"] if found.first_wins else []
-        parts += [f"{found.flips.share:.0%} flip with the order"] if found.flips else []
+        parts = [f"{found.first_wins.value:.0%} won by the first shown"] if found.first_wins else []
+        parts += [f"{found.flips.value:.0%} flip with the order"] if found.flips else []
         table.add_row("judge", safe(f"{name}: {', '.join(parts)}"))
     for name, style in (("skipped", "yellow"), ("errors", "red")):
         if counts := getattr(result, name):
@@ -150,8 +150,7 @@ def evaluated(console: Console, result: "Evaluation") -> None:
         receipt(table, result.receipt)
         table.add_row("all in all", dollars(result.usd))
     for name, gate in result.gates.items():
-        verdict = Text("ok  ", "green") if gate.ok else Text("no  ", "bold red")
-        table.add_row(name, verdict.append(f"at least {percent(gate.value)} (limit {percent(gate.limit)})", "default"))
+        table.add_row(name, gate_line(gate))
     for finding in result.findings:
         table.add_row("note", safe(finding, "yellow"))
     table.add_row("wrote", safe(result.path))

@@ -9,7 +9,8 @@ from rich.text import Text
 
 from dpo_cli.analysis.data_stats import Lengths
 from dpo_cli.data.records import Usage
-from dpo_cli.statistics import Histogram, Proportion, Spread
+from dpo_cli.statistics import Histogram, Interval, Spread
+from dpo_cli.training.gates import MARKS, Gate, Verdict, numbers
 from dpo_cli.view.braille import bar
 from dpo_cli.view.text import dollars, joined, percent, safe, safe_line
 
@@ -46,11 +47,11 @@ def counted(counts: Mapping[str, int], unit: str = "") -> Text:
     return text.append(f" {unit}", "dim") if unit and parts else text
 
 
-def share(proportion: Proportion | None) -> Text:
+def share(proportion: Interval | None) -> Text:
     """A share with its interval."""
     if proportion is None:
         return Text("not known", "dim")
-    text = Text(f"{percent(proportion.share)} of {proportion.n:,}")
+    text = Text(f"{percent(proportion.value)} of {proportion.n:,}")
     return text.append(f"  95%: {percent(proportion.low)} – {percent(proportion.high)}", "dim")
 
 
@@ -145,6 +146,19 @@ def reason_lines(counts: Mapping[str, int], style: str) -> Text:
 UNBIASED_Z = 1.96  # below, chosen being longer may be chance
 
 
+VERDICT_STYLES: dict[Verdict, str] = {"pass": "bold green", "fail": "bold red", "not shown": "bold yellow"}
+
+
+def verdict(word: Verdict | None) -> Text:
+    """A verdict with its mark, in its colour; a dash for none."""
+    return Text("–", "dim") if word is None else Text(f"{MARKS[word]} {word}", VERDICT_STYLES[word])
+
+
+def gate_line(gate: Gate) -> Text:
+    """A gate's verdict and its numbers."""
+    return verdict(gate.verdict).append(f"  {numbers(gate)}", "not bold default")
+
+
 def counts_of(values: Sequence[str]) -> Text:
     """Finish reasons with their counts, in the order in which they first occur."""
     parts = []
@@ -169,7 +183,7 @@ def finish_style(reason: str) -> str:
     return {"stop": "green", "length": "yellow"}.get(reason, "red")
 
 
-def longer_chosen(proportion: Proportion | None) -> Text:
+def longer_chosen(proportion: Interval | None) -> Text:
     """P(longer chosen); a length bias that is no chance stands out."""
     text = share(proportion)
     if proportion is not None:

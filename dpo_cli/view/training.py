@@ -7,10 +7,11 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from dpo_cli.training.gates import WORDS
 from dpo_cli.training.run_history import Run
 from dpo_cli.view.braille import Frame, braille, frame
 from dpo_cli.view.console import NARROW
-from dpo_cli.view.facts import fact_table, reason_lines
+from dpo_cli.view.facts import fact_table, gate_line, reason_lines, verdict
 from dpo_cli.view.text import number, safe, safe_line
 
 if TYPE_CHECKING:
@@ -106,9 +107,8 @@ def _title(run: Run) -> Text:
     steps = [points[-1][0] for points in run.series.values()]
     if steps:
         text.append(f" · step {number(max(steps))}", "not bold")
-    verdict = run.report.verdict if run.report else None
-    if verdict is not None:
-        text.append(" · ", "dim").append_text(_verdict(verdict == "pass", verdict))
+    if run.report is not None and run.report.verdict is not None:
+        text.append(" · ", "dim").append_text(verdict(run.report.verdict))
     text.append("   ").append("── ", TRAIN_STYLE).append("train  ", "not bold dim")
     text.append(f"{EVAL_MARK} ", EVAL_STYLE).append("evaluation", "not bold dim")
     return text.append(f"  {ACT_MARK} ", ACT_STYLE).append("guards", "not bold dim") if run.acts() else text
@@ -153,9 +153,11 @@ def _report(report: "Trained") -> RenderableType:
     for header, justify in (("gate", "left"), ("value", "right"), ("limit", "right"), ("", "left")):
         table.add_column(header, justify=justify)  # type: ignore[arg-type]
     if report.step_zero is not None:
-        table.add_row("step zero", f"loss {number(report.step_zero.loss)}", "0.6931", _ok(report.step_zero.ok))
+        table.add_row(
+            "step zero", f"loss {number(report.step_zero.loss)}", "0.6931", verdict(WORDS[report.step_zero.ok])
+        )
     for name, gate in report.gates.items():
-        table.add_row(safe_line(name), number(gate.value), number(gate.limit), _ok(gate.ok))
+        table.add_row(safe_line(name), number(gate.value), number(gate.limit), verdict(gate.verdict))
     made = Table.grid(padding=(0, 2, 0, 0))
     made.add_column(no_wrap=True)
     made.add_column(overflow="fold")
@@ -163,14 +165,6 @@ def _report(report: "Trained") -> RenderableType:
         if (value := getattr(report, key)) is not None:
             made.add_row(Text(key.replace("_", " "), "dim"), safe(value))
     return Group(table, "", made)
-
-
-def _ok(ok: bool | None) -> Text:
-    return Text("–", "dim") if ok is None else _verdict(ok, "pass" if ok else "fail")
-
-
-def _verdict(ok: bool, word: str) -> Text:
-    return safe_line(f"{'✓' if ok else '✗'} {word}", "bold green" if ok else "bold red")
 
 
 def _value(value: Any) -> str:
@@ -194,10 +188,7 @@ def trained(console: Console, result: "Trained") -> None:
     if result.step_zero:
         table.add_row("step zero", f"loss {result.step_zero.loss:.4f}, margin {result.step_zero.margin:.4f}")
     for name, gate in result.gates.items():
-        words = {True: ("ok  ", "green"), False: ("no  ", "bold red"), None: ("?   ", "yellow")}
-        verdict = Text(*words[gate.ok])
-        interval = f" [{number(gate.interval[0])}, {number(gate.interval[1])}]" if gate.interval else ""
-        table.add_row(name, verdict.append(f"{number(gate.value)}{interval} (limit {number(gate.limit)})", "default"))
+        table.add_row(name, gate_line(gate))
     if result.verdict:
         table.add_row("adapter", safe(f"{result.adapter}, from {result.best_checkpoint}"))
     if result.ended:

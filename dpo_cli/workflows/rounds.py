@@ -26,6 +26,7 @@ from dpo_cli.stages.evaluate import run as evaluate
 from dpo_cli.stages.evaluate.results import Evaluation
 from dpo_cli.stages.pair import run as pair
 from dpo_cli.stages.serve_config.server import ensure_served
+from dpo_cli.training.gates import describe
 from dpo_cli.training.run_folder import RunFolder, publish
 from dpo_cli.training.run_history import Trained, read_finished
 
@@ -176,7 +177,7 @@ class _Stages:
         self._write()
         for name, gate in made.evaluation.gates.items():
             if not gate.ok:
-                return self._stop(f"{name}: the interval begins at {gate.value:.3f}, the gate is {gate.limit:g}")
+                return self._stop(describe(name, gate, "held-out prompts"))
         if made.evaluation.interval[1] < EVEN:
             return self._stop(f"it loses to what it started from: win rate {made.evaluation.win_rate:.3f}")
         return self._stop(None)

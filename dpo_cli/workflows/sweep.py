@@ -15,6 +15,7 @@ from dpo_cli.errors import UserError
 from dpo_cli.jobs import launch
 from dpo_cli.progress import Progress
 from dpo_cli.training import guards, run_history
+from dpo_cli.training.gates import Verdict
 from dpo_cli.training.run_history import Run, Trained
 
 SETTINGS = ("beta", "learning_rate", "r")
@@ -26,7 +27,7 @@ class Point(Struct):
     value: float
     run: str
     adapter: str
-    verdict: str | None
+    verdict: Verdict | None
     accuracy: float | None
     margin: float | None
     loss: float | None

@@ -11,7 +11,7 @@ from dpo_cli.analysis.lint.findings import Finding, Pair, error, warning
 from dpo_cli.analysis.lint.rules import SIDES
 from dpo_cli.analysis.lint.similar import near_duplicates
 from dpo_cli.data.records import text_of
-from dpo_cli.statistics import Proportion, proportion
+from dpo_cli.statistics import Interval, proportion
 
 OUTLIER = 6.0  # robust standard deviations
 SPREAD_LEAST = 0.05  # of a share; in data that is all alike, a little is no outlier
@@ -93,7 +93,7 @@ def prompt_groups(pairs: Sequence[Pair]) -> Callable[[Pair], str]:
     return lambda pair: leader.get(pair.prompt_key, pair.prompt_key)
 
 
-def longer_chosen(pairs: Sequence[Pair]) -> Proportion | None:
+def longer_chosen(pairs: Sequence[Pair]) -> Interval | None:
     """How often the longer side (in characters) is the chosen one; None where no pair's sides differ in length."""
     differences = [difference for difference in map(_excess, pairs) if difference]
     return proportion(sum(difference > 0 for difference in differences), len(differences))
@@ -109,7 +109,7 @@ def check_length_bias(pairs: Sequence[Pair], limit: float) -> Iterator[Finding]:
     yield warning(
         "length-bias",
         extreme,
-        f"the longer side is chosen in {found.share:.0%} ({found.low:.0%} to {found.high:.0%}) of {found.n} pairs, "
+        f"the longer side is chosen in {found.value:.0%} ({found.low:.0%} to {found.high:.0%}) of {found.n} pairs, "
         f"{'more' if longer else 'less'} than {limit if longer else 1 - limit:.0%}: length alone may be learned; "
         "the most extreme rows are named",
     )

@@ -18,7 +18,7 @@ from dpo_cli.analysis.lint.tokens import token_counter
 from dpo_cli.config.settings import Config
 from dpo_cli.data.jsonl import write_rows
 from dpo_cli.errors import UserError
-from dpo_cli.statistics import Proportion
+from dpo_cli.statistics import Interval
 
 LENGTH_BIAS = 0.6  # P(longer chosen) beyond which, or below one minus which, the data teaches length
 
@@ -34,7 +34,7 @@ class Lint(Struct, kw_only=True):
     errors: int
     warnings: int
     findings: list[Finding]
-    longer_chosen: Proportion | None
+    longer_chosen: Interval | None
     tokens: str
 
 

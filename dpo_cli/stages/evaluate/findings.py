@@ -20,14 +20,14 @@ def _position(result: Evaluation) -> Iterator[str]:
     for name, found in result.position.items():
         wins, flips = found.first_wins, found.flips
         if wins is not None and not wins.low <= EVEN <= wins.high:
-            verb = "prefers" if wins.share > EVEN else "avoids"
+            verb = "prefers" if wins.value > EVEN else "avoids"
             yield (
-                f"{name} {verb} what it is shown first: it wins in {wins.share:.0%} of {wins.n:,} orders. Both orders "
+                f"{name} {verb} what it is shown first: it wins in {wins.value:.0%} of {wins.n:,} orders. Both orders "
                 "are asked, so this makes ties, not wins."
             )
-        if flips is not None and flips.share > MANY_FLIPS:
+        if flips is not None and flips.value > MANY_FLIPS:
             yield (
-                f"{name} contradicts itself in {flips.share:.0%} of {flips.n:,} comparisons once the order is reversed."
+                f"{name} contradicts itself in {flips.value:.0%} of {flips.n:,} comparisons once the order is reversed."
             )
 
 

@@ -3,21 +3,12 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from msgspec import Struct
-
 from dpo_cli.errors import UserError
 from dpo_cli.statistics import Interval
+from dpo_cli.training.gates import Gate, compared
 
 NAMES = ("win-rate", "length-controlled-win-rate")
 _GATE = re.compile(r"\s*([\w-]+)\s*>\s*([0-9.]+)\s*")
-
-
-class Gated(Struct):
-    """A gate: the lower end of the interval, what it must be above, and whether it is."""
-
-    value: float
-    limit: float
-    ok: bool
 
 
 def read_gates(texts: Sequence[str]) -> dict[str, float]:
@@ -39,7 +30,7 @@ def read_gates(texts: Sequence[str]) -> dict[str, float]:
     return gates
 
 
-def check_gates(gates: Mapping[str, float], rates: Sequence[Interval], whole: bool) -> dict[str, Gated]:
+def check_gates(gates: Mapping[str, float], rates: Sequence[Interval], whole: bool) -> dict[str, Gate]:
     """Each gate against the rates, which are in the order of `NAMES`; none is passed before the result is whole."""
-    low = {name: rate.low for name, rate in zip(NAMES, rates, strict=True)}
-    return {name: Gated(low[name], limit, whole and low[name] > limit) for name, limit in gates.items()}
+    found = {name: compared(rate, gates[name]) for name, rate in zip(NAMES, rates, strict=True) if name in gates}
+    return found if whole else {name: Gate(gate.value, gate.limit, None, gate.interval) for name, gate in found.items()}

@@ -6,8 +6,8 @@ from msgspec import Struct, field
 
 from dpo_cli.endpoint.costs import Estimate, Receipt
 from dpo_cli.stages.evaluate.divergence import Divergence
-from dpo_cli.stages.evaluate.gates import Gated
-from dpo_cli.statistics import Proportion
+from dpo_cli.statistics import Interval
+from dpo_cli.training.gates import Gate
 
 EVEN = 0.5  # a win rate that says nothing
 
@@ -26,8 +26,8 @@ class Position(Struct):
     the comparisons that it decided differently once the order was reversed.
     """
 
-    first_wins: Proportion | None
-    flips: Proportion | None
+    first_wins: Interval | None
+    flips: Interval | None
 
 
 class Evaluation(Struct, kw_only=True):
@@ -56,7 +56,7 @@ class Evaluation(Struct, kw_only=True):
     distinct: dict[int, Sides]
     kl: Divergence | None
     position: dict[str, Position]
-    gates: dict[str, Gated]
+    gates: dict[str, Gate]
     failed: int
     skipped: dict[str, int]
     errors: dict[str, int]

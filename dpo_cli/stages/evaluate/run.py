@@ -52,7 +52,7 @@ from dpo_cli.stages.evaluate.sampling import (
     read_prompts,
     sample,
 )
-from dpo_cli.stages.evaluate.win_rate import distinct, length_controlled
+from dpo_cli.stages.evaluate.win_rate import distinct, length_controlled_win_rate
 from dpo_cli.statistics import bootstrap
 
 __all__ = [
@@ -129,7 +129,7 @@ def run(config: Config, progress: Progress, limit: int | None = None, fresh: boo
 
     rates = [
         bootstrap([row.win for row in rows], config.evaluate.bootstrap, config.evaluate.seed),
-        length_controlled([comparisons[row.id].points for row in rows]),
+        length_controlled_win_rate([comparisons[row.id].points for row in rows]),
     ]
     result = Evaluation(
         win_rate=rates[0].value,

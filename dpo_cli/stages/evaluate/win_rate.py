@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
-from dpo_cli.statistics import Z95, Interval
+from dpo_cli.statistics import Interval, quantile
 
 PRIOR_SD = 3.0  # of the length coefficient: a weak pull to 0, so that it stays finite where length tells all
 STEPS, LONGEST_STEP = 100, 1.0  # of Newton's method
@@ -20,7 +20,7 @@ def win_rate(reference: Sequence[float], policy: Sequence[float]) -> float:
     return wins / (len(policy) * len(reference))
 
 
-def length_controlled(prompts: Sequence[Sequence[Point]]) -> Interval:
+def length_controlled_win_rate(prompts: Sequence[Sequence[Point]]) -> Interval:
     """The win rate that would be if both sides wrote at the same length (AlpacaEval 2, arXiv:2404.04475).
 
         logit P(policy wins) = θ + φ · tanh(Δ / σ)      LC win rate = 1 / (1 + exp(−θ))
@@ -38,7 +38,7 @@ def length_controlled(prompts: Sequence[Sequence[Point]]) -> Interval:
     points = [(won, longer, 1 / len(own)) for own in prompts for won, longer in own]
     first = points[0][0]
     if all(won == first for won, _, _ in points):
-        return Interval(first, first, first)
+        return Interval(first, first, first, n=len(prompts))
     mean = fmean(longer for _, longer, _ in points)
     spread = math.sqrt(fmean((longer - mean) ** 2 for _, longer, _ in points))
     rows = [(won, math.tanh(longer / spread) if spread else 0.0, weight) for won, longer, weight in points]
@@ -61,7 +61,8 @@ def length_controlled(prompts: Sequence[Sequence[Point]]) -> Interval:
     bread = (c / determinant, -b / determinant)  # the first row of the inverse
     variance = sum(bread[i] * scatter[i][j] * bread[j] for i in range(2) for j in range(2))
     error = math.sqrt(max(0.0, variance) * len(prompts) / max(1, len(prompts) - 1))
-    return Interval(_logistic(theta), _logistic(theta - Z95 * error), _logistic(theta + Z95 * error))
+    reach = quantile() * error
+    return Interval(_logistic(theta), _logistic(theta - reach), _logistic(theta + reach), n=len(prompts))
 
 
 def distinct(texts: Sequence[str], size: int) -> float:

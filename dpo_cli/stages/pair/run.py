@@ -13,7 +13,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from dpo_cli.analysis.length_bias import length_controlled
+from dpo_cli.analysis.length_bias import without_length_effect
 from dpo_cli.config.settings import MIN_GAP, MIN_REWARD_GAP, Config, PairSection
 from dpo_cli.data.formats.preferences import read_preferences
 from dpo_cli.data.jsonl import read_latest, write_rows
@@ -81,7 +81,7 @@ def run(config: Config, dry_run: bool = False) -> Paired:
     if not judgments:
         raise UserError("no judgments", where=str(data / "judgments.jsonl"), hint="nothing-dpo judge")
     completions = read_latest(data / "completions.jsonl", Completions)
-    used = length_controlled(judgments, completions) if settings.length_control else judgments
+    used = without_length_effect(judgments, completions) if settings.length_control else judgments
     prompts: dict[str, _Judged] = {}
     skipped: Counter[str] = Counter()
     for key in sorted(judgments.keys() | completions.keys()):

@@ -136,8 +136,7 @@ def _gates(report: Trained | None) -> str:
 
 def _gate(gate: Gate) -> tuple[str, str, str, str]:
     interval = f"{gate.interval[0]:.3g} to {gate.interval[1]:.3g}" if gate.interval else ""
-    said = {True: "pass", False: "fail", None: "not shown: too few rows"}[gate.ok]
-    return f"{gate.value:.4g}", interval, f"{gate.limit:.4g}", said
+    return f"{gate.value:.4g}", interval, f"{gate.limit:.4g}", gate.verdict
 
 
 def _evaluation(found: dict[str, Any]) -> str:
