@@ -60,7 +60,7 @@ def wilson(count: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, f
     share, shrink = count / n, 1 + z**2 / n
     centre = (share + z**2 / (2 * n)) / shrink
     half = z / shrink * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return (max(0.0, centre - half) if count else 0.0), (min(1.0, centre + half) if count < n else 1.0)
 
 
 def normal(value: float, error: float, n: int = 0, confidence: float = CONFIDENCE) -> Interval:

@@ -20,7 +20,7 @@ from dpo_cli.data.jsonl import parse_rows, write_rows
 from dpo_cli.data.records import Message, Prompt, Tool, prompt_id, read_prompt, read_tools
 from dpo_cli.endpoint.costs import Receipt
 from dpo_cli.errors import Exit, UserError
-from dpo_cli.judges import Task
+from dpo_cli.judges._task import Task
 from dpo_cli.progress import Progress
 from dpo_cli.stages.evaluate.judging import EvaluationJudge, reasons
 from dpo_cli.stages.evaluate.sampling import POLICY, REFERENCE, RunBudget, make_side, sample
