@@ -632,14 +632,19 @@ def serve_config(
 @command("demo")
 def demo(
     session: Session,
-    folder: Annotated[Path, typer.Option(help="Folder of its own.")] = Path("demo"),
+    base: Annotated[
+        str | None, typer.Option(metavar="FOLDER|ID", help="On a small instruct model of yours. [default: a tiny one]")
+    ] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Folder of its own. [default: demo, or demo- and the base's name]")
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over.")] = False,
 ) -> Exit | None:
     """The whole pipeline on this machine: no key, no GPU, no network."""
     from dpo_cli import demo as stage
     from dpo_cli import view
 
-    result = stage.run(folder, session.progress(), fresh=fresh)
+    result = stage.run(folder, session.progress(), fresh=fresh, base=base)
     session.show(result, view.demonstrated)
     return Exit.GATE if result.verdict == "fail" else None
 

@@ -4,8 +4,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from adapters import base_model
 
 from dpo_cli import demo
+from dpo_cli.config.resolve import resolve
 from dpo_cli.demo import Sizes
 from dpo_cli.demo.scenes import cast, make_scenes
 from dpo_cli.demo.score import voices
@@ -69,6 +71,24 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no folder of the demo"):
         demo.run(tmp_path, Silent(), fresh=True)
     assert (tmp_path / "data").exists()
+
+
+def test_a_base_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its settings name it from wherever they are read; what was made for another base is left alone."""
+    monkeypatch.chdir(tmp_path)
+    base = base_model(tmp_path / 'some "base"')
+    nothing = Sizes(base=0, demonstrations=0, prompts=0, held_out=0, steps=0)
+    for first in (True, False):  # the folder is the demo's own the second time, also with settings that a user added
+        with pytest.raises(UserError, match="no rows to train on"):
+            demo.run(None, Silent(), sizes=nothing, base=base.name)
+        with (tmp_path / 'demo-some "base"' / "nothing-dpo.toml").open("a") as file:
+            file.write("[train]\nbeta = 0.2\n" if first else "")
+    monkeypatch.chdir(tmp_path / 'demo-some "base"')
+    config = resolve(environment={}).config
+    assert (config.model.base, config.train.beta) == (str(base), 0.2)
+    for other in (None, "HuggingFaceTB/SmolLM2-135M-Instruct"):
+        with pytest.raises(UserError, match="for another base"):
+            demo.run(Path(), Silent(), sizes=nothing, base=other)
 
 
 class Stages(Silent):

@@ -41,4 +41,20 @@ PRESETS: dict[str, dict[str, Any]] = {
         "gate.kl_limit": 0.2,  # lines learnt by heart: to prefer one costs more than in a model that can rephrase
         "evaluate.prompts": "data/heldout.jsonl", "evaluate.samples": 2,
     },
+    # The same chain on a small instruct model of yours, HuggingFaceTB/SmolLM2-135M-Instruct for one.
+    "demo-base": {
+        "model.adapter": "adapters/sft", "model.dpo_adapter": "adapters/dpo",
+        "model.name": "spin", "model.dpo_name": "spin-dpo",
+        "generate.engine": "transformers", "generate.n": 4, "generate.max_tokens": 72,
+        "generate.temperature": 1.0, "generate.frequency_penalty": 0.0, "generate.batch_size": 32,
+        "judge.judge": "function", "judge.function": "dpo_cli.demo.score:voices",
+        "sft.learning_rate": 5e-4, "sft.per_device_train_batch_size": 8, "sft.per_device_eval_batch_size": 8,
+        "sft.gradient_accumulation_steps": 1, "sft.warmup_steps": 3, "sft.r": 16, "sft.lora_alpha": 32.0,
+        "sft.logging_steps": 4, "sft.eval_steps": 100, "sft.save_steps": 16, "sft.max_length": 512,
+        "train.learning_rate": 2e-4, "train.beta": 0.1, "train.num_train_epochs": 2.0,
+        "train.per_device_train_batch_size": 4, "train.per_device_eval_batch_size": 8,
+        "train.gradient_accumulation_steps": 1, "train.warmup_steps": 3, "train.max_length": 512,
+        "train.logging_steps": 4, "train.eval_steps": 25, "train.save_steps": 25,
+        "evaluate.prompts": "data/heldout.jsonl", "evaluate.samples": 2, "evaluate.kl_prompts": 16,
+    },
 }  # fmt: skip

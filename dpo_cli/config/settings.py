@@ -20,7 +20,8 @@ NonNegative = Annotated[float, Meta(ge=0)]
 Quantity = Annotated[str, Meta(pattern=r"^[0-9]+(\.[0-9]+)?(m|[kMGT]|[KMGT]i)?$")]  # Kubernetes'
 Orders: TypeAlias = Annotated[int, Meta(ge=1, le=8)] | Literal["full", "auto"]
 Tracker = Literal["none", "wandb", "trackio", "tensorboard"]
-Strategy = Literal["best-worst", "all", "adjacent", "mu-2sigma", "same-prompt", "stratified"]
+Strategy = Literal["auto", "best-worst", "all", "adjacent", "mu-2sigma", "same-prompt", "stratified"]
+PairWeights = Literal["none", "prompt", "gap"]
 Match = Literal["exact", "judge"]
 KlAction = Literal["halve_lr", "raise_beta", "rollback", "stop"]
 MaxUsd = Annotated[
@@ -42,6 +43,7 @@ LossType = Literal[
     "discopop",
     "sft",
     "sigmoid_norm",
+    "rebel",
 ]
 
 
@@ -125,7 +127,12 @@ class JudgeSection(Struct, kw_only=True):
 class PairSection(Struct, kw_only=True):
     """Judgments, scored rollouts or imported pairs to preference pairs."""
 
-    strategy: Annotated[Strategy, _doc("Which completions are paired.")] = "best-worst"
+    strategy: Annotated[
+        Strategy, _doc("Which completions are paired; auto: best-worst, from six completions on mu-2sigma.")
+    ] = "auto"
+    weights: Annotated[
+        PairWeights, _doc("What a pair counts in training: the same, its prompt's share, or its score gap.")
+    ] = "none"
     min_gap: Annotated[
         NonNegative | None,
         _doc(f"Least score gap; unset: {MIN_GAP:g} for judgments, {MIN_REWARD_GAP:g} for rollouts, none for imports."),
@@ -184,7 +191,18 @@ class TrainSection(TrainingSection, kw_only=True):
     """Preferences to the DPO adapter."""
 
     beta: Annotated[NonNegative, _doc("Strength of the pull towards the reference.")] = 0.1
-    loss_type: Annotated[LossType, _doc("TRL loss type.")] = "sigmoid"
+    loss_type: Annotated[
+        LossType | list[LossType], _doc("TRL loss type, or rebel; several are added up by their loss_weights.")
+    ] = "sigmoid"
+    loss_weights: Annotated[list[float] | None, _doc("Weight of each loss, where there are several; unset: 1.")] = None
+    offset_alpha: Annotated[
+        NonNegative | None,
+        _doc("Reward that a pair of the mean score gap must gain (ODPO, rebel); unset: 0, with rebel 1."),
+    ] = None
+    ld_alpha: Annotated[Share | None, _doc("Weight of tokens beyond the shorter side's length (LD-DPO); unset: 1.")] = (
+        None
+    )
+    use_weighting: Annotated[bool, _doc("Weight pairs by how likely the policy makes both sides (WPO).")] = False
     label_smoothing: Annotated[Share, _doc("Assumed share of flipped labels.")] = 0.0
     kl_prompts: Annotated[int, Meta(ge=0), _doc("Held-out prompts on which each evaluation measures KL.")] = 8
     kl_tokens: Annotated[Count, _doc("Longest completion sampled for that, in tokens.")] = 64

@@ -123,6 +123,7 @@ class Preference(msgspec.Struct, kw_only=True, omit_defaults=True):
     rejected_finish_reason: str | None = None
     margin: float | None = None
     tools: list[Tool] | None = None
+    weight: float | None = None
 
 
 class Compared(msgspec.Struct, kw_only=True):

@@ -28,7 +28,7 @@ from dpo_cli.training import distributed, plan
 from dpo_cli.training.encode import Encoded
 from dpo_cli.training.gates import check_gates, describe
 from dpo_cli.training.guards import best_step
-from dpo_cli.training.inputs import Inputs, Stage, download_base, read_inputs
+from dpo_cli.training.inputs import Inputs, Row, Stage, download_base, read_inputs
 from dpo_cli.training.preflight import of_encoded
 from dpo_cli.training.run_folder import (
     RunContext,
@@ -180,6 +180,8 @@ def _train(
         if stage == "dpo":
             from dpo_cli.training import dpo
 
+            _attach_scores(rows, inputs.rows)
+            _attach_scores(held_out, inputs.held_out)
             _say_plan(config, base, rows, held_out, run.progress)
             start = adapter.path if adapter else None
             asked = [(row.prompt, row.completions[0]) for row in inputs.rows[: config.gate.token_rows]]
@@ -189,6 +191,12 @@ def _train(
             from dpo_cli.training import sft
 
             sft.train(config.sft, base, encoder.tokenizer, rows.rows, held_out.rows, run)
+
+
+def _attach_scores(encoded: Encoded, rows: list[Row]) -> None:
+    """Give encoded pairs what the loss may read beside their tokens."""
+    for sequences, index in zip(encoded.rows, encoded.kept, strict=True):
+        sequences.gap, sequences.weight = rows[index].gap, rows[index].weight
 
 
 def _say_plan(config: Config, base: Path, rows: Encoded, held_out: Encoded, progress: Progress) -> None:

@@ -14,17 +14,17 @@ T = TypeVar("T")
 
 
 def several() -> bool:
-    """Whether this run has more than one process."""
+    """Whether there are others."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def is_main_process() -> bool:
-    """Whether this process has rank 0, which alone writes files."""
+    """Whether this is the process that writes."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
 def broadcast(value: T) -> T:
-    """The value that rank 0 has, in every process; all of them must call this."""
+    """The first process's value, once all of them ask."""
     if not several():
         return value
     from accelerate import PartialState
@@ -35,22 +35,22 @@ def broadcast(value: T) -> T:
     return values[0]
 
 
-class DiscardingJournal(jsonl.Journal):
-    """The journal of a process that is not rank 0: appended rows are discarded, no file is opened."""
+class Unwritten(jsonl.Journal):
+    """A journal of a process that writes nothing."""
 
     def __enter__(self) -> Self:
         return self
 
     def append(self, row: Any) -> None:
-        """Discard the row: rank 0 writes it."""
+        """Nothing."""
 
 
 def journal(path: Path) -> jsonl.Journal:
-    """A JSONL file that rank 0 appends to; in every other process appended rows are discarded."""
-    return jsonl.Journal(path) if is_main_process() else DiscardingJournal(path)
+    """A JSONL file open for appending, in the first process."""
+    return jsonl.Journal(path) if is_main_process() else Unwritten(path)
 
 
 def write_rows(path: Path, rows: Iterable[Any]) -> None:
-    """Replace a JSONL file by these rows, in rank 0 alone."""
+    """As `store.write_rows`, in the first process."""
     if is_main_process():
         jsonl.write_rows(path, rows)

@@ -35,7 +35,7 @@ from trl.trainer.utils import use_adapter
 from dpo_cli.config.settings import Config, TrainSection
 from dpo_cli.data import jsonl
 from dpo_cli.errors import UserError
-from dpo_cli.training import distributed
+from dpo_cli.training import distributed, losses
 from dpo_cli.training.encode import Sequences
 from dpo_cli.training.forward import packed
 from dpo_cli.training.forward.reference_cache import keep_reference
@@ -50,7 +50,7 @@ BEST = (MARGIN, 1)
 REFERENCES = ".reference"  # beside the runs, which share it
 
 
-class CurriculumSampler(Sampler[int]):
+class EasyFirst(Sampler[int]):
     """The first epoch in the order of the rows, later ones shuffled by seed and epoch."""
 
     def __init__(self, rows: int, seed: int) -> None:
@@ -82,10 +82,12 @@ class Trainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ignore
         kl_limit: within which the best checkpoint must lie, in nats a token.
         tolerance: most that the loss and each margin may be off at step zero, in nats.
         easy_first: whether the first epoch keeps the order of the rows.
+        pair_loss: the loss of pairs with scores or weights, in place of TRL's.
         **trl: what DPOTrainer takes.
     """
 
     best = BEST
+    _signature_columns: list[str]
 
     def __init__(
         self,
@@ -96,9 +98,11 @@ class Trainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ignore
         kl_limit: float = math.inf,
         tolerance: float = 1e-3,
         easy_first: bool = False,
+        pair_loss: losses.PairLoss | None = None,
         **trl: Any,
     ) -> None:
         self.easy_first = easy_first
+        self.pair_loss = pair_loss
         super().__init__(**trl)
         self.kl_limit = kl_limit
         self.tolerance = tolerance
@@ -115,21 +119,32 @@ class Trainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ignore
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
         if self.easy_first:
-            return CurriculumSampler(len(self.train_dataset), self.args.seed)
+            return EasyFirst(len(self.train_dataset), self.args.seed)
         return super()._get_train_sampler(train_dataset)
 
     def _keep_log_probs(self, module: Any, inputs: Any, outputs: Any) -> None:
         log_probs = getattr(outputs, "log_probs", None)
         if log_probs is not None:
-            self._log_probs.append(log_probs.detach())
+            self._log_probs.append(log_probs)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if self.pair_loss is not None and losses.GAPS not in self._signature_columns:
+            self._signature_columns += losses.COLUMNS
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         self._log_probs.clear()
         is_first = self.model.training and self.state.global_step == 0 and not self.step_zero_checked
         if is_first and "packing" in inputs:  # what is kept of the reference proves nothing about the one that is here
             inputs["packing"].pop("reference", None)
+        columns = {name: inputs.pop(name) for name in losses.COLUMNS if name in inputs}
         result = super()._compute_loss(model, inputs, return_outputs)
         policy, reference = self._log_probs  # in the order in which TRL runs them
+        self._log_probs = []
+        if self.pair_loss is not None:
+            loss = self.pair_loss(policy, reference, inputs["completion_mask"][:, 1:], self.beta, columns)
+            result = (loss, result[1]) if return_outputs else loss
+        policy = policy.detach()
         differences = (policy - reference).float()  # (2 * pairs, tokens - 1); 0 outside the completions
         tokens = inputs["completion_mask"][:, 1:].sum()
         chosen, rejected = (self.beta * differences.sum(dim=1)).chunk(2)  # rewards: Section 4 of the paper
@@ -230,6 +245,7 @@ def train(
     section = config.train
     if section.full and section.load_in_4bit:
         raise UserError("weights in 4 bits can't be trained", hint="set train.full or train.load_in_4bit to false")
+    pair_loss = losses.make(section, rows)
 
     def make(state: State) -> Trainer:
         policy, reference = _models(section, base, adapter)
@@ -249,11 +265,10 @@ def train(
                 easy_first=section.curriculum,
                 model=policy,
                 ref_model=reference,
-                args=DPOConfig(
-                    **asked, beta=section.beta, loss_type=section.loss_type, label_smoothing=section.label_smoothing
-                ),
-                train_dataset=_dataset(rows),
-                eval_dataset=_dataset(held_out) if held_out else None,
+                pair_loss=pair_loss,
+                args=DPOConfig(**asked, **losses.trl_settings(section)),
+                train_dataset=_dataset(rows, pair_loss),
+                eval_dataset=_dataset(held_out, pair_loss) if held_out else None,
                 processing_class=tokenizer,
                 peft_config=None if adapter is not None or section.full else fresh_lora(section),
             )
@@ -307,12 +322,13 @@ def reference_of(model: Any) -> Iterator[Any]:
         yield model
 
 
-def _dataset(rows: list[Sequences]) -> Dataset:
+def _dataset(rows: list[Sequences], pair_loss: losses.PairLoss | None = None) -> Dataset:
     return Dataset.from_dict(
         {
             "prompt_ids": [row.prompt for row in rows],
             "chosen_ids": [row.completions[0] for row in rows],
             "rejected_ids": [row.completions[1] for row in rows],
+            **(pair_loss.columns(rows) if pair_loss else {}),
         }
     )
 

@@ -21,16 +21,19 @@ NOT_A_PREFIX = "the prompt's last token changes when a completion follows"
 
 
 class Sequences(Struct):
-    """Token ids of one prompt and of its completions, without padding."""
+    """Token ids of one prompt and of its completions, without padding; a pair's score gap and what it counts."""
 
     prompt: list[int]
     completions: list[list[int]]
+    gap: float | None = None
+    weight: float = 1.0
 
 
 class Encoded(Struct):
-    """What became of the rows: the usable ones, how many prompts were shortened, and reason -> rows refused."""
+    """What became of the rows: the usable ones and their indices, how many were shortened, reason -> rows refused."""
 
     rows: list[Sequences]
+    kept: list[int]
     shortened: int
     refused: dict[str, int]
 
@@ -67,9 +70,9 @@ class Encoder:
             UserError: the chat template doubles BOS or does not end the assistant's turn with a stop token.
         """
         refused: Counter[str] = Counter()
-        usable = []
+        usable, kept = [], []
         shortened = 0
-        for (prompt, completions), sequences in zip(rows, self._encode(rows), strict=True):
+        for index, ((prompt, completions), sequences) in enumerate(zip(rows, self._encode(rows), strict=True)):
             if sequences is not None and self._length(sequences) > self.max_length:
                 room = self.max_length - max(map(len, sequences.completions))
                 shorter = self._shorten(prompt, room)
@@ -84,7 +87,8 @@ class Encoder:
                 refused[IDENTICAL] += 1
             else:
                 usable.append(sequences)
-        return Encoded(usable, shortened, dict(refused))
+                kept.append(index)
+        return Encoded(usable, kept, shortened, dict(refused))
 
     def ids(self, messages: list[Message], answer_next: bool, template: str | None = None) -> list[int]:
         """Token ids of messages, ready to be answered or not, by the tokenizer's own chat template or another."""

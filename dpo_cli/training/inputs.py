@@ -21,11 +21,12 @@ MODEL_FILES = ["*.json", "*.jinja", "*.model", "*.safetensors"]
 
 
 class Row(NamedTuple):
-    """A prompt and its completions (chosen and rejected, or one), and how far apart their scores are."""
+    """A prompt and its completions (chosen and rejected, or one), how far apart their scores are, what it counts."""
 
     prompt: list[Message]
     completions: list[list[Message]]
     gap: float | None = None
+    weight: float = 1.0
 
 
 class Inputs(Struct):
@@ -72,7 +73,8 @@ def _pair(row: dict[str, Any]) -> Row:
     gap = preference.score_gap
     if gap is None and preference.chosen_score is not None and preference.rejected_score is not None:
         gap = preference.chosen_score - preference.rejected_score
-    return Row(preference.prompt, [preference.chosen, preference.rejected], gap)
+    weight = 1.0 if preference.weight is None else preference.weight
+    return Row(preference.prompt, [preference.chosen, preference.rejected], gap, weight)
 
 
 def _demonstration(row: dict[str, Any]) -> Row:

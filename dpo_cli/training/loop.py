@@ -32,7 +32,7 @@ class Interrupted(Exception):
     """A signal came in the middle of a step; the step before is saved."""
 
 
-class RunCallback(TrainerCallback):  # type: ignore[misc]
+class Watch(TrainerCallback):  # type: ignore[misc]
     """Writes metrics.jsonl, shows progress, asks the guards, and ends the run when a signal asks for it."""
 
     def __init__(
@@ -72,7 +72,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
                 rows = metric_rows(state.log_history)
                 beta = getattr(self.trainer, "beta", 1.0)
                 found = guards.after_log(self.guards, rows, self.gate or GateSection(), beta)
-                self._report(state.global_step, found)
+                self._tell(state.global_step, found)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -81,20 +81,20 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         if self.gate is not None:
             rows = metric_rows(state.log_history)
             found = guards.after_evaluation(self.guards, rows, self.gate, self.trainer.args.beta)
-            self._report(state.global_step, found)
+            self._tell(state.global_step, found)
             self._apply()
             if any(finding.action == "rollback" for finding in found):
                 self.rollback = control.should_training_stop = True
                 control.should_save = False
             elif self.guards.ended is not None:
                 control.should_training_stop = control.should_save = True
-        self.trainer.remember_step(owes_evaluation=False)
+        self.trainer.keep_place(owes_evaluation=False)
         return control
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        self.trainer.finish_step()
+        self.trainer.settle()
         if state.global_step >= state.max_steps:
             control.should_log = True
         elif self._asked_to_stop():
@@ -107,7 +107,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
             self.run.folder.after_save()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.trainer.remember_step(owes_evaluation=False)
+        self.trainer.keep_place(owes_evaluation=False)
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._leave_mid_step(state.global_step)
@@ -116,7 +116,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         if not self.trainer.owes_evaluation:  # before KL is measured, under a random state of its own
-            self.trainer.remember_step(owes_evaluation=True)
+            self.trainer.keep_place(owes_evaluation=True)
         self._leave_mid_step(state.global_step)
 
     def _asked_to_stop(self) -> bool:
@@ -134,7 +134,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         if self.stop.signal is None or distributed.several():
             return
         if step and step not in self.run.folder.complete_checkpoints():
-            self.trainer.save_remembered_step()
+            self.trainer.save_kept_place()
         raise Interrupted
 
     def _apply(self) -> None:
@@ -151,12 +151,12 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         if self.guards.beta is not None:
             self.trainer.beta = self.guards.beta
 
-    def _report(self, step: int, found: list[Finding]) -> None:
+    def _tell(self, step: int, found: list[Finding]) -> None:
         for finding in found:
-            report_finding(finding, step, self.run)
+            tell(finding, step, self.run)
 
 
-def report_finding(finding: Finding, step: int, run: RunContext) -> None:
+def tell(finding: Finding, step: int, run: RunContext) -> None:
     """Record and show what a guard found and does."""
     run.record(finding.fault, step, action=finding.action, **finding.details)
     numbers = ", ".join(
@@ -179,7 +179,7 @@ def fit(
     Args:
         make: makes a trainer, as the guards' state says.
         run: where everything is.
-        gate: what the guards look for; None: signals and lack of memory alone.
+        gate: what the guards watch for; None: signals and lack of memory alone.
 
     Raises:
         UserError: SIGTERM came, the last whole step is saved (exit 143); memory lacks for a single row; the loss is
@@ -211,11 +211,11 @@ def fit(
                         hint=advice("out_of_memory"),
                         code=Exit.FAILED,
                     )
-                report_finding(finding, step, run)
+                tell(finding, step, run)
                 folder.save_guard_state(max(folder.complete_checkpoints(), default=0), state)
                 continue
             if outcome == "nan":
-                report_finding(guards.after_nan(state, gate or GateSection()), step, run)
+                tell(guards.after_nan(state, gate or GateSection()), step, run)
             if state.ended is None:
                 _roll_back(run, state, step, gate)
     if state.ended is not None:
@@ -250,10 +250,10 @@ def _attempt(
     trainer.guard_state = state
     outcome: Outcome = "done"
     with distributed.journal(folder.metrics) as metrics:
-        callback = RunCallback(trainer, run, metrics, stop, state, gate)
-        callback.resumed_from = checkpoint
+        watch = Watch(trainer, run, metrics, stop, state, gate)
+        watch.resumed_from = checkpoint
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(callback)
+        trainer.add_callback(watch)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except Interrupted:
@@ -265,7 +265,7 @@ def _attempt(
                 raise
             outcome = "out_of_memory"
     step = trainer.state.global_step
-    if callback.rollback:
+    if watch.rollback:
         outcome = "rollback"
     elif outcome == "done" and stop.signal is not None and step < trainer.state.max_steps:
         outcome = "stopped"

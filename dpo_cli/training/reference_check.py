@@ -50,7 +50,8 @@ def check_step_zero(trainer: Any, loss: torch.Tensor, margins: torch.Tensor, tol
 
 def expected_loss(trainer: Any) -> float | None:
     """The loss where policy and reference agree; None where it depends on the batch."""
-    return LN2 if trainer.loss_types == ["sigmoid"] else None  # also with label smoothing
+    plain = trainer.loss_types == ["sigmoid"] and trainer.loss_weights == [1.0] and not trainer.use_weighting
+    return LN2 if plain and trainer.pair_loss is None else None  # also with label smoothing
 
 
 def refuse_step_zero(trainer: Any, found: StepZero, tolerance: float) -> UserError:

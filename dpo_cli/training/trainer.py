@@ -59,7 +59,7 @@ class ResumableTrainer:
     guard_state: State = State()
     token_budget: tuple[int, int] | None = None
     owes_evaluation: bool = False
-    _remembered_meters: dict[str, Any] | None = None
+    _kept_meters: dict[str, Any] | None = None
 
     args: TrainingArguments
     state: TrainerState
@@ -77,7 +77,7 @@ class ResumableTrainer:
         """TRL writes one with every checkpoint; nobody reads it."""
 
     def _send_telemetry(self) -> None:
-        """Send no telemetry: HF_HUB_DISABLE_TELEMETRY has been read long before this runs."""
+        """Nothing is sent; by the time this runs, it is too late for HF_HUB_DISABLE_TELEMETRY."""
 
     def _save(self, output_dir: str, state_dict: dict[str, Any] | None = None) -> None:
         # `ref` is the SFT adapter: it is loaded from there again, never from a checkpoint. Asking whether the
@@ -89,7 +89,7 @@ class ResumableTrainer:
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
-        meters = self._remembered_meters or self.meters()
+        meters = self._kept_meters or self.meters()
         self.accelerator.wait_for_everyone()  # each process adds its random state
         if not self.args.should_save:
             return
@@ -107,8 +107,8 @@ class ResumableTrainer:
             self.state.best_metric, self.state.best_global_step = metrics[self.best[0]], self.state.global_step
         return is_best
 
-    def finish_step(self) -> None:
-        """Check the loss of the optimizer step that has just ended.
+    def settle(self) -> None:
+        """See how the optimizer step that has just ended went.
 
         Raises:
             Diverged: the loss is not a number.
@@ -116,14 +116,14 @@ class ResumableTrainer:
         if not math.isfinite(self._summed_loss()):
             raise Diverged
 
-    def remember_step(self, owes_evaluation: bool) -> None:
-        """Remember what a checkpoint of the step that has just ended would hold besides weights."""
+    def keep_place(self, owes_evaluation: bool) -> None:
+        """Remember what a checkpoint of the step that has just ended would hold, weights aside."""
         self.owes_evaluation = owes_evaluation
-        self._remembered = self.meters(), torch.random.get_rng_state()
+        self._place = self.meters(), torch.random.get_rng_state()
 
-    def save_remembered_step(self) -> None:
-        """Save the step that ended last from within the next step: the weights have not changed since."""
-        self._remembered_meters, random_state = self._remembered
+    def save_kept_place(self) -> None:
+        """Save the step that ended last, in the middle of the next: its weights are still there."""
+        self._kept_meters, random_state = self._place
         torch.random.set_rng_state(random_state)
         self._save_checkpoint(self.model, None)
 

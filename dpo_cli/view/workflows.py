@@ -152,7 +152,7 @@ def demonstrated(console: Console, result: "Demonstrated") -> None:
     dpo, pairs = result.dpo, result.paired
     margin = dpo.metrics.get("eval_rewards/margins")
     made = {
-        "base": "tiny Llama and tokenizer, from the scenes that ship with it",
+        "base": result.base or "tiny Llama and tokenizer, from the scenes that ship with it",
         "sft": f"LoRA adapter, {result.sft.steps:,} steps on {result.sft.rows:,} scenes",
         "generate": f"{result.generated.prompts:,} prompts, several completions each",
         "judge": f"{result.judged.total:,} judgments, {pairs.train:,} + {pairs.val:,} pairs",

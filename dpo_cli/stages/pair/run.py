@@ -32,7 +32,7 @@ from dpo_cli.data.records import (
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.judges._ranking import any_inverts
 from dpo_cli.stages.pair.rollouts import Rollout, RolloutStatistics, pair_rollouts, stratified
-from dpo_cli.stages.pair.strategies import STRATEGIES
+from dpo_cli.stages.pair.strategies import STRATEGIES, weigh
 
 EPSILON = 1e-9  # means of integers, such as 7.000000000000001
 
@@ -112,7 +112,7 @@ def run_rollouts(path: Path, config: Config, dry_run: bool = False) -> Paired:
     """
     settings = config.pair
     min_gap = MIN_REWARD_GAP if settings.min_gap is None else settings.min_gap
-    strategy = "same-prompt" if settings.strategy == "best-worst" else settings.strategy
+    strategy = "same-prompt" if settings.strategy in ("auto", "best-worst") else settings.strategy
     pairs, statistics = pair_rollouts(
         path,
         strategy,
@@ -268,7 +268,10 @@ def _filter(candidates: list[_Candidate], settings: PairSection, min_gap: float)
             pair.margin = pair.score_gap
         kept.append(pair)
     widest = sorted(range(len(kept)), key=lambda index: -(kept[index].score_gap or 0.0))
-    return [kept[index] for index in sorted(widest[: settings.max_pairs_per_prompt])], reasons
+    kept = [kept[index] for index in sorted(widest[: settings.max_pairs_per_prompt])]
+    for pair, weight in zip(kept, weigh([pair.score_gap for pair in kept], settings.weights), strict=True):
+        pair.weight = weight
+    return kept, reasons
 
 
 def _fault(pair: Preference, min_gap: float) -> str | None:

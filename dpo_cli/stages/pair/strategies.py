@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations, pairwise
 
+MANY = 6  # completions from which on μ − 2σ can be another one than the worst
 Pairs = list[tuple[int, int]]
 
 
@@ -39,15 +40,36 @@ def mu_2sigma(scores: Sequence[float], ranking: Sequence[int]) -> Pairs:
     return [(ranking[0], min(worst_first, key=lambda index: abs(scores[index] - target)))]
 
 
+def auto(scores: Sequence[float], ranking: Sequence[int]) -> Pairs:
+    """The default: best against worst, from six completions on μ − 2σ, where the two can differ."""
+    return (mu_2sigma if len(ranking) >= MANY else best_worst)(scores, ranking)
+
+
 def _widest_first(scores: Sequence[float], pairs: Iterable[tuple[int, int]]) -> Pairs:
     return sorted(pairs, key=lambda pair: scores[pair[1]] - scores[pair[0]])
 
 
 # By the option's value; judged completions are of one prompt anyhow.
 STRATEGIES: dict[str, Callable[[Sequence[float], Sequence[int]], Pairs]] = {
+    "auto": auto,
     "best-worst": best_worst,
     "same-prompt": best_worst,
     "all": all_pairs,
     "adjacent": adjacent,
     "mu-2sigma": mu_2sigma,
 }
+
+
+def weigh(gaps: Sequence[float | None], weights: str) -> list[float | None]:
+    """What the pairs of one prompt count in training: None each (the same), or a number.
+
+    Args:
+        gaps: their score gaps.
+        weights: `none`; `prompt`, so that all prompts count the same, however many pairs they have; `gap`, as `prompt`
+            but shared out by score gap.
+    """
+    if weights == "none" or not gaps:
+        return [None] * len(gaps)
+    if weights == "prompt" or None in gaps:
+        return [1 / len(gaps)] * len(gaps)
+    return [gap / sum(filter(None, gaps)) for gap in gaps if gap is not None]

@@ -16,6 +16,7 @@ from torch import Tensor
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from dpo_cli.training.forward import attention
+from dpo_cli.training.losses import COLUMNS
 
 TOKEN_MEANS = {  # metrics that TRL averages over the tokens of these rows; all others are means over pairs
     "entropy": "all", "kl": "all", "logits/chosen": "chosen", "mean_token_accuracy": "chosen",
@@ -97,6 +98,7 @@ class Collator(DataCollatorForPreference):  # type: ignore[misc]
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate pairs; a batch that is divided holds its parts, whole batches each, under `parts`."""
         batch: dict[str, Any] = super().torch_call(examples)
+        batch |= {name: torch.tensor([row[name] for row in examples]) for name in COLUMNS if name in examples[0]}
         if self.tokens_per_batch is None:
             return self._planned(batch)
         lengths = batch["attention_mask"].sum(1)
@@ -137,7 +139,8 @@ def _pick(batch: dict[str, Tensor], pairs: Tensor) -> dict[str, Tensor]:
     """Some pairs of a padded batch, as narrow as they allow."""
     rows = torch.cat([pairs, pairs + len(batch["input_ids"]) // 2])
     width = int(batch["attention_mask"][rows].sum(1).max())
-    return {name: batch[name][rows, :width] for name in ("input_ids", "attention_mask", "completion_mask")}
+    padded = {name: batch[name][rows, :width] for name in ("input_ids", "attention_mask", "completion_mask")}
+    return padded | {name: batch[name][pairs] for name in COLUMNS if name in batch}
 
 
 def parts(batch: dict[str, Any]) -> list[tuple[float, dict[str, Any]]]:

@@ -35,7 +35,7 @@ class PackedSteps:
     """Mixed into a DPOTrainer, before it: a batch that is divided takes one forward and backward a part.
 
     The gradient is that of the undivided batch: a part counts by its share of the pairs. Metrics stay on the device
-    until an optimizer step ends (`finish_step`) or they are logged.
+    until an optimizer step ends (`settle`) or they are logged.
     """
 
     args: Any
@@ -78,10 +78,10 @@ class PackedSteps:
         with deferred_metrics.metrics(self.accelerator):
             return super()._compute_loss(model, inputs, return_outputs)  # type: ignore[misc]
 
-    def finish_step(self) -> None:
-        """Read the step's metrics and check its loss: the one time in a step that the host waits for the device."""
+    def settle(self) -> None:
+        """See how the optimizer step that has just ended went: the one time that the device is waited for."""
         self._read_metrics()
-        super().finish_step()  # type: ignore[misc]
+        super().settle()  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's, whose metrics are numbers by then."""
@@ -272,7 +272,7 @@ def _patch(model: Any, is_reference: Callable[[], bool], autocast: Callable[[], 
             )
         spreads = {name: spread(value) for name, value in scores._asdict().items()}
         if spreads["mean_logits"] is not None:
-            spreads["mean_logits"] = deferred_metrics.defer(spreads["mean_logits"])
+            spreads["mean_logits"] = deferred_metrics.later(spreads["mean_logits"])
         return FusedCausalLMOutput(label_mask=mask, **spreads)
 
     model.forward = types.MethodType(forward, model)

@@ -150,7 +150,7 @@ def _tokens(example: dict[str, Any]) -> int:
 
 
 def _compute_what_fits(trainer: Any, examples: list[dict[str, Any]]) -> list[tuple[str, Tensor]]:
-    """(row key, log-probabilities) of pairs from `_compute`, in halves where memory does not suffice for all."""
+    """As `_compute`, in halves where memory lacks."""
     try:
         return list(_compute(trainer, examples))
     except torch.OutOfMemoryError:
