@@ -24,10 +24,11 @@ ROOMS = [
     "cli",
 ]  # fmt: skip
 HEAVY = frozenset({
-    "training/dpo", "training/kl", "training/loop", "training/merge_adapter", "training/reference_check",
-    "training/sft", "training/stack_adapters", "training/trainer", "training/forward/attention",
-    "training/forward/collator", "training/forward/deferred_metrics", "training/forward/fused_lora",
-    "training/forward/log_probs", "training/forward/packed", "training/forward/reference_cache",
+    "training/dpo", "training/kl", "training/loop", "training/losses", "training/merge_adapter",
+    "training/reference_check", "training/sft", "training/stack_adapters", "training/trainer",
+    "training/forward/attention", "training/forward/collator", "training/forward/deferred_metrics",
+    "training/forward/fused_lora", "training/forward/log_probs", "training/forward/packed",
+    "training/forward/reference_cache",
     "engines/transformers", "judges/reward_model", "stages/evaluate/adapters", "stages/evaluate/harness",
     "stages/serve_config/log_probs", "demo/tiny", "data/formats/export", "analysis/lint/tokens",
 })  # fmt: skip
