@@ -118,6 +118,10 @@ def test_what_expired_was_cancelled_or_failed_is_sent_again(tmp_path, expected):
         assert len(server.batches) == 2
         assert {made["status"] for made in server.batches.values()} & {"expired", "cancelled"}
         assert 0 < len(server.batches["batch_1"]["lines"]) < 22
+        unreadable = [error for _, _, error in verdicts(tmp_path).values() if error]
+        assert unreadable  # paid, and the same if it were asked again at once
+        assert all("can't be read" in error for error in unreadable)
+        run(config(tmp_path, server.url, batch=True))
     assert verdicts(tmp_path) == expected
 
 

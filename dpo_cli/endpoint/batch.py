@@ -27,20 +27,23 @@ from dpo_cli.endpoint.batch_format import (
     State,
     read_item,
     read_page,
+    read_request,
     read_result,
     read_state,
     request_line,
 )
+from dpo_cli.endpoint.budget import output_cap
 from dpo_cli.endpoint.client import MAX_WAIT_SECONDS, RESTART_SECONDS, Endpoint
 from dpo_cli.endpoint.http import CHAT, JSON, Rejected, Retryable, Unreachable
 from dpo_cli.endpoint.prices import Price
-from dpo_cli.endpoint.responses import Reply, one_line, read_error, read_reply
+from dpo_cli.endpoint.responses import Reply, one_line, read_error
 from dpo_cli.errors import Exit, UserError
 
 # OpenAI's limits of one input file, with a margin.
 MAX_REQUESTS = 50_000
 MAX_BYTES = 190_000_000
 
+MOST_RESULT_BYTES = 1 << 31  # of a file of results
 FIRST_POLL_SECONDS, MAX_POLL_SECONDS = 1.0, 60.0
 SETTLE_SECONDS = 2.0  # until a batch that may just have been made is in the server's list
 SUBMISSIONS = 5  # attempts to make one batch
@@ -266,9 +269,11 @@ class Batches:
         """Bring the results of a batch that has ended into the ledger; if killed within, the next run does it again."""
         fatal: UserError | None = None
         before = self._endpoint.spend.calls, self._endpoint.spend.usd
+        asked = self._requests(row)
         for file in filter(None, (state.output_file_id, state.error_file_id)):
-            for line in (await self._call("GET", f"/files/{file}/content")).splitlines():
-                fatal = self._take(row, line) or fatal
+            content = await self._call("GET", f"/files/{file}/content", lambda: {"limit": MOST_RESULT_BYTES})
+            for line in content.splitlines():
+                fatal = self._take(row, line, asked) or fatal
         answered = self._endpoint.spend.calls - before[0]
         paid = self._endpoint.spend.usd - before[1]
         if row.id in self._held:
@@ -282,7 +287,13 @@ class Batches:
         if fatal is not None:
             raise fatal
 
-    def _take(self, row: Row, line: bytes) -> UserError | None:
+    def _requests(self, row: Row) -> dict[str, tuple[int, int | None]]:
+        """The bytes and the most output of each request of a batch, by key."""
+        lines = self._input(row).read_bytes().splitlines() if self._input(row).exists() else []
+        found = map(read_request, lines)
+        return {one.custom_id: (len(line), output_cap(one.body)) for one, line in zip(found, lines, strict=True)}
+
+    def _take(self, row: Row, line: bytes, asked: dict[str, tuple[int, int | None]]) -> UserError | None:
         """Take in one line of results; returns what makes it useless to go on."""
         result = read_result(line)
         response = result.response
@@ -290,20 +301,28 @@ class Batches:
             return None
         if response.status_code != 200:
             fault = self._endpoint.connection.fault(CHAT, response.status_code, read_error(bytes(response.body)))
-            if isinstance(fault, Rejected):
-                # Without a status: asking otherwise from here on would leave what is paid behind.
-                self._rejected[result.custom_id] = Rejected(0, str(fault), code=fault.code)
-                self._endpoint.spend.failed += 1
-            return fault if isinstance(fault, UserError) else None
+            return self._refuse(result.custom_id, fault)
         try:
-            reply = read_reply(bytes(response.body))
-        except msgspec.MsgspecError:
+            reply = self._endpoint.understand(bytes(response.body))
+        except ValueError:
             return None
-        price = self._price(row.model)
-        reply.usd = price.usd(reply.usage) if price else 0.0
+        except (Rejected, Retryable, UserError) as error:
+            return self._refuse(result.custom_id, error)
+        size, output = asked.get(result.custom_id, (MAX_BYTES, None))
+        self._endpoint.price(reply, size, output, self._price(row.model))
         self._endpoint.record(result.custom_id, reply)
         self._seen.add(result.custom_id)
+        if kind := reply.lacks():
+            self._refuse(result.custom_id, Rejected(0, self._endpoint.kept(reply) if reply.unreadable else kind))
         return None
+
+    def _refuse(self, key: str, fault: Exception) -> UserError | None:
+        """Keep what became of a request that has no answer; returns what makes it useless to go on."""
+        if isinstance(fault, Rejected):
+            # Without a status: asking otherwise from here on would leave what is paid behind.
+            self._rejected[key] = Rejected(0, str(fault), code=fault.code)
+            self._endpoint.spend.failed += 1
+        return fault if isinstance(fault, UserError) else None
 
     def _bear_with(self, row: Row, state: State) -> None:
         """Learn from a batch that was not accepted.

@@ -93,9 +93,17 @@ class _Result(Struct):
     response: _Response | None = None
 
 
+class _Request(Struct):
+    """One line of a batch's input."""
+
+    custom_id: str
+    body: dict[str, Any]
+
+
 read_item = msgspec.json.Decoder(Item).decode
 read_page = msgspec.json.Decoder(_Page).decode
 read_state = msgspec.json.Decoder(State).decode
+read_request = msgspec.json.Decoder(_Request).decode
 read_result = msgspec.json.Decoder(_Result).decode
 
 

@@ -2,17 +2,21 @@
 
 Tokens of input are estimated as a token for each 3.5 bytes of the request (characters, in English), or more if the
 endpoint has counted more. Tokens of output are the request's own cap, reasoning included. Both are bounds, so the cap
-holds, unless an endpoint exceeds its own `max_tokens` or charges for more than it reports.
+holds, unless an endpoint exceeds its own `max_tokens` or charges for more than it reports. What an endpoint reports
+is believed as long as it can be right.
 """
 
 import asyncio
+import math
 from typing import Any
 
 from dpo_cli.endpoint.prices import Price
+from dpo_cli.endpoint.responses import Reply
 from dpo_cli.errors import Exit, UserError
 
 BYTES_A_TOKEN = 3.5
 _SLACK = 1e-9  # of a dollar: sums of floats
+_TEMPLATE_TOKENS = 2000  # that a server may add to a prompt, or to an answer, of its own
 
 
 class Budget:
@@ -110,6 +114,28 @@ class Budget:
         self._reserved -= worst
         self._open -= 1
         self._settled.set()
+
+
+def estimate_tokens(reply: Reply) -> int:
+    """Tokens of output that a reply's texts, reasoning included, are likely to be."""
+    return math.ceil(_bytes_said(reply) / BYTES_A_TOKEN)
+
+
+def is_plausible(reply: Reply, size: int, output: int | None) -> bool:
+    """Whether the tokens that an endpoint counted can be those of a request of `size` bytes and of its reply.
+
+    A token is at least a byte, but for those that a chat template adds; a prompt has at least one, and so has a text.
+    """
+    most = 2 * max(output or 0, _bytes_said(reply)) + _TEMPLATE_TOKENS
+    usage = reply.usage
+    if not reply.counted or not 0 < usage.input <= size + _TEMPLATE_TOKENS:
+        return False
+    return usage.output <= most and (usage.output > 0 or not _bytes_said(reply))
+
+
+def _bytes_said(reply: Reply) -> int:
+    said = sum(len(part.encode()) for one in reply.choices for part in (one.text, one.reasoning, one.refusal or ""))
+    return said or len(reply.raw)
 
 
 def output_cap(body: dict[str, Any]) -> int | None:

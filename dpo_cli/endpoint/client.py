@@ -1,8 +1,8 @@
 """Client of an OpenAI-compatible endpoint: concurrency that adapts, retries, a budget, and no call paid twice.
 
-Reads and writes a ledger of paid replies: a reply is appended before it is returned, and a request whose reply stands
+Reads and writes a ledger of paid replies: a reply is appended before it is returned, and a request whose answer stands
 there is answered from it. Speaks HTTP through aiohttp rather than the OpenAI SDK, which costs five times the CPU time a
-request (and retries timed-out, perhaps paid requests unasked). Streaming, tools and images are not covered.
+request (and retries timed-out, perhaps paid requests unasked). Tools and images are not covered.
 """
 
 import asyncio
@@ -17,15 +17,25 @@ from typing import Any, Self, TypeVar
 import msgspec
 from msgspec import Struct
 
-from dpo_cli.data.jsonl import Journal, read_latest
 from dpo_cli.data.records import Usage, content_id
-from dpo_cli.endpoint.budget import Budget, output_cap
+from dpo_cli.endpoint.budget import Budget, estimate_tokens, is_plausible, output_cap
 from dpo_cli.endpoint.concurrency import Pace
 from dpo_cli.endpoint.costs import Estimate, Receipt, estimate
 from dpo_cli.endpoint.http import CHAT, COMPLETIONS, JSON, Connection, Rejected, Retryable, Unreachable
 from dpo_cli.endpoint.in_flight import Sent
+from dpo_cli.endpoint.ledger import Ledger
 from dpo_cli.endpoint.prices import Price, Tier, is_local, price_of
-from dpo_cli.endpoint.responses import Choice, Reply, one_line, read_error, read_reply
+from dpo_cli.endpoint.responses import (
+    ADVICE,
+    FILTERED,
+    Choice,
+    ErrorReply,
+    Reply,
+    Unreadable,
+    one_line,
+    read_reply,
+    read_usage_of,
+)
 from dpo_cli.errors import Exit, UserError
 
 __all__ = [
@@ -37,6 +47,7 @@ T = TypeVar("T")
 
 ATTEMPTS = 8  # of a request that the server refuses for now
 RESENDS = 4  # of a request that may have been paid: timed out, cut off or answered with no JSON
+NO_ANSWER_IN_A_ROW = 10  # paid replies without an answer: the next would be without one, too
 LOST_IN_A_ROW = 10  # requests given up without one answer between them: the endpoint is broken, not the requests
 START_SECONDS = 1.0  # patience with a server that never answered
 RESTART_SECONDS = 300.0  # patience with one that did
@@ -82,7 +93,7 @@ class Endpoint:
         api_key_required: bool = True,
         log: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.connection = Connection(url, api_key_variable, api_key_required, timeout)
+        self.connection = Connection(url, api_key_variable, api_key_required, timeout, log)
         self.url = self.connection.url
         self.spend = Receipt()
         self.budget = Budget(max_usd)
@@ -90,12 +101,13 @@ class Endpoint:
         self._price = price
         self._log = log
         self._pace = Pace(_allowed_sockets(concurrency))
-        self._journal = Journal(ledger)
+        self._ledger = Ledger(ledger)
         self._sent = Sent(ledger)
-        self._replies: dict[str, _Paid] = {}
         self._fatal: BaseException | None = None
         self._down: tuple[int, float] | None = None  # responses so far, and since when there are no more
         self._lost = 0
+        self._without_answer = 0
+        self._miscounted = False
 
     @property
     def in_flight(self) -> int:
@@ -103,12 +115,11 @@ class Endpoint:
         return self._pace.in_flight
 
     async def __aenter__(self) -> Self:
-        self._journal.__enter__()
+        self._ledger.open()
         try:
-            self._replies = read_latest(self._journal.path, _Paid)
-            self._sent.open(answered=self._replies)
+            self._sent.open(answered=self._ledger)
         except BaseException:
-            self._journal.close()
+            self._ledger.close()
             raise
         await self.connection.__aenter__()
         return self
@@ -120,7 +131,7 @@ class Endpoint:
         if error is not None and self.spend.calls:
             self._log(f"until it stopped: {self.spend.in_words()}")
         self._sent.close()
-        self._journal.close()
+        self._ledger.close()
 
     async def chat(self, body: dict[str, Any], replicate: int = 0, *, path: str = CHAT, final: bool = True) -> Reply:
         """Send a chat completion request, unless its reply is in the ledger.
@@ -143,20 +154,21 @@ class Endpoint:
         try:
             reply = await self._ask(key, body, price, path, final)
         except Rejected:
-            self.spend.failed += 1
+            self.spend.failed += final
             raise
         self.record(key, reply)
         self._sent.answered(key)
+        self._watch(reply, bool(body.get("tools")))
+        if reply.unreadable:
+            self.spend.failed += 1
+            raise Rejected(0, self.kept(reply))
         return reply
 
     def recall(self, body: dict[str, Any], replicate: int = 0) -> tuple[str, Reply | None]:
-        """The key of a request, and its reply if that was paid before."""
+        """The key of a request, and its reply if that was paid before and holds an answer."""
         content = {name: value for name, value in body.items() if name not in _TRANSPORT_KEYS}
         key = content_id(content, self._place, replicate)
-        paid = self._replies.get(key)
-        if paid is None:
-            return key, None
-        return key, Reply(paid.choices, paid.usage, paid.model, paid.usd, paid.prompt_token_ids)
+        return key, self._ledger.get(key, bool(body.get("tools")))
 
     def record(self, key: str, reply: Reply) -> bool:
         """Keep a paid reply and count it, unless it is in the ledger; return whether it was new.
@@ -164,22 +176,73 @@ class Endpoint:
         Raises:
             UserError: the disk is full.
         """
-        if key in self._replies:
+        if not self._ledger.put(key, reply):
             return False
-        paid = _Paid(
-            id=key,
-            choices=reply.choices,
-            usage=reply.usage,
-            model=reply.model,
-            usd=reply.usd,
-            prompt_token_ids=reply.prompt_token_ids,
-        )
         self.spend.calls += 1
         self.spend.usage += reply.usage
         self.spend.usd += reply.usd
-        self._journal.append(paid)
-        self._replies[key] = paid
         return True
+
+    def kept(self, reply: Reply) -> str:
+        """What is said of a reply that was paid and can't be read."""
+        return f"the reply can't be read ({reply.unreadable}); it is kept in {self._ledger.path.name}"
+
+    def understand(self, content: bytes, path: str = CHAT) -> Reply:
+        """What a paid response says; if it can't be read, a reply without choices that says why.
+
+        Raises:
+            Exception: what an error in its place means.
+            ValueError: it is no JSON.
+        """
+        try:
+            reply = read_reply(content)
+        except ErrorReply as wrapped:  # some proxies wrap an error into a 200
+            error = wrapped.error
+            if error.code and error.code.isdigit() and int(error.code) >= 400:
+                raise self.connection.fault(path, int(error.code), error) from None
+            raise Rejected(200, one_line(error.message) or "an error without words", error.param, error.code) from None
+        except Unreadable as error:
+            usage, counted = read_usage_of(content)
+            reply = Reply([], usage, counted=counted, unreadable=one_line(str(error)))
+        if reply.lacks():
+            reply.raw = content.decode("utf-8", "replace")
+        return reply
+
+    def price(self, reply: Reply, size: int, output: int | None, price: Price | None) -> None:
+        """Count what a reply cost; by our own estimate where the endpoint's count can't be right.
+
+        Args:
+            reply: its usage and dollars are set.
+            size: bytes of the request.
+            output: the most tokens that it asked for; None: no limit.
+            price: of the model.
+        """
+        if not is_plausible(reply, size, output):
+            if not self._miscounted:
+                self._miscounted = True
+                said = f"{reply.usage.input:,} in, {reply.usage.output:,} out" if reply.counted else "missing or none"
+                self._log(f"{self.url} counts tokens that can't be right ({said}); our own estimate stands in for them")
+            reply.usage = Usage(self.budget.tokens(size), 0, estimate_tokens(reply))
+        reply.usd = price.usd(reply.usage) if price else 0.0
+
+    def _watch(self, reply: Reply, tools: bool) -> None:
+        """Stop where nothing but replies without an answer comes back.
+
+        Raises:
+            UserError: so many came in a row.
+        """
+        kind = reply.unreadable or reply.lacks(tools)
+        if kind is None or kind == FILTERED:
+            self._without_answer = 0
+            return
+        self._without_answer += 1
+        if self._without_answer == NO_ANSWER_IN_A_ROW:
+            raise UserError(
+                f"{NO_ANSWER_IN_A_ROW} replies in a row are no answers: {kind}",
+                where=self.url,
+                hint=ADVICE.get(kind, "everything paid is kept; is it a server of chat completions?"),
+                code=Exit.FAILED,
+            )
 
     async def models(self) -> list[str]:
         """Names that the endpoint serves; empty if it does not say."""
@@ -228,7 +291,7 @@ class Endpoint:
             pause = 0.0
             try:
                 worst = self.budget.worst(body, len(content), price)
-                return await self._attempt(key, content, worst, price, path)
+                return await self._attempt(key, content, worst, price, path, output_cap(body))
             except Unreachable as fault:
                 self._bear_with(fault)
             except Retryable as fault:
@@ -246,7 +309,9 @@ class Endpoint:
             self.spend.retries += 1
             await asyncio.sleep(pause)
 
-    async def _attempt(self, key: str, content: bytes, worst: float, price: Price | None, path: str) -> Reply:
+    async def _attempt(
+        self, key: str, content: bytes, worst: float, price: Price | None, path: str, output: int | None
+    ) -> Reply:
         """Send once, within the budget; what it may cost is set aside until that is known."""
         await self.budget.reserve(worst)
         paid, lost = 0.0, False
@@ -271,8 +336,9 @@ class Endpoint:
             lost = False
             self._lost = 0
             self._pace.grow()
+            self.price(reply, len(content), output, price)
             self.budget.learn(len(content), reply.usage.input)
-            reply.usd = paid = price.usd(reply.usage) if price else 0.0
+            paid = reply.usd
             return reply
         finally:
             if lost:
@@ -320,23 +386,12 @@ class Endpoint:
         """One HTTP request."""
         body = await self.connection.send("POST", path, data=content, headers=JSON)
         try:
-            return read_reply(body)
-        except msgspec.MsgspecError as error:
-            inner = read_error(body)  # some proxies wrap an error into a 200
-            if inner.code and inner.code.isdigit():
-                raise self.connection.fault(path, int(inner.code), inner) from None
+            return self.understand(body, path)
+        except ValueError as error:
+            if body.lstrip()[:1] == b"<":
+                hint = "the URL is the one before /chat/completions, most often ending in /v1"
+                raise UserError("it answers with a web page", where=self.url, hint=hint) from None
             raise Retryable(200, f"the reply is no chat completion: {error}", paid=True) from None
-
-
-class _Paid(Struct, omit_defaults=True):
-    """One line of a ledger; `usd` is what it cost when it was paid."""
-
-    id: str
-    choices: list[Choice]
-    usage: Usage
-    model: str = ""
-    usd: float = 0.0
-    prompt_token_ids: list[int] = []
 
 
 class _Model(Struct):

@@ -1,10 +1,15 @@
-"""One HTTP connection to an endpoint: the key, the session, and what each kind of failure means for the caller."""
+"""One HTTP connection to an endpoint: the key, the session, and what each kind of failure means for the caller.
 
+Neither key nor prompt follows a redirect to another origin, and no reply is read beyond a limit.
+"""
+
+import asyncio
 import os
 import re
-from types import TracebackType
+from collections.abc import Callable
+from types import SimpleNamespace, TracebackType
 from typing import TYPE_CHECKING, Any, Self
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urljoin, urlsplit, urlunsplit
 
 from dpo_cli import __version__
 from dpo_cli.endpoint.prices import is_local
@@ -16,7 +21,12 @@ if TYPE_CHECKING:
 
 CHAT, COMPLETIONS = "/chat/completions", "/completions"
 JSON = {"Content-Type": "application/json"}
+CONNECT_SECONDS = 5.0
+SILENCE_SECONDS = 3.0  # without a first reply, after which a line says what is being waited for
+MOST_BYTES = 64 << 20  # of one reply, unpacked
+MOST_REDIRECTS = 3  # within one origin
 _REQUEST = re.compile(r"model|parameter|endpoints? found|support", re.I)  # in a 404 that is not about its path
+_SECRET = re.compile(r"key|token|secret|passw|signature|^sig$", re.I)
 _PASSING = re.compile(
     r"try again|retry|temporar|overload|unavailable|time(d)? ?out|internal (server )?error|gateway|capacity|busy", re.I
 )
@@ -77,10 +87,11 @@ class Connection:
     """Async context manager around a session with one endpoint.
 
     Args:
-        url: base URL, usually ending in `/v1` (which is added where there is no path).
+        url: base URL, usually ending in `/v1` (which is added where there is no path); a query string is kept.
         api_key_variable: environment variable that holds the key; None: no key is sent.
         api_key_required: whether to ask for a key that is not set before an endpoint elsewhere does.
         timeout: seconds to wait for one reply.
+        log: told in a line if the first reply is long in coming.
 
     `responses` counts what came back, of any status.
 
@@ -88,9 +99,18 @@ class Connection:
         UserError: the URL is none, or a required key is not set.
     """
 
-    def __init__(self, url: str, api_key_variable: str | None, api_key_required: bool, timeout: float) -> None:
-        self.url = _base_url(url)
+    def __init__(
+        self,
+        url: str,
+        api_key_variable: str | None,
+        api_key_required: bool,
+        timeout: float,
+        log: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.url, self._query = _base_url(url)
         self.responses = 0
+        self._connected = False
+        self._log = log
         self._variable = api_key_variable
         self._key = os.environ.get(api_key_variable, "") if api_key_variable else ""
         if api_key_variable and api_key_required and not self._key and not is_local(url):
@@ -101,30 +121,46 @@ class Connection:
     async def __aenter__(self) -> Self:
         import aiohttp
 
+        traces = aiohttp.TraceConfig()
+        traces.on_connection_create_end.append(self._connects)
         self._session = aiohttp.ClientSession(
+            trace_configs=[traces],
             # Under uvicorn's 5 s, so that no request goes into a connection which the server is closing.
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4.0),
-            timeout=aiohttp.ClientTimeout(total=self._timeout),
+            timeout=aiohttp.ClientTimeout(total=self._timeout, sock_connect=CONNECT_SECONDS),
             trust_env=not is_local(self.url),
             headers={
                 "User-Agent": f"nothing-dpo/{__version__}",
                 **({"Authorization": f"Bearer {self._key}"} if self._key else {}),
+                **({"api-key": self._key} if self._key and _is_azure(self.url) else {}),
             },
         )
+        self._silence = asyncio.get_running_loop().call_later(SILENCE_SECONDS, self._say_what_is_awaited)
         return self
+
+    async def _connects(self, *_: Any) -> None:
+        self._connected = True
+
+    def _say_what_is_awaited(self) -> None:
+        if self._connected and not self.responses:
+            self._log(f"{self.url} is connected; waiting up to {self._timeout:g} s for its first reply")
+        elif not self.responses:
+            self._log(f"waiting for a connection to {self.url}")
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._session is not None
+        self._silence.cancel()
         await self._session.close()
 
-    async def send(self, method: str, path: str, **content: Any) -> bytes:
+    async def send(self, method: str, path: str, *, limit: int = MOST_BYTES, **content: Any) -> bytes:
         """One HTTP request; the body of its successful response.
 
         Args:
             method: GET or POST.
             path: after the base URL.
+            limit: most bytes that are read.
             content: `data`, `params` and `headers`, as aiohttp takes them.
 
         Raises:
@@ -137,8 +173,7 @@ class Connection:
 
         assert self._session is not None
         try:
-            async with self._session.request(method, f"{self.url}{path}", **content) as response:
-                body = await response.read()
+            response = await self._follow(method, f"{self.url}{path}{self._query}", limit, content)
         except aiohttp.InvalidURL as error:
             raise UserError(f"not a URL: {error}", where=self.url) from None
         except aiohttp.ClientSSLError as error:
@@ -151,8 +186,31 @@ class Connection:
             raise Retryable(0, f"connection lost: {error}", paid=True) from None
         self.responses += 1
         if response.status != 200:
-            raise self.fault(path, response.status, read_error(body), retry_after(response.headers))
-        return body
+            raise self.fault(path, response.status, read_error(response.body), retry_after(response.headers))
+        return bytes(response.body)
+
+    async def _follow(self, method: str, address: str, limit: int, content: dict[str, Any]) -> SimpleNamespace:
+        """The status, headers and body of a response; redirects are followed within the origin only.
+
+        Raises:
+            UserError: the redirect leads elsewhere.
+            Rejected: the reply is longer than the limit.
+        """
+        assert self._session is not None
+        for _ in range(MOST_REDIRECTS):
+            async with self._session.request(method, address, allow_redirects=False, **content) as response:
+                body = bytearray()
+                async for chunk in response.content.iter_any():
+                    body += chunk
+                    if len(body) > limit:
+                        raise Rejected(0, f"the reply is longer than {limit >> 20} MiB, and is not read further")
+                if response.status not in (301, 302, 303, 307, 308):
+                    return SimpleNamespace(status=response.status, headers=response.headers, body=bytes(body))
+                target = urljoin(address, response.headers.get("Location", ""))
+                if _origin(target) != _origin(address) or (method != "GET" and response.status < 307):
+                    raise redirected(self.url, target)
+                address = target
+        raise redirected(self.url, address)
 
     def fault(self, path: str, status: int, error: Error, after: float | None = None) -> Exception:
         """What an error response means."""
@@ -178,9 +236,49 @@ class Connection:
         return Rejected(status, message, error.param, error.code)
 
 
-def _base_url(url: str) -> str:
-    parts = urlsplit(url.strip())
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+def redirected(url: str, target: str) -> UserError:
+    """What to raise where a server sends us elsewhere."""
+    parts = urlsplit(target)
+    place = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return UserError(
+        f"it redirects to {one_line(place)}, where neither key nor prompt is sent",
+        where=url,
+        hint="give the URL to which it leads, if you trust it",
+    )
+
+
+def checked_url(url: str) -> str:
+    """A URL of http or https that holds no secret.
+
+    Raises:
+        UserError: it is none, or holds one.
+    """
+    try:
+        parts = urlsplit(url.strip())
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        usable = False
+    if not usable:
         raise UserError(f"'{url}' is not an http(s) URL", hint="for example http://127.0.0.1:8000/v1")
+    if "@" in parts.netloc or any(_SECRET.search(name) for name, _ in parse_qsl(parts.query)):
+        shown = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+        hint = "keys come from the environment only: OPENAI_API_KEY for a judge, SERVE_API_KEY for a server"
+        raise UserError("the URL holds a user name, a password or a key", where=shown, hint=hint)
+    return url.strip()
+
+
+def _base_url(url: str) -> tuple[str, str]:
+    """The base URL, and the query string that each request ends with."""
+    parts = urlsplit(checked_url(url))
     path = parts.path.rstrip("/").removesuffix(CHAT) or "/v1"
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], path, "", ""))
+    return urlunsplit((parts.scheme, parts.netloc, path, "", "")), f"?{parts.query}" if parts.query else ""
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme, parts.hostname, parts.port
+
+
+def _is_azure(url: str) -> bool:
+    """Whether keys go into a header of Azure's own."""
+    return (urlsplit(url).hostname or "").endswith(".azure.com")

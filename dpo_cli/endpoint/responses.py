@@ -1,8 +1,14 @@
-"""What an OpenAI-compatible endpoint says: chat completions, errors in all their forms, and Retry-After."""
+"""What an OpenAI-compatible endpoint says: chat completions, errors in all their forms, and Retry-After.
 
+Each part of a completion is read for itself, so that one that is odd costs none of the others. What is no answer (no
+text, an error, half a text) is told from what is one by `Choice.lacks`. A stream of events is read as the completion
+that it spells.
+"""
+
+import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
@@ -13,12 +19,51 @@ from dpo_cli.data.records import Usage
 
 T = TypeVar("T")
 
+THINKING_ENDS = "</think>"
+
+# Why a choice is no answer, and what can be done about it.
+IN_REASONING = "no text: the server put all of it into reasoning_content"
+CUT_IN_REASONING = "no text: it ended while it was reasoning"
+TOOL_CALLS = "no text: tool calls only"
+EMPTY = "no text"
+SERVER_ERROR = "ended by an error of the server"
+ABORTED = "aborted by the server"
+FILTERED = "stopped by a content filter"
+UNREADABLE = "a choice without a message"
+ADVICE = {
+    IN_REASONING: "start the server without a reasoning parser, or --set model.chat_template_kwargs="
+    "'{enable_thinking = false}'",
+    CUT_IN_REASONING: "raise max_tokens, or have the model reason less: --set model.chat_template_kwargs="
+    "'{enable_thinking = false}'",
+    TOOL_CALLS: "start the server without a tool call parser",
+    EMPTY: "is the chat template the model's own? is max_tokens enough?",
+    SERVER_ERROR: "the same command asks again",
+    ABORTED: "the same command asks again",
+    FILTERED: "the provider does not answer these",
+}
+PASSING = (EMPTY, SERVER_ERROR, ABORTED)  # asked once more, it may be an answer
+_ERRORS = ("error", "failed", "engine_error")
+_ABORTS = ("abort", "aborted", "cancelled", "canceled")
+
+
+class Unreadable(Exception):
+    """A complete reply that is no chat completion; the same request would get the same."""
+
+
+class ErrorReply(Exception):
+    """An error in the place of a completion, as some proxies wrap it into a success."""
+
+    def __init__(self, error: "Error") -> None:
+        super().__init__(error.message)
+        self.error = error
+
 
 class Choice(Struct, omit_defaults=True):
     """One answer; `text` is empty where the model refused.
 
-    Where they were asked for: its tokens with their log-probabilities, and those of the prompt's tokens from the second
-    one on.
+    `reasoning` and `tool_calls` are what came beside the text, `error` the server's words where it broke off. Where
+    they were asked for: its tokens with their log-probabilities, and those of the prompt's tokens from the second one
+    on.
     """
 
     text: str
@@ -27,16 +72,47 @@ class Choice(Struct, omit_defaults=True):
     token_ids: list[int] = []
     log_probs: list[float] = []
     prompt_log_probs: list[float] = []
+    reasoning: str = ""
+    tool_calls: list[Any] = []
+    error: str = ""
+
+    def lacks(self, tools: bool = False) -> str | None:
+        """Why this is no answer; None: it is one, as a tool call is where `tools` were offered."""
+        if self.finish_reason in _ERRORS or self.error:
+            return SERVER_ERROR
+        if self.finish_reason in _ABORTS:
+            return ABORTED
+        if self.finish_reason == "content_filter":
+            return FILTERED
+        if self.refusal or after_thinking(self.text) or (tools and self.tool_calls):
+            return None
+        if self.text.strip() or (self.reasoning and self.finish_reason == "length"):
+            return CUT_IN_REASONING
+        if self.reasoning:
+            return IN_REASONING
+        return TOOL_CALLS if self.tool_calls else EMPTY
 
 
 class Reply(Struct, omit_defaults=True):
-    """What is kept of a response: its choices by index, its tokens, the model that says it answered, its dollars."""
+    """What is kept of a response: its choices by index, its tokens, the model that says it answered, its dollars.
+
+    `counted` says whether the endpoint counted the tokens, of input and of output; `raw` is the whole response where it
+    is no answer, and `unreadable` says why where it can't be read.
+    """
 
     choices: list[Choice]
     usage: Usage
     model: str = ""
     usd: float = 0.0
     prompt_token_ids: list[int] = []
+    counted: bool = True
+    raw: str = ""
+    unreadable: str = ""
+
+    def lacks(self, tools: bool = False) -> str | None:
+        """Why none of the choices is an answer; None: one is."""
+        found = [choice.lacks(tools) for choice in self.choices]
+        return None if None in found else next(iter(found), EMPTY)
 
 
 class Error(Struct):
@@ -47,40 +123,175 @@ class Error(Struct):
     code: str | None = None
 
 
-class _Message(Struct):
-    content: str | None = None
-    refusal: str | None = None
+def after_thinking(text: str) -> str:
+    """What follows the model's thinking, where that stands in its text; nothing if it never ends."""
+    _, ended, answer = text.rpartition(THINKING_ENDS)
+    if ended:
+        return answer.strip()
+    return "" if text.lstrip().startswith("<think>") else text.strip()
 
 
-class _Choice(Struct):
-    message: _Message | None = None
-    text: str | None = None  # in place of the message, where the prompt was bare
-    index: int = 0
-    finish_reason: str | None = None
-    token_ids: Any = None
-    logprobs: Any = None  # in no form that all servers share: where it is another, there are none
-    prompt_logprobs: Any = None
+def read_reply(content: bytes) -> Reply:
+    """Read a chat completion, or a completion of a bare prompt.
 
-    def read(self) -> Choice:
-        """The answer."""
-        if self.message is None and self.text is None:
-            raise msgspec.ValidationError("a choice without a message")
-        message = self.message or _Message(self.text)
-        return Choice(
-            message.content or "",
-            self.finish_reason or "",
-            message.refusal,
-            _numbers(self.token_ids, _ids),
-            _numbers(self.logprobs, _log_probs),
-            _numbers(self.prompt_logprobs, _prompt_log_probs),
+    Raises:
+        ErrorReply: an error stands in its place.
+        Unreadable: it is none, or has no choices.
+        ValueError: it is no JSON: cut off, perhaps.
+    """
+    body = _decode(content)
+    if isinstance(body, list) and len(body) == 1:
+        body = body[0]
+    if not isinstance(body, dict):
+        raise Unreadable(f"a {type(body).__name__} in the place of a completion")
+    given = body.get("choices")
+    choices = [one for one in given if isinstance(one, dict)] if isinstance(given, list) else []
+    if not choices:
+        if body.get("error") or body.get("object") == "error":
+            raise ErrorReply(_error(body))
+        raise Unreadable(
+            "no choices in it" if "choices" in body else f"none of its fields is `choices`: {', '.join(body)}"
         )
+    places = [_count(one.get("index")) for one in choices]
+    order = sorted(range(len(choices)), key=lambda at: at if (place := places[at]) is None else place)
+    usage, counted = read_usage(body.get("usage"))
+    model = body.get("model")
+    return Reply(
+        [_choice(choices[at]) for at in order],
+        usage,
+        _clean(model) if isinstance(model, str) else "",
+        prompt_token_ids=_numbers(body.get("prompt_token_ids"), _ids),
+        counted=counted,
+    )
+
+
+def read_usage(value: Any) -> tuple[Usage, bool]:
+    """The tokens that were counted, and whether both of input and output were; what can't be a count is none."""
+    usage = value if isinstance(value, dict) else {}
+    given = _first_count(usage, "prompt_tokens", "input_tokens")
+    taken = _first_count(usage, "completion_tokens", "output_tokens")
+    cached = _first_count(usage.get("prompt_tokens_details"), "cached_tokens") or 0
+    reasoning = _first_count(usage.get("completion_tokens_details"), "reasoning_tokens") or 0
+    found = Usage(given or 0, min(cached, given or 0), taken or 0, min(reasoning, taken or 0))
+    return found, given is not None and taken is not None
+
+
+def read_usage_of(content: bytes) -> tuple[Usage, bool]:
+    """The tokens that a reply counts which is otherwise unreadable."""
+    body = _decode(content)
+    return read_usage(body.get("usage") if isinstance(body, dict) else None)
+
+
+def _decode(content: bytes) -> Any:
+    """JSON, also with what only some readers take: NaN, halves of surrogates, bytes that are no UTF-8; or events."""
+    try:
+        return msgspec.json.decode(content)
+    except ValueError:
+        text = content.decode("utf-8", "replace").strip()
+    if text.startswith(("data:", "event:", ":")):
+        return _join_events(text)
+    try:
+        return json.loads(text, strict=False)
+    except RecursionError:
+        raise Unreadable("nested too deeply") from None
+
+
+def _join_events(text: str) -> dict[str, Any]:
+    """The completion that a stream of events spells; what is cut off lacks its finish reasons.
+
+    Raises:
+        ValueError: an event is no JSON.
+    """
+    joined: dict[str, Any] = {"choices": []}
+    choices: dict[Any, dict[str, Any]] = {}
+    ended = False
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name != "data":
+            continue
+        if value.strip() == "[DONE]":
+            ended = True
+            continue
+        event = json.loads(value, strict=False)
+        if not isinstance(event, dict):
+            continue
+        joined |= {key: event[key] for key in ("usage", "model", "error") if event.get(key)}
+        for one in event.get("choices") or ():
+            choice = choices.setdefault(one.get("index"), {"index": one.get("index"), "message": {}})
+            for key, part in (one.get("delta") or one.get("message") or {}).items():
+                if isinstance(part, str) and key != "role":
+                    choice["message"][key] = choice["message"].get(key, "") + part
+            if one.get("finish_reason"):
+                choice["finish_reason"] = one["finish_reason"]
+    if not ended and not all("finish_reason" in one for one in choices.values()):
+        raise ValueError("a stream of events that is cut off")
+    return joined | {"choices": list(choices.values())}
+
+
+def _choice(value: dict[str, Any]) -> Choice:
+    message = value.get("message")
+    if isinstance(message, str):
+        message = {"content": message}
+    error = value.get("error")
+    if not isinstance(message, dict):
+        message = {"content": value.get("text")}  # in place of a message, where the prompt was bare
+        error = error or (None if isinstance(value.get("text"), str) else UNREADABLE)
+    text, thinking, refusal = _texts(message.get("content"))
+    beside = next((one for key in ("reasoning_content", "reasoning") if isinstance(one := message.get(key), str)), "")
+    said, calls, reason = message.get("refusal"), message.get("tool_calls"), value.get("finish_reason")
+    return Choice(
+        _clean(text),
+        reason if isinstance(reason, str) else "",
+        _clean(said if isinstance(said, str) else refusal) or None,
+        _numbers(value.get("token_ids"), _ids),
+        _numbers(value.get("logprobs"), _log_probs),
+        _numbers(value.get("prompt_logprobs"), _prompt_log_probs),
+        _clean(beside or thinking),
+        json.loads(_clean(json.dumps(calls))) if isinstance(calls, list) else [],
+        _error({"error": error}).message or UNREADABLE if error else "",
+    )
+
+
+def _texts(content: Any) -> tuple[str, str, str]:
+    """Text, thinking and refusal of a message's content: a string, or a list of parts."""
+    if isinstance(content, str):
+        return content, "", ""
+    found: dict[str, list[str]] = {"text": [], "thinking": [], "refusal": []}
+    for part in content if isinstance(content, list) else [content]:
+        if isinstance(part, str):
+            found["text"].append(part)
+        elif isinstance(part, dict):
+            kind = str(part.get("type", "text"))
+            kind = "thinking" if kind in ("thinking", "reasoning") else "refusal" if kind == "refusal" else "text"
+            given = next((part[key] for key in (kind, "text", "content", "reasoning") if part.get(key)), "")
+            found[kind].append(given if isinstance(given, str) else "".join(_texts(given)))
+    return "".join(found["text"]), "".join(found["thinking"]), "".join(found["refusal"])
+
+
+def _clean(text: str) -> str:
+    """A text that can be written: a half of a surrogate pair becomes U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _count(value: Any) -> int | None:
+    """A number of things, however it is written; None: it is none."""
+    try:
+        number = None if isinstance(value, bool | None) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return int(number) if number is not None and 0 <= number < 2**53 and number.is_integer() else None
+
+
+def _first_count(value: Any, *names: str) -> int | None:
+    found = (_count(value.get(name)) for name in names) if isinstance(value, dict) else iter(())
+    return next((one for one in found if one is not None), None)
 
 
 def _numbers(value: Any, read: Callable[[Any], list[T]]) -> list[T]:
     """What a server says beside its answer, if it says it in the form that is read here."""
     try:
         return [] if value is None else read(value)
-    except (TypeError, KeyError, AttributeError, StopIteration, msgspec.ValidationError):
+    except (TypeError, KeyError, AttributeError, StopIteration, ValueError):
         return []
 
 
@@ -89,71 +300,40 @@ def _ids(value: Any) -> list[int]:
 
 
 def _log_probs(value: Any) -> list[float]:
-    return [float(one["logprob"]) for one in value["content"]]
+    return _finite(one["logprob"] for one in value["content"])
 
 
 def _prompt_log_probs(value: Any) -> list[float]:
     """Of each token a dictionary, in which it comes first; none for the first token."""
-    return [float(next(iter(one.values()))["logprob"]) for one in value[1:]]
+    return _finite(next(iter(one.values()))["logprob"] for one in value[1:])
 
 
-class _InputDetails(Struct):
-    cached_tokens: int | None = None
-
-
-class _OutputDetails(Struct):
-    reasoning_tokens: int | None = None
-
-
-class _Usage(Struct):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    prompt_tokens_details: _InputDetails | None = None
-    completion_tokens_details: _OutputDetails | None = None
-
-
-class _Response(Struct):
-    choices: list[_Choice]
-    usage: _Usage | None = None
-    model: str | None = None
-    prompt_token_ids: Any = None
-
-
-_decode_response = msgspec.json.Decoder(_Response).decode
-
-
-def read_reply(content: bytes) -> Reply:
-    """Read a chat completion.
-
-    Raises:
-        msgspec.MsgspecError: it is none, or has no choices.
-    """
-    response = _decode_response(content)
-    if not response.choices:
-        raise msgspec.ValidationError("no choices")
-    usage = response.usage or _Usage()
-    cached = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0
-    reasoning = usage.completion_tokens_details.reasoning_tokens if usage.completion_tokens_details else 0
-    return Reply(
-        [choice.read() for choice in sorted(response.choices, key=lambda choice: choice.index)],
-        Usage(usage.prompt_tokens, cached or 0, usage.completion_tokens, reasoning or 0),
-        response.model or "",
-        prompt_token_ids=_numbers(response.prompt_token_ids, _ids),
-    )
+def _finite(values: Iterable[Any]) -> list[float]:
+    found = [float(value) for value in values]
+    if not all(map(math.isfinite, found)):
+        raise ValueError("a log-probability that is no number")
+    return found
 
 
 def read_error(content: bytes) -> Error:
     """Read an error in any of the forms that servers and proxies use."""
     try:
         body = msgspec.json.decode(content)
-    except msgspec.DecodeError:
+    except ValueError:
         return Error(content[:500].decode("utf-8", "replace"))
-    error = body.get("error", body) if isinstance(body, dict) else body
+    return _error(body[0] if isinstance(body, list) and len(body) == 1 else body)
+
+
+def _error(body: Any) -> Error:
+    error = body.get("error") or body if isinstance(body, dict) else body
     if not isinstance(error, dict):
-        return Error(str(error))
-    message = error.get("message") or error.get("detail") or ""
+        return Error(_clean(str(error)))
+    message = error.get("message") or error.get("detail") or error.get("msg") or ""
     param, code = error.get("param"), error.get("code")
-    return Error(str(message), None if param is None else str(param), None if code is None else str(code))
+    if isinstance(message, list) and message and isinstance(message[0], dict) and param is None:  # FastAPI's
+        place = message[0].get("loc")
+        param = place[-1] if isinstance(place, list) and place else None
+    return Error(_clean(str(message)), None if param is None else str(param), None if code is None else str(code))
 
 
 def retry_after(headers: Any) -> float | None:

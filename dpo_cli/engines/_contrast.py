@@ -1,5 +1,6 @@
 """Completions from two system prompts, so that a judge has something to tell apart."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -67,4 +68,6 @@ def _join(key: str, parts: list[Sampled]) -> Sampled:
         usage=sum((part.usage for part in parts), Usage()),
         messages=messages if any(messages) else [],
         error=next((part.error for part in parts if part.error is not None), None),
+        missing=dict(sum((Counter(part.missing) for part in parts), Counter())),
+        changes={name: value for part in parts for name, value in part.changes.items()},
     )

@@ -4,10 +4,10 @@ import pkgutil
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, field
 
 from dpo_cli.config.settings import Config
 from dpo_cli.data.records import Message, Tool, Usage
@@ -33,8 +33,10 @@ class Request(Struct, kw_only=True):
 
 
 class Sampled(Struct, kw_only=True):
-    """What came of one request: texts and finish reasons in step, or an `error` that the next run retries.
+    """What came of one request: texts and finish reasons in step, fewer than were asked for if there is an `error`.
 
+    `missing` counts the completions that are none by the reason, which `ADVICE` may have something to say of. `changes`
+    are the settings that were sent otherwise than they were meant: name -> what was sent, None if it was left out.
     `messages` is in step with the texts where any completion is more than its text (`Completions.messages`).
     """
 
@@ -44,6 +46,8 @@ class Sampled(Struct, kw_only=True):
     usage: Usage
     error: str | None = None
     messages: list[Message | None] = []
+    missing: dict[str, int] = field(default_factory=dict)
+    changes: dict[str, Any] = field(default_factory=dict)
 
 
 Sample: TypeAlias = "Callable[[list[Request], Config, Callable[[Sampled], None], Progress], Receipt | None]"

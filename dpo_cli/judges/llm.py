@@ -26,7 +26,7 @@ from dpo_cli.endpoint.costs import estimate as price_estimate
 from dpo_cli.endpoint.dialect import Dialect
 from dpo_cli.endpoint.http import Rejected
 from dpo_cli.endpoint.prices import Price, Tier, price_of
-from dpo_cli.endpoint.responses import Choice, Reply
+from dpo_cli.endpoint.responses import PASSING, Choice, Reply
 from dpo_cli.errors import UserError
 from dpo_cli.judges import _panel
 from dpo_cli.judges._batch import answer
@@ -274,15 +274,17 @@ class LlmJudge:
             if choice.refusal or choice.finish_reason == "content_filter":
                 raise _Refused(choice.refusal or "content filter")
             try:
+                if lacks := choice.lacks():
+                    raise ValueError(lacks)
                 verdict = read_verdict(choice.text, list(candidates), shown, self.form)
             except ValueError as error:
                 cut = choice.finish_reason == "length"
                 if cut and cap == self.settings.max_tokens:
                     cap *= 2
-                elif replicate <= 2 * task.failures:
+                elif replicate <= 2 * task.failures and (lacks is None or (lacks in PASSING and replicate == 0)):
                     replicate += 1
                 else:
-                    raise _Invalid(f"no valid verdict: {'cut off by length' if cut else error}") from None
+                    raise _Invalid(f"no valid verdict: {'cut off by length' if cut and not lacks else error}") from None
             else:
                 name = model if len(self.settings.models) > 1 else None
                 return hear(Order(order, verdict.scores, choice.text, name), verdict)
