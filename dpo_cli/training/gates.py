@@ -19,6 +19,7 @@ from dpo_cli.training.inputs import Stage
 
 Verdict = Literal["pass", "fail", "not shown"]
 WORDS: dict[bool | None, Verdict] = {True: "pass", False: "fail", None: "not shown"}
+MOST_ROWS = 1e6  # an effect that would need more is none
 MARKS: dict[Verdict, str] = {"pass": "✓", "fail": "✗", "not shown": "?"}
 
 
@@ -59,7 +60,8 @@ def _more(found: Interval, limit: float, above: bool) -> int | None:
     reach = (found.high - found.low) / 2
     if not found.n or not distance > 0 or not math.isfinite(reach):
         return None
-    return max(1, math.ceil(found.n * (reach / distance) ** 2) - found.n)
+    rows = found.n * (reach / distance) ** 2
+    return max(1, math.ceil(rows) - found.n) if rows < MOST_ROWS else None
 
 
 def check_gates(stage: Stage, rows: Sequence[dict[str, Any]], config: Config, held_out_rows: int) -> dict[str, Gate]:
