@@ -256,8 +256,8 @@ def generate(
 
 @command(
     "judge", "judge.judge", "judge.model", "judge.url", "judge.function", "judge.reward_model", "judge.batch_size",
-    "judge.against", "judge.rubric", "judge.orders", "judge.reasoning_effort", "judge.max_tokens", "judge.price",
-    "judge.max_usd", "judge.flex", "judge.batch", "judge.wait",
+    "judge.against", "judge.rubric", "judge.orders", "judge.votes", "judge.reasoning_effort", "judge.max_tokens",
+    "judge.price", "judge.max_usd", "judge.flex", "judge.batch", "judge.wait",
     "judge.concurrency", "judge.seed", "pair.min_gap", "pair.length_control",
 )  # fmt: skip
 def judge(

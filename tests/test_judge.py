@@ -17,11 +17,12 @@ from openai_server import Server, first, shares
 from dpo_cli.config.settings import Config, GenerateSection, JudgeSection
 from dpo_cli.data.records import Order
 from dpo_cli.errors import UserError
-from dpo_cli.judges import llm, names
+from dpo_cli.judges import names
 from dpo_cli.judges._deprecations import ENDINGS, ending_warning
 from dpo_cli.judges._forms import Verdict
 from dpo_cli.judges._orders import OrderVerdict, aggregate, cyclic_orders, hear, preference
 from dpo_cli.judges._ranking import label_of
+from dpo_cli.judges._request import request
 from dpo_cli.judges._task import Task, make_task
 from dpo_cli.judges._verdict import read_verdict
 from dpo_cli.stages import judge
@@ -105,7 +106,7 @@ def test_two_orders_cancel_a_preference_for_the_first_place(tmp_path, bonus):
 
 def test_openai_gets_its_own_fields_and_others_only_what_all_know():
     def fields(model: str, url: str, **settings) -> dict:
-        body = llm.request(model, "hello", ["A", "B"], 99, JudgeSection(url=url, **settings))
+        body = request(model, "hello", ["A", "B"], 99, JudgeSection(url=url, **settings))
         assert body.pop("messages") == [{"role": "user", "content": "hello"}]
         assert body.pop("model") == model
         assert body.pop("response_format")["json_schema"]["strict"] is True
@@ -120,7 +121,7 @@ def test_openai_gets_its_own_fields_and_others_only_what_all_know():
 
 
 def test_the_schema_asks_for_evidence_first_and_every_label():
-    body = llm.request("m", "", ["A", "B"], 9, JudgeSection())
+    body = request("m", "", ["A", "B"], 9, JudgeSection())
     schema = body["response_format"]["json_schema"]["schema"]
     assert list(schema["properties"]) == schema["required"] == ["rationale", "scores", "ranking"]
     scores = schema["properties"]["scores"]

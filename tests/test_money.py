@@ -19,7 +19,7 @@ from dpo_cli.endpoint import client
 from dpo_cli.endpoint.budget import Budget, output_cap
 from dpo_cli.endpoint.prices import Price, price_of
 from dpo_cli.errors import Exit, UserError
-from dpo_cli.judges import llm
+from dpo_cli.judges._request import request
 
 OPENAI = "https://api.openai.com/v1"
 # Tokens of input are free, each of output costs a dollar: the worst case of a call is its cap.
@@ -245,7 +245,7 @@ def test_flex_is_asked_for_and_shares_its_replies(tmp_path):
         assert {sent["service_tier"] for sent in server.bodies} == {"flex"}
         (tmp_path / "judgments.jsonl").unlink()
         assert run(config(tmp_path, server.url)).receipt.reused == 4
-    assert "service_tier" not in llm.request("m", "", ["A", "B"], 9, config(tmp_path).judge)
+    assert "service_tier" not in request("m", "", ["A", "B"], 9, config(tmp_path).judge)
 
 
 def test_an_endpoint_without_flex_is_named(tmp_path):

@@ -259,12 +259,12 @@ def test_auto_begins_as_two_orders_and_holds_a_new_third_in_reserve(size):
 def test_two_orders_conflict_where_one_inverts_the_best_and_the_worst_of_both():
     some = task("x", "y", "z")
     alike = [said(None, [0, 1, 2], 9, 5, 1), said(None, [1, 2, 0], 7, 6, 6)]  # 7.5, 6, 3.5: never 2 above 0
-    assert is_enough(some, "auto", 2, alike)
+    assert is_enough(some, settings.JudgeSection(orders="auto"), 2, alike)
     apart = [alike[0], said(None, [1, 2, 0], 5, 4, 3)]  # 6, 5, 2.5: the second has 2 above 0
-    assert not is_enough(some, "auto", 2, apart)
-    assert not is_enough(some, 3, 2, alike)
-    assert not is_enough(some, "auto", 1, alike[:1])
-    assert is_enough(some, "auto", 2, alike[:1])
+    assert not is_enough(some, settings.JudgeSection(orders="auto"), 2, apart)
+    assert not is_enough(some, settings.JudgeSection(orders=3), 2, alike)
+    assert not is_enough(some, settings.JudgeSection(orders="auto"), 1, alike[:1])
+    assert is_enough(some, settings.JudgeSection(orders="auto"), 2, alike[:1])
 
 
 def test_auto_asks_a_third_order_only_where_two_conflict(tmp_path):

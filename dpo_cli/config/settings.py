@@ -103,8 +103,13 @@ class JudgeSection(Struct, kw_only=True):
     reward_model: Annotated[str | None, _doc("Folder or Hub id of a scoring model for --judge reward-model.")] = None
     batch_size: Annotated[Count, _doc("Completions at once, --judge reward-model.")] = 8
     against: Annotated[str | None, _doc("judgments.jsonl of another judge, for --judge human to compare with.")] = None
-    rubric: Annotated[str | None, _doc("File that replaces the default rubric.")] = None
+    rubric: Annotated[str | None, _doc("File that replaces the default rubric; each ## section is scored apart.")] = (
+        None
+    )
     orders: Annotated[Orders, _doc("Orders that show the candidates: 1 to 8, full, auto (a 3rd if two conflict).")] = 2
+    votes: Annotated[
+        Count | None, _doc("Votes of each model, in place of judge.orders: shifted orders, their reversals, repeats.")
+    ] = None
     seed: Annotated[int, _doc("Seed of the orders.")] = SEED
     reasoning_effort: Annotated[str | None, _doc("Reasoning effort, for judges that reason.")] = "low"
     max_tokens: Annotated[Count, _doc("Longest reply, reasoning included, in tokens.")] = 2048

@@ -76,13 +76,15 @@ class Order(msgspec.Struct, omit_defaults=True):
     """One order in which a judge saw the candidates.
 
     `order` holds completion indices as they were shown; `scores` maps label (`A` = first shown) to score; `raw` is
-    the judge's reply as it came; `model` says who of a panel it was.
+    the judge's reply as it came; `model` says who of a panel it was. Where criteria were scored apart, `criteria` maps
+    each to its scores, `scores` are their weighted mean, and `raw` is a JSON object of one reply a criterion.
     """
 
     order: list[int]
     scores: dict[str, float]
     raw: str
     model: str | None = None
+    criteria: dict[str, dict[str, float]] = {}
 
 
 class Judgment(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -243,12 +245,18 @@ def split_side(prompt: str, seed: int, val_share: float) -> bool:
 
 def rationale(order: Order) -> str:
     """The evidence that a judge gave with an order, where it is readable; else its words as they came."""
+    if order.criteria:
+        replies = msgspec.json.decode(order.raw, type=dict[str, str])
+        return "\n".join(f"{name}: {_rationale(raw)}" for name, raw in replies.items())
+    return _rationale(order.raw)
+
+
+def _rationale(raw: str) -> str:
     try:
-        said = msgspec.json.decode(order.raw)
-        found = said["rationale"]
+        found = msgspec.json.decode(raw)["rationale"]
     except (msgspec.DecodeError, KeyError, TypeError):
-        return order.raw
-    return found if isinstance(found, str) else order.raw
+        return raw
+    return found if isinstance(found, str) else raw
 
 
 def judge_name(row: Judgment) -> str:

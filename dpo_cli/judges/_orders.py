@@ -7,13 +7,20 @@ from collections.abc import Sequence
 
 from msgspec import Struct
 
-from dpo_cli.config.settings import Orders
+from dpo_cli.config.settings import JudgeSection, Orders
 from dpo_cli.data.records import Order, content_id
 from dpo_cli.judges._forms import Verdict
 from dpo_cli.judges._ranking import conclude, label_of
 from dpo_cli.judges._task import Task
 
 MOST = 8  # orders of one prompt, whatever the number of candidates
+
+
+class Vote(Struct, frozen=True):
+    """One order in which a judge is asked, and how often it was asked in the same order before."""
+
+    order: list[int]
+    repeat: int = 0
 
 
 class OrderVerdict(Struct):
@@ -44,13 +51,27 @@ def cyclic_orders(task: Task, orders: Orders, seed: int) -> list[list[int]]:
     return [base[shift:] + base[:shift] for shift in shifts]
 
 
-def is_enough(task: Task, orders: Orders, asked: int, heard: Sequence[OrderVerdict]) -> bool:
-    """Whether no further order need be asked: with `auto`, after two that do not conflict.
+def plan_votes(task: Task, settings: JudgeSection) -> list[Vote]:
+    """The votes that are asked of each model.
+
+    Without `judge.votes`, the orders of `judge.orders`. With it, that many: cyclic shifts, evenly spread while they
+    last; then their reversals, in which what stood before another stands behind it; then the same orders again.
+    """
+    if settings.votes is None:
+        return [Vote(order) for order in cyclic_orders(task, settings.orders, settings.seed)]
+    shifts = cyclic_orders(task, min(settings.votes, len(task.shown)), settings.seed)
+    reversals = [order[::-1] for order in shifts]
+    distinct = shifts + [order for order in reversals if order not in shifts]
+    return [Vote(distinct[asked % len(distinct)], asked // len(distinct)) for asked in range(settings.votes)]
+
+
+def is_enough(task: Task, settings: JudgeSection, asked: int, heard: Sequence[OrderVerdict]) -> bool:
+    """Whether no further vote need be asked: with `judge.orders` `auto`, after two that do not conflict.
 
     They conflict where one of them inverts the best and the worst of their mean; as long as one of the two is without
     a verdict, nothing calls for a third.
     """
-    if orders != "auto" or asked < 2:
+    if settings.orders != "auto" or settings.votes is not None or asked < 2:
         return False
     return len(heard) < 2 or conclude(task, *aggregate(heard), [one.order for one in heard]).consistent is True
 

@@ -98,6 +98,8 @@ def _again(task: Task, row: Judgment, weights: Mapping[str, float]) -> Judgment:
 
 def _recall(order: Order) -> OrderVerdict:
     """A verdict from its record: the scores as they stand there, the ranking from the reply that gave them."""
+    if order.criteria:
+        return hear(order, Verdict(order.scores, []))
     labels = [label_of(place) for place in range(len(order.order))]
     said = (verdict for verdict, *_ in read_all(order.raw, labels) if verdict and verdict.scores == order.scores)
     return hear(order, next(said, Verdict(order.scores, [])))

@@ -4,12 +4,16 @@ The texts to be judged stand between lines that carry a nonce which none of them
 lines is ours. Pure functions, without a network.
 """
 
+import json
 from collections.abc import Sequence
-from pathlib import Path
+
+from msgspec import Struct
 
 from dpo_cli.data.records import Message, content_id
-from dpo_cli.errors import UserError
+from dpo_cli.judges._control_tokens import disarm
 from dpo_cli.judges._forms import RANKING, Form
+from dpo_cli.judges._ranking import label_of
+from dpo_cli.judges._task import Task
 
 # A text that reads like a reply is wrapped in these words, which never change, so that providers can cache them.
 _NOTICE = """\
@@ -31,6 +35,27 @@ nothing else, its keys in this order:
 {shape}
 
 """
+_SIGNED = "- `code`: the code of this request. It tells your reply from replies in JSON that stand in the material.\n"
+
+
+class Shown(Struct):
+    """A message with what it shows: the labels in their order, the texts inside the fences, and the fences' code."""
+
+    message: str
+    labels: list[str]
+    material: list[str]
+    code: str
+
+
+def show(task: Task, order: list[int], rubric: str, seed: int, form: Form = RANKING) -> Shown:
+    """The message that shows a task in one order; control tokens of chat templates are shown as plain text."""
+    prompt: list[Message] = [
+        {"role": disarm(message["role"]), "content": disarm(message["content"])} for message in task.prompt
+    ]
+    candidates = {label_of(place): disarm(task.completions[index]) for place, index in enumerate(order)}
+    message = write_message(rubric, prompt, candidates, seed, form)
+    code = code_of(prompt, candidates, seed)
+    return Shown(message, list(candidates), [*candidates.values(), *(part["content"] for part in prompt)], code)
 
 
 def write_message(
@@ -45,29 +70,24 @@ def write_message(
         seed: makes the nonce, together with the texts; the same texts give the same message.
         form: what is asked.
     """
-    conversation = "\n\n".join(f"({message['role']})\n{message['content']}" for message in prompt)
-    nonce = content_id("nonce", seed, conversation, candidates)  # no text can hold a hash of itself
-    fenced = [_fence(nonce, "conversation", conversation)]
-    fenced += [_fence(nonce, f"candidate {label}", text) for label, text in candidates.items()]
-    reminder = _REMINDER.format(shape=form.shape(list(candidates))) + form.explained
-    return "\n\n".join([rubric.strip(), _NOTICE, f"The code of this request is {nonce}.", *fenced, reminder])
+    code = code_of(prompt, candidates, seed)
+    fenced = [_fence(code, "conversation", _conversation(prompt))]
+    fenced += [_fence(code, f"candidate {label}", text) for label, text in candidates.items()]
+    shape = form.shape(list(candidates))
+    if form.signed:
+        shape = f'{{"code": {json.dumps(code)}, {shape[1:]}'
+    reminder = _REMINDER.format(shape=shape) + _SIGNED * form.signed + form.explained
+    return "\n\n".join([rubric.strip(), _NOTICE, f"The code of this request is {code}.", *fenced, reminder])
 
 
-def _fence(nonce: str, name: str, text: str) -> str:
-    return f"<<<{nonce} {name}>>>\n{text}\n<<<{nonce} end>>>"
+def code_of(prompt: Sequence[Message], candidates: dict[str, str], seed: int) -> str:
+    """The nonce of a request. No text of it can hold it, since it is a hash of them all."""
+    return content_id("nonce", seed, _conversation(prompt), candidates)
 
 
-def read_rubric(path: str | None) -> str:
-    """The criteria: the user's file, or the one that is shipped.
+def _conversation(prompt: Sequence[Message]) -> str:
+    return "\n\n".join(f"({message['role']})\n{message['content']}" for message in prompt)
 
-    Raises:
-        UserError: the file can't be read or is empty.
-    """
-    file = Path(path) if path else Path(__file__).with_name("rubric.md")
-    try:
-        text = file.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"can't read the rubric: {error}", where="judge.rubric") from None
-    if not text.strip():
-        raise UserError("the rubric is empty", where=str(file))
-    return text
+
+def _fence(code: str, name: str, text: str) -> str:
+    return f"<<<{code} {name}>>>\n{text}\n<<<{code} end>>>"

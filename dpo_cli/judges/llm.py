@@ -1,42 +1,40 @@
-"""A language model as judge: candidates side by side in one message, in cyclic orders, one JSON reply an order.
+"""A language model as judge: candidates side by side in one message, one JSON reply a vote.
 
-Talks to any OpenAI-compatible endpoint; paid replies go to `judge.replies.jsonl` first, so that a kill costs only what
-was in flight. An order whose reply is no valid verdict is asked again, and never scored without one. Of a panel every
-model must answer, at the same endpoint.
+A vote is one order of the candidates; `judge.orders` or `judge.votes` says how many. A rubric with two `##` sections or
+more is asked criterion by criterion, and a vote's scores are their weighted mean. Talks to any OpenAI-compatible
+endpoint; paid replies go to `judge.replies.jsonl` first, so that a kill costs only what was in flight. What is no valid
+verdict is asked again, and never scored. Of a panel every model must answer, at the same endpoint.
 """
 
 import asyncio
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial, reduce
+from itertools import product
 from operator import add
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import msgspec
 
-from dpo_cli.config.settings import Config, JudgeSection
-from dpo_cli.data.records import Judgment, Order, Usage, content_id
-from dpo_cli.endpoint.batch import Batches, PendingRequest, waiting
+from dpo_cli.config.settings import Config
+from dpo_cli.data.records import Judgment, content_id
+from dpo_cli.endpoint.batch import Batches, waiting
 from dpo_cli.endpoint.client import Endpoint
 from dpo_cli.endpoint.costs import Estimate, Receipt
 from dpo_cli.endpoint.costs import estimate as price_estimate
-from dpo_cli.endpoint.dialect import Dialect
-from dpo_cli.endpoint.http import Rejected
 from dpo_cli.endpoint.prices import Price, Tier, price_of
-from dpo_cli.endpoint.responses import PASSING, Choice, Reply
 from dpo_cli.errors import UserError
 from dpo_cli.judges import _panel
 from dpo_cli.judges._batch import answer
 from dpo_cli.judges._deprecations import ending_warning
-from dpo_cli.judges._forms import GRADE, RANKING, RATING, Form, verdict_schema
-from dpo_cli.judges._orders import OrderVerdict, cyclic_orders, hear, is_enough
-from dpo_cli.judges._prompt import read_rubric, write_message
-from dpo_cli.judges._ranking import label_of
+from dpo_cli.judges._forms import GRADE, RANKING, RATING, Form
+from dpo_cli.judges._llm_judge import LlmJudge, criteria_for
+from dpo_cli.judges._orders import plan_votes
+from dpo_cli.judges._prompt import show
+from dpo_cli.judges._request import is_openai, request
+from dpo_cli.judges._rubric import read_rubric
 from dpo_cli.judges._task import Task
-from dpo_cli.judges._verdict import read_verdict
 from dpo_cli.progress import Progress
 
 LEDGER = "judge.replies.jsonl"
@@ -49,45 +47,52 @@ FLEX_SECONDS = 900.0  # OpenAI's advice: flex answers when there is room
 # What can be asked of a completion by itself: a score from 1 to 10, or 1 for right and 0 for wrong.
 FORMS = {"rate": RATING, "grade": GRADE}
 
-_POLICY = ("content_filter", "content_policy_violation", "invalid_prompt")
-
 
 def identity(config: Config) -> dict[str, Any]:
-    """Model or models, rubric (as a hash), orders, seed and, where it is sent, reasoning effort."""
+    """Model or models, rubric (as a hash), orders or votes, seed and, where it is sent, reasoning effort.
+
+    Criteria that are asked apart are named: the same rubric asked as a whole would be another judge.
+    """
     settings = config.judge
     models = settings.models
     if not models:
         raise UserError("no judge model", where="judge.model", hint="--model NAME")
     model = models[0] if len(models) == 1 else models
     who: dict[str, Any] = {"judge": "llm", "model": model, "rubric": content_id(read_rubric(settings.rubric))}
-    who |= {"orders": settings.orders, "seed": settings.seed}
-    return who | ({"reasoning_effort": settings.reasoning_effort} if _is_openai(settings.url) else {})
+    who |= {"orders": settings.orders} if settings.votes is None else {"votes": settings.votes}
+    who |= {"seed": settings.seed}
+    criteria = [one.name for one in criteria_for(RANKING, settings.rubric)]
+    who |= {"criteria": criteria} if len(criteria) > 1 else {}
+    return who | ({"reasoning_effort": settings.reasoning_effort} if is_openai(settings.url) else {})
 
 
 def calls(tasks: Sequence[Task], config: Config) -> int:
-    """One call an order and model."""
+    """One call a vote, criterion and model."""
     settings = config.judge
-    return sum(len(settings.models) * len(cyclic_orders(task, settings.orders, settings.seed)) for task in tasks)
+    each = len(settings.models) * len(criteria_for(RANKING, settings.rubric))
+    return sum(each * len(plan_votes(task, settings)) for task in tasks)
 
 
 def estimate(tasks: Sequence[Task], config: Config, form: Form = RANKING) -> Estimate:
-    """What the tasks would cost if each order is asked once; replies that are in the ledger are counted as well."""
+    """What the tasks would cost if each vote is asked once; replies that are in the ledger are counted as well."""
     settings = config.judge
-    rubric = read_rubric(settings.rubric)
+    criteria = criteria_for(form, settings.rubric)
     tier = "batch" if settings.batch else _live_tier(config)
     cap, found = settings.max_tokens, []
     for model in settings.models:
         owed = size = typical = 0
         for task in tasks:
-            for order in cyclic_orders(task, settings.orders, settings.seed):
-                message, candidates = compose(task, order, rubric, settings.seed, form)
-                body = request(model, message, list(candidates), cap, settings, form)
+            for vote, criterion in product(plan_votes(task, settings), criteria):
+                shown = show(task, vote.order, criterion.text, settings.seed, form)
+                body = request(model, shown.message, shown.labels, cap, settings, form)
                 size += len(msgspec.json.encode(body))
-                typical += min(cap, REPLY_TOKENS + SENTENCE_TOKENS * len(candidates))
+                typical += min(cap, REPLY_TOKENS + SENTENCE_TOKENS * len(shown.labels))
                 owed += 1
         assumed = f"a reply is {REPLY_TOKENS} tokens and {SENTENCE_TOKENS} a candidate"
-        if settings.orders == "auto":
+        if settings.orders == "auto" and settings.votes is None:
             assumed += ", and every third order is asked"
+        if len(criteria) > 1:
+            assumed += f"; {len(criteria)} criteria, each asked apart: {', '.join(one.name for one in criteria)}"
         price = _price(config, tier)(model)
         one = price_estimate(owed, size, typical, owed * cap, price, given=settings.price is not None, typical=assumed)
         if warning := _ending(model):
@@ -140,12 +145,12 @@ async def _judge(
         max_usd=settings.max_usd,
         log=progress.log,
     ) as endpoint:
-        court = LlmJudge(endpoint, config, progress.log, form)
+        asker = LlmJudge(endpoint, config, progress.log, form)
         done = failed = 0
 
         async def handle(task: Task) -> None:
             nonlocal done, failed
-            judgment = await court.judgment(task)
+            judgment = await asker.judgment(task)
             deliver(judgment)
             done, failed = done + 1, failed + (judgment.error is not None)
 
@@ -171,9 +176,9 @@ async def _judge(
                 if not await batches.collect([], settings.wait):
                     return  # what former runs have sent is paid, and comes first
                 await first()
-                for dialect in court.dialects.values():
+                for dialect in asker.dialects.values():
                     dialect.send = batches.chat
-                for task in await answer(tasks[1:], court.owed, batches, settings.wait):
+                for task in await answer(tasks[1:], asker.owed, batches, settings.wait):
                     await handle(task)
 
         async def first() -> None:
@@ -200,150 +205,3 @@ def _price(config: Config, tier: Tier | None) -> Callable[[str], Price | None]:
 
 def _live_tier(config: Config) -> Tier | None:
     return "flex" if config.judge.flex else None
-
-
-class LlmJudge:
-    """One endpoint, and what has been learnt about it, for many tasks."""
-
-    def __init__(self, endpoint: Endpoint, config: Config, log: Callable[[str], None], form: Form) -> None:
-        self.endpoint = endpoint
-        self.form = form
-        self.settings = config.judge
-        self.rubric = read_rubric(config.judge.rubric)
-        self.log = log
-        self.dialects = {model: Dialect(endpoint, model, log) for model in self.settings.models}
-
-    async def judgment(self, task: Task) -> Judgment:
-        """The judgment of one task: scored, skipped where the judge refuses, or an error where it can't be had."""
-        paid: list[Reply] = []
-        heard: list[OrderVerdict] = []
-        judgment = Judgment(id=task.id, completions_id=task.completions_id)
-        try:
-            for model in self.settings.models:
-                mine: list[OrderVerdict] = []
-                for asked, order in enumerate(self._orders(task)):
-                    if is_enough(task, self.settings.orders, asked, mine):
-                        break
-                    mine.append(await self._hear(task, order, model, paid))
-                heard += mine
-        except _Refused as refusal:
-            judgment.skipped = f"the judge refused: {refusal}"
-        except (_Invalid, Rejected) as error:
-            judgment.error = str(error)
-            judgment.failures = task.failures + 1
-        else:
-            judgment = _panel.decide(task, heard)
-        judgment.usage = sum((reply.usage for reply in paid), Usage())
-        judgment.usd = sum(reply.usd for reply in paid)
-        return judgment
-
-    async def owed(self, task: Task) -> list[PendingRequest]:
-        """What a task would ask next, an order each, where `chat` sends nothing itself."""
-        found = []
-        for model in self.settings.models:
-            mine: list[OrderVerdict] = []
-            for asked, order in enumerate(self._orders(task)):
-                if is_enough(task, self.settings.orders, asked, mine):
-                    break
-                try:
-                    mine.append(await self._hear(task, order, model, []))
-                except PendingRequest as request:
-                    found.append(request)
-                except (_Refused, _Invalid, Rejected):
-                    return found  # whatever the others say
-        return found
-
-    def _orders(self, task: Task) -> list[list[int]]:
-        return cyclic_orders(task, self.settings.orders, self.settings.seed)
-
-    async def _hear(self, task: Task, order: list[int], model: str, paid: list[Reply]) -> OrderVerdict:
-        """A model's verdict on one order.
-
-        What was asked before is in the ledger and free, so each run may ask twice more than the failed ones before it.
-
-        Raises:
-            _Refused: the judge declines.
-            _Invalid: no reply was a verdict.
-            Rejected: the endpoint declines or does not answer.
-        """
-        message, candidates = compose(task, order, self.rubric, self.settings.seed, self.form)
-        shown = [*candidates.values(), *(part["content"] for part in task.prompt)]
-        cap, replicate = self.settings.max_tokens, 0
-        while True:
-            choice = await self._ask(model, message, list(candidates), cap, replicate, paid)
-            if choice.refusal or choice.finish_reason == "content_filter":
-                raise _Refused(choice.refusal or "content filter")
-            try:
-                if lacks := choice.lacks():
-                    raise ValueError(lacks)
-                verdict = read_verdict(choice.text, list(candidates), shown, self.form)
-            except ValueError as error:
-                cut = choice.finish_reason == "length"
-                if cut and cap == self.settings.max_tokens:
-                    cap *= 2
-                elif replicate <= 2 * task.failures and (lacks is None or (lacks in PASSING and replicate == 0)):
-                    replicate += 1
-                else:
-                    raise _Invalid(f"no valid verdict: {'cut off by length' if cut and not lacks else error}") from None
-            else:
-                name = model if len(self.settings.models) > 1 else None
-                return hear(Order(order, verdict.scores, choice.text, name), verdict)
-
-    async def _ask(
-        self, model: str, message: str, labels: list[str], cap: int, replicate: int, paid: list[Reply]
-    ) -> Choice:
-        body = request(model, message, labels, cap, self.settings, self.form)
-        try:
-            reply = await self.dialects[model].chat(body, replicate)
-        except Rejected as rejected:
-            if rejected.code in _POLICY:
-                raise _Refused(rejected.message) from rejected
-            if "service_tier" in body and re.search(r"service_tier|flex", rejected.param or rejected.message):
-                what = f"no flex tier there ({rejected.message})"
-                raise UserError(what, where=self.endpoint.url, hint="without --flex") from None
-            raise
-        paid.append(reply)
-        return reply.choices[0]
-
-
-def compose(task: Task, order: list[int], rubric: str, seed: int, form: Form) -> tuple[str, dict[str, str]]:
-    """The message that shows a task in one order, and label -> text of what it shows."""
-    candidates = {label_of(place): task.completions[index] for place, index in enumerate(order)}
-    return write_message(form.rubric or rubric, task.prompt, candidates, seed, form), candidates
-
-
-def request(
-    model: str,
-    message: str,
-    labels: list[str],
-    cap: int,
-    settings: JudgeSection,
-    form: Form = RANKING,
-) -> dict[str, Any]:
-    """The request body; beyond OpenAI only what every endpoint knows: model, messages, format and output cap."""
-    body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": message}]}
-    openai = _is_openai(settings.url)
-    body["max_completion_tokens" if openai else "max_tokens"] = cap
-    body["response_format"] = verdict_schema(labels, True, form)
-    if settings.flex:
-        body["service_tier"] = "flex"
-    if openai:
-        extra: dict[str, Any] = {"reasoning_effort": settings.reasoning_effort}
-        if re.match(r"gpt-(5\.([6-9]|\d\d)|[6-9]|\d\d)", model):
-            # Each message is sent once: writing it to the cache would cost a quarter more and never pay.
-            extra["prompt_cache_options"] = {"mode": "explicit"}
-        body |= {name: value for name, value in extra.items() if value is not None}
-    return body
-
-
-def _is_openai(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
-    return host == "api.openai.com" or host.endswith((".api.openai.com", ".openai.azure.com"))
-
-
-class _Refused(Exception):
-    """The judge declines to judge this."""
-
-
-class _Invalid(Exception):
-    """The judge's replies are no verdicts."""
