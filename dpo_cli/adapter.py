@@ -131,7 +131,7 @@ def chat_template(folder: Path) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text("utf-8")
-    template: str | None = read_json(folder / "tokenizer_config.json").get("chat_template")
+    template: str | None = read_json_or_empty(folder / "tokenizer_config.json").get("chat_template")
     return template
 
 
@@ -151,7 +151,7 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json_or_empty(path: Path) -> dict[str, Any]:
     """One JSON object; empty if there is no such file."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])

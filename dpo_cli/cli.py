@@ -64,7 +64,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="At most so many rows.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")]
-Backend = Annotated[str, typer.Option(metavar="|".join(backends.names()), help="Where it runs.")]
+BackendFlag = Annotated[str, typer.Option(metavar="|".join(backends.names()), help="Where it runs.")]
 Detach = Annotated[bool, typer.Option("--detach", help="Submit it and return; nothing-dpo jobs finds it again.")]
 NoFetch = Annotated[bool, typer.Option("--no-fetch", help="Leave the results where it ran.")]
 
@@ -230,7 +230,7 @@ def _root(
 )  # fmt: skip
 def generate(
     session: Session,
-    backend: Backend = "local",
+    backend: BackendFlag = "local",
     detach: Detach = False,
     no_fetch: NoFetch = False,
     limit: Limit = None,
@@ -262,7 +262,7 @@ def generate(
 )  # fmt: skip
 def judge(
     session: Session,
-    backend: Backend = "local",
+    backend: BackendFlag = "local",
     detach: Detach = False,
     no_fetch: NoFetch = False,
     limit: Limit = None,
@@ -350,7 +350,7 @@ def pair(
 def train(
     session: Session,
     stage: Annotated[Literal["dpo", "sft"], typer.Option(help="dpo, or sft to make what it starts from.")] = "dpo",
-    backend: Backend = "local",
+    backend: BackendFlag = "local",
     gpu: Annotated[str | None, typer.Option(metavar="TYPE", help="Card. [default: the backend's]")] = None,
     gpus: Annotated[int, typer.Option(min=1, help="Cards in each machine.")] = 1,
     nodes: Annotated[int, typer.Option(min=1, help="Machines.")] = 1,

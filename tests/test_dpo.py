@@ -44,7 +44,7 @@ def trainer_of(start, tmp_path):
             model = load_base(start / "base", config.train)
             if adapter:
                 model = PeftModel.from_pretrained(model, start / adapter, is_trainable=True)
-            return dpo.Trainer(
+            return dpo.DpoTrainer(
                 events=events, kl_prompts=[row.prompt for row in rows[2:]], kl_tokens=8, model=model,
                 args=DPOConfig(
                     **arguments(config.train, RunFolder(tmp_path), True, *dpo.BEST),

@@ -76,14 +76,14 @@ def test_out_of_memory_halves_the_forward_and_keeps_the_step(start, tmp_path, mo
 
     whole = config_of(start, tmp_path / "whole", "train.max_steps=5", "train.save_steps=2")
     train.run(whole, Silent())
-    loss_of = dpo.Trainer._compute_loss
+    loss_of = dpo.DpoTrainer._compute_loss
 
     def lacking(self, model, inputs, return_outputs):
         if self.state.global_step == 3 and model.training and self.args.per_device_train_batch_size == 2:
             raise torch.OutOfMemoryError("out of memory")
         return loss_of(self, model, inputs, return_outputs)
 
-    monkeypatch.setattr(dpo.Trainer, "_compute_loss", lacking)
+    monkeypatch.setattr(dpo.DpoTrainer, "_compute_loss", lacking)
     config = config_of(start, tmp_path, "train.max_steps=5", "train.save_steps=2")
     progress = Lines()
     train.run(config, progress)
@@ -104,7 +104,7 @@ def test_where_the_batch_must_stay_a_lack_of_memory_ends_the_run(start, tmp_path
     def lacking(*_, **__):
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(dpo.Trainer, "_compute_loss", lacking)
+    monkeypatch.setattr(dpo.DpoTrainer, "_compute_loss", lacking)
     with pytest.raises(UserError, match="memory does not suffice for a forward") as stopped:
         train.run(config_of(start, tmp_path, "gate.smaller_batch=false"), Silent())
     assert "per_device_train_batch_size" in stopped.value.hint
@@ -146,7 +146,7 @@ def test_a_signal_in_an_evaluation_saves_the_step_and_the_evaluation_is_made_up_
 
     sets = ("train.eval_steps=4", "train.save_steps=4")
     train.run(config_of(start, tmp_path / "whole", *sets), Silent())
-    predict, sample = loop.Watch.on_prediction_step, dpo.Trainer._sample
+    predict, sample = loop.Watch.on_prediction_step, dpo.DpoTrainer._sample
 
     def terminated(self, args, state, control, **rest):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -161,8 +161,8 @@ def test_a_signal_in_an_evaluation_saves_the_step_and_the_evaluation_is_made_up_
         if place == "held-out rows":
             patch.setattr(loop.Watch, "on_prediction_step", terminated)
         else:
-            patch.setattr(dpo.Trainer, "_sample", terminated_before)
-            patch.setattr(dpo.Trainer, "_kl", lambda *_: pytest.fail("it goes on measuring"))
+            patch.setattr(dpo.DpoTrainer, "_sample", terminated_before)
+            patch.setattr(dpo.DpoTrainer, "_kl", lambda *_: pytest.fail("it goes on measuring"))
         train.run(config, Silent())
     states = [
         torch.load(folder / "runs/dpo/checkpoints/checkpoint-4/rng_state.pth", weights_only=False)["cpu"]

@@ -47,7 +47,7 @@ def loss_of(start, tmp_path):
             dataset = dpo._dataset(rows, losses.PairLoss(config.train, 0.0, rows) if ours is None else ours)
             model = PeftModel.from_pretrained(load_base(start / "base", config.train), start / "sft", is_trainable=True)
             asked = arguments(config.train, RunFolder(tmp_path), False, *dpo.BEST)
-            trainer = dpo.Trainer(
+            trainer = dpo.DpoTrainer(
                 events=events, kl_prompts=[], kl_tokens=8, model=model, pair_loss=ours,
                 args=DPOConfig(**asked, **losses.trl_settings(config.train)),
                 train_dataset=dataset, processing_class=encoder.tokenizer,

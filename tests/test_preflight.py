@@ -15,7 +15,7 @@ from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Silent
 from dpo_cli.stages import train
 from dpo_cli.training import plan, preflight, remedies
-from dpo_cli.training.plan import Lengths
+from dpo_cli.training.plan import TokenLengths
 from dpo_cli.workflows import sweep
 
 
@@ -46,7 +46,7 @@ def test_the_memory_of_a_3b_model_is_what_its_sizes_say():
 
 
 def test_steps_tokens_and_warnings_by_hand():
-    result = made([Lengths(600, [200, 100])] * 320)
+    result = made([TokenLengths(600, [200, 100])] * 320)
     assert (result.steps, result.evaluations, result.longest, result.too_long) == (20, 1, 800, 0)
     assert result.tokens == 320 * 900 and result.largest == 4 * 900 and result.warmup_share == 1.0
     assert result.forward == "packed, each prompt once"
@@ -56,11 +56,11 @@ def test_steps_tokens_and_warnings_by_hand():
         result.warnings, ("train.warmup_steps = 2", "generate.n", "pair.length_control"), strict=True
     ):
         assert number in warning
-    [ratio] = [text for text in made([Lengths(600, [9, 9])] * 4000, warmup_ratio=0.2).warnings if "warmup" in text]
+    [ratio] = [text for text in made([TokenLengths(600, [9, 9])] * 4000, warmup_ratio=0.2).warnings if "warmup" in text]
     assert "set train.warmup_ratio = 0.1, now 0.2" in ratio
-    calm = made([Lengths(600, [100, 100])] * 4000)
+    calm = made([TokenLengths(600, [100, 100])] * 4000)
     assert calm.fits and calm.warnings == []
-    loud = made([Lengths(3000, [100, 100])] * 4000, learning_rate=1e-3, gradient_checkpointing=False)
+    loud = made([TokenLengths(3000, [100, 100])] * 4000, learning_rate=1e-3, gradient_checkpointing=False)
     assert not loud.fits and loud.longest == 2048 and loud.too_long == 4000
     assert [
         any(word in text for text in loud.warnings)
@@ -69,7 +69,7 @@ def test_steps_tokens_and_warnings_by_hand():
 
 
 def test_the_largest_forward_is_that_of_the_longest_rows_or_of_the_budget():
-    rows = [Lengths(100, [10, 20])] * 50 + [Lengths(700, [100, 200]), Lengths(500, [300, 100])]
+    rows = [TokenLengths(100, [10, 20])] * 50 + [TokenLengths(700, [100, 200]), TokenLengths(500, [300, 100])]
 
     def largest(packs=True, **section):
         return plan.largest_forward(TrainSection(**section), rows, packs)
@@ -81,7 +81,7 @@ def test_the_largest_forward_is_that_of_the_longest_rows_or_of_the_budget():
 
 
 def test_a_kept_reference_is_reckoned_once():
-    rows = [Lengths(600, [150, 150])] * 1600
+    rows = [TokenLengths(600, [150, 150])] * 1600
     one, three, live = (made(rows, num_train_epochs=epochs, keep_reference=keep, eval_steps=10**6).hours
                         for epochs, keep in ((1, None), (3, None), (3, False)))  # fmt: skip
     assert math.isclose(live - three, one * 2 * 2 / 8, rel_tol=0.03)  # two of three passes of 2 operations in 8
@@ -112,7 +112,7 @@ def test_other_families_than_llama_have_a_plan_that_says_its_forward(tmp_path, n
     shape = plan.read_shape(tmp_path)
     assert shape.embedding_parameters() == 512_000 * (1 if name.startswith("gemma") else 2)
     result = plan.make(
-        TrainSection(), PlanSection(), shape, (8, "all-linear"), [Lengths(200, [100, 50])] * 16, [], "hand"
+        TrainSection(), PlanSection(), shape, (8, "all-linear"), [TokenLengths(200, [100, 50])] * 16, [], "hand"
     )
     assert result.forward.startswith(forward) and result.forward in plan.line(result)
     assert result.tokens == 16 * (350 if forward == "packed" else 600)

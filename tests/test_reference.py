@@ -99,7 +99,7 @@ def test_where_memory_lacks_smaller_groups_come_to_the_same(tmp_path, monkeypatc
 @pytest.mark.parametrize("change", ["weights", "adapter", "alpha", "precision", "rope"])
 def test_another_reference_is_another_file(tmp_path, change):
     trainer = make(Packed, tmp_path, configuration("Llama"))
-    before = reference_cache.fingerprint(trainer)
+    before = reference_cache.content_key(trainer)
     with torch.no_grad():
         if change == "weights":
             trainer.model.get_base_model().model.layers[1].mlp.up_proj.base_layer.weight[0, 0] += 1e-6
@@ -111,15 +111,15 @@ def test_another_reference_is_another_file(tmp_path, change):
             trainer.args.bf16 = True
         else:
             trainer.model.config.rope_parameters = {"rope_type": "default", "rope_theta": 5e5}
-    assert reference_cache.fingerprint(trainer) != before
+    assert reference_cache.content_key(trainer) != before
 
 
 def test_the_policy_is_no_part_of_the_reference(tmp_path):
     trainer = make(Packed, tmp_path, configuration("Llama"))
-    before = reference_cache.fingerprint(trainer)
+    before = reference_cache.content_key(trainer)
     with torch.no_grad():
         next(value for name, value in trainer.model.named_parameters() if ".default." in name).add_(1)
-    assert reference_cache.fingerprint(trainer) == before
+    assert reference_cache.content_key(trainer) == before
 
 
 def test_where_a_completion_begins_is_part_of_a_row(tmp_path):

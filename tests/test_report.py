@@ -13,7 +13,7 @@ from dpo_cli.data.records import Judgment
 from dpo_cli.html import labels, svg
 from dpo_cli.training import guards, run_history
 from dpo_cli.training.gates import Gate
-from dpo_cli.workflows.sweep import Point, SweepResult
+from dpo_cli.workflows.sweep import SweepPoint, SweepResult
 
 HOSTILE = "</p></svg><script>alert(1)</script><img src=https://evil.example/x onerror='go()'>\u202e\x1b[31m &amp;"
 MEDIA = Path(__file__).parents[1] / ".github" / "media"
@@ -202,7 +202,7 @@ def test_inspect_run_writes_the_page_and_says_where(tmp_path):
 
 def test_a_sweeps_page_shows_its_runs_side_by_side_and_says_when_the_best_is_not_told_from_chance():
     def point(value, accuracy, reach):
-        return Point(value, f"runs/dpo-beta-{value}", "", "pass", accuracy, 0.2, 0.6, 0.02, reach, (0.1, 0.3))
+        return SweepPoint(value, f"runs/dpo-beta-{value}", "", "pass", accuracy, 0.2, 0.6, 0.02, reach, (0.1, 0.3))
 
     swept = SweepResult("beta", [point(0.1, 0.6, (0.5, 0.7)), point(0.5, 0.9, (0.85, 0.95))], 0.1, 0.5)
     drawn = Page(html.sweep(swept, {point.run: measured() for point in swept.points}))

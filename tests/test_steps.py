@@ -104,7 +104,7 @@ def test_out_of_memory_lowers_the_tokens_and_keeps_the_step(start, tmp_path, mon
 
     sets = ("train.max_steps=5", "train.save_steps=2", "train.tokens_per_batch=400")
     whole, _ = run(start, tmp_path / "whole", *sets)
-    loss_of, most = dpo.Trainer._compute_loss, []
+    loss_of, most = dpo.DpoTrainer._compute_loss, []
 
     def lacking(self, model, inputs, return_outputs):
         tokens = len(inputs["packing"]["tokens"])
@@ -114,7 +114,7 @@ def test_out_of_memory_lowers_the_tokens_and_keeps_the_step(start, tmp_path, mon
             most.append(tokens)
         return loss_of(self, model, inputs, return_outputs)
 
-    monkeypatch.setattr(dpo.Trainer, "_compute_loss", lacking)
+    monkeypatch.setattr(dpo.DpoTrainer, "_compute_loss", lacking)
     rows, said = run(start, tmp_path, *sets)
     lowered = [line for line in said if "smaller_batch" in line]
     assert len(lowered) == 2 and "(tokens a forward 200)" in lowered[0] and 75 < max(most) <= 150
@@ -130,7 +130,7 @@ def test_memory_that_lacks_for_the_largest_pair_ends_the_run(start, tmp_path, mo
     def lacking(*_):
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr(dpo.Trainer, "_compute_loss", lacking)
+    monkeypatch.setattr(dpo.DpoTrainer, "_compute_loss", lacking)
     with pytest.raises(UserError, match="not suffice for one row"):
         run(start, tmp_path, "train.tokens_per_batch=400")
 

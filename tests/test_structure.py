@@ -108,3 +108,24 @@ def test_help_loads_nothing_heavy():
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.splitlines()[-1] == "[]"
     assert "--beta" in output
+
+
+def public_types(file: Path) -> list[str]:
+    """Public classes and type aliases of a module: names that a reader takes for one idea."""
+    found = []
+    for node in ast.parse(file.read_text("utf-8")).body:
+        if isinstance(node, ast.ClassDef):
+            found.append(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = [target.id for target in targets if isinstance(target, ast.Name)]
+            found += [name for name in names if name[0].isupper() and not name.isupper() and len(name) > 1]
+    return [name for name in found if not name.startswith("_")]
+
+
+def test_one_public_name_has_one_meaning():
+    homes: dict[str, list[str]] = {}
+    for file in FILES:
+        for name in public_types(file):
+            homes.setdefault(name, []).append(module(file))
+    assert {name: places for name, places in homes.items() if len(places) > 1} == {}

@@ -19,7 +19,7 @@ from dpo_cli.errors import UserError
 from dpo_cli.training import run_history
 from dpo_cli.training.gates import Gate
 from dpo_cli.view import braille, pairs, progress, text
-from dpo_cli.workflows.sweep import Point, SweepResult
+from dpo_cli.workflows.sweep import SweepPoint, SweepResult
 
 # What rich itself writes: colours and styles.
 SGR = re.compile(r"\x1b\[[0-9;]*m")
@@ -187,7 +187,9 @@ def test_a_run_with_gaps_one_point_or_nothing_is_drawn():
 @pytest.mark.parametrize("width", [80, 140])
 def test_a_sweep_shows_its_numbers_and_plots_beside_each_other_and_names_the_best(width):
     points = [
-        Point(value, f"runs/dpo-beta-{value}", "", "pass", accuracy, margin, 0.65, kl, (accuracy - 0.1, accuracy + 0.1))
+        SweepPoint(
+            value, f"runs/dpo-beta-{value}", "", "pass", accuracy, margin, 0.65, kl, (accuracy - 0.1, accuracy + 0.1)
+        )
         for value, accuracy, margin, kl in ((0.05, 0.55, 0.4, 0.3), (0.5, 0.7, -0.2, 0.02))
     ]
     console = terminal(width)

@@ -24,7 +24,7 @@ SKIPPED_MUCH = 0.1
 RELIABLE, TENTATIVE = 0.8, 0.667  # thresholds of α: Krippendorff, "Content Analysis" (2004), p. 241
 
 # Completion -> score, of one reply of a judge.
-Scores = dict[int, float]
+ScoreByIndex = dict[int, float]
 
 
 class Reliability(Struct):
@@ -172,7 +172,7 @@ def _scatter(values: Sequence[float]) -> float:
     return sum((value - mean) ** 2 for value in values)
 
 
-def reliability(ratings: Sequence[Sequence[Scores]]) -> Reliability:
+def reliability(ratings: Sequence[Sequence[ScoreByIndex]]) -> Reliability:
     """Compare the ratings of each prompt with each other.
 
     Args:
@@ -198,7 +198,7 @@ def _judges(judged: Sequence[Judgment]) -> tuple[dict[str, JudgeAudit], Reliabil
     """Each judge by itself, and all of them beside each other where there are several."""
     orders: dict[str, list[list[Order]]] = defaultdict(list)  # by judge, then by prompt
     direct: dict[str, list[float]] = defaultdict(list)  # scores of judges that see one completion at a time
-    panels: list[list[Scores]] = []
+    panels: list[list[ScoreByIndex]] = []
     for row in judged:
         by_judge: dict[str, list[Order]] = defaultdict(list)
         for order in row.orders or []:
@@ -244,13 +244,13 @@ def _judge(prompts: Sequence[Sequence[Order]], direct: Sequence[float]) -> Judge
     )
 
 
-def _given(order: Order) -> Scores:
+def _given(order: Order) -> ScoreByIndex:
     """Completion -> score of one reply; what it left out is missing."""
     labelled = ((index, order.scores.get(label_of(place))) for place, index in enumerate(order.order))
     return {index: score for index, score in labelled if score is not None}
 
 
-def _mean(ratings: Sequence[Scores]) -> Scores:
+def _mean(ratings: Sequence[ScoreByIndex]) -> ScoreByIndex:
     rated = {index for rating in ratings for index in rating}
     return {index: fmean(rating[index] for rating in ratings if index in rating) for index in rated}
 

@@ -28,7 +28,7 @@ COUNTED = 1 << 20  # bytes; rows of smaller files are counted, not estimated
 AMBIGUOUS_SHOWN = 5
 
 
-class Row(NamedTuple):
+class IndexedRow(NamedTuple):
     """A row and where it begins: `start` counts bytes over all files, one after the other."""
 
     start: int
@@ -74,7 +74,7 @@ class Rows:
         for file in self._files:
             file.close()
 
-    def slice(self, first: int, count: int) -> list[Row]:
+    def slice(self, first: int, count: int) -> list[IndexedRow]:
         """Up to `count` rows from number `first` (from 0) on."""
         self._index(first + count)
         return [self._read(start) for start in self._starts[first : first + count]]
@@ -93,13 +93,13 @@ class Rows:
         self._index(None)
         return len(self._starts) - 1
 
-    def number(self, row: Row) -> int:
+    def number(self, row: IndexedRow) -> int:
         """Number of a row that `matches` found."""
         while self._scanned <= row.start:
             self._index(len(self._starts) + 1)
         return bisect_left(self._starts, row.start)
 
-    def matches(self, pattern: re.Pattern[bytes], start: int = 0) -> Iterator[Row]:
+    def matches(self, pattern: re.Pattern[bytes], start: int = 0) -> Iterator[IndexedRow]:
         """Rows whose bytes match, in order, from a byte on; nothing is decoded."""
         for index, file in enumerate(self._files):
             base, size = self._bases[index], self._bases[index + 1] - self._bases[index]
@@ -111,13 +111,13 @@ class Rows:
                     begin = content.rfind(b"\n", 0, match.start()) + 1
                     end = content.find(b"\n", match.end())
                     position = size if end < 0 else end + 1
-                    yield Row(base + begin, content[begin:position])
+                    yield IndexedRow(base + begin, content[begin:position])
 
-    def name(self, row: Row) -> str:
+    def name(self, row: IndexedRow) -> str:
         """Name of the file of a row."""
         return str(self._files[self._locate(row.start)[0]].name)
 
-    def place(self, row: Row) -> str:
+    def place(self, row: IndexedRow) -> str:
         """`file:line` of a row; counts the lines before it."""
         index, offset = self._locate(row.start)
         file, lines = self._files[index], 1
@@ -127,7 +127,7 @@ class Rows:
             offset -= len(block)
         return f"{self._files[index].name}:{lines}"
 
-    def decode(self, row: Row, kind: type[T]) -> T:
+    def decode(self, row: IndexedRow, kind: type[T]) -> T:
         """A row as one of our records; preferences also in the forms that other tools write.
 
         Raises:
@@ -155,13 +155,13 @@ class Rows:
         index = bisect_right(self._bases, start) - 1
         return index, start - self._bases[index]
 
-    def _read(self, start: int) -> Row:
+    def _read(self, start: int) -> IndexedRow:
         index, offset = self._locate(start)
         self._files[index].seek(offset)
-        return Row(start, self._files[index].readline())
+        return IndexedRow(start, self._files[index].readline())
 
 
-def find(rows: Rows, prefix: str, kind: type[T]) -> tuple[Row, T]:
+def find(rows: Rows, prefix: str, kind: type[T]) -> tuple[IndexedRow, T]:
     """The one row whose id begins with `prefix`.
 
     The bytes are searched for the id before anything is decoded. Preferences of other tools that carry no id are
@@ -171,7 +171,7 @@ def find(rows: Rows, prefix: str, kind: type[T]) -> tuple[Row, T]:
         UserError: no row, or rows of several ids begin so.
     """
     pattern = re.compile(rb'"id": ?"' + re.escape(prefix.encode("utf-8", "surrogateescape")))
-    found: dict[str, Row] = {}
+    found: dict[str, IndexedRow] = {}
     for row in rows.matches(pattern):
         identity = _identity(row.line)
         if identity.startswith(prefix):
@@ -251,7 +251,7 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
-def _without_id(rows: Rows) -> Iterator[Row]:
+def _without_id(rows: Rows) -> Iterator[IndexedRow]:
     """Rows without an id; none where the first row has one, since a file is of one kind."""
     first = rows.slice(0, 1)
     if first and not _identity(first[0].line):

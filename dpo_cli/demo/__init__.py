@@ -83,14 +83,14 @@ class Demonstrated(Struct, kw_only=True):
     paired: Paired
     dpo: Trained
     evaluation: Evaluation
-    example: "Example | None"
+    example: "SceneSample | None"
     serve_config: str
     seconds: dict[str, float]
     verdict: Literal["pass", "fail"]
     next: list[str]
 
 
-class Example(Struct):
+class SceneSample(Struct):
     """One held-out prompt and both adapters' answers."""
 
     prompt: list[Message]
@@ -223,10 +223,12 @@ def _demonstration(scene: Scene) -> dict[str, list[Message]]:
     }
 
 
-def _example(path: Path) -> Example | None:
+def _example(path: Path) -> SceneSample | None:
     for _, row in read_rows(path, Compared):
         if row.policy_scores[0] > row.reference_scores[0]:
-            return Example(row.prompt, row.reference[0], row.policy[0], row.reference_scores[0], row.policy_scores[0])
+            return SceneSample(
+                row.prompt, row.reference[0], row.policy[0], row.reference_scores[0], row.policy_scores[0]
+            )
     return None
 
 

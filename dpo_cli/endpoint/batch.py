@@ -21,10 +21,10 @@ from dpo_cli.data.jsonl import Journal, read_latest
 from dpo_cli.data.records import content_id
 from dpo_cli.endpoint.batch_format import (
     ENDED,
+    BatchRow,
+    BatchState,
     Counts,
     Item,
-    Row,
-    State,
     read_item,
     read_page,
     read_request,
@@ -84,7 +84,7 @@ class Batches:
         self._queue = queue_tokens
         self._log = log
         self._journal = Journal(journal)
-        self._rows: dict[str, Row] = {}
+        self._rows: dict[str, BatchRow] = {}
         self._unfinished: dict[str, int] = {}  # requests of each open batch without an answer
         self._held: dict[str, float] = {}  # dollars that this run has reserved for a batch
         self._rejected: dict[str, Rejected] = {}
@@ -93,7 +93,7 @@ class Batches:
     def __enter__(self) -> Self:
         self._journal.__enter__()
         try:
-            self._rows = read_latest(self._journal.path, Row)
+            self._rows = read_latest(self._journal.path, BatchRow)
         except BaseException:
             self._journal.close()
             raise
@@ -157,7 +157,7 @@ class Batches:
             await asyncio.sleep(pause)
             pause = min(MAX_POLL_SECONDS, 1.5 * pause)
 
-    def _open(self) -> list[Row]:
+    def _open(self) -> list[BatchRow]:
         return [row for row in self._rows.values() if not row.ended]
 
     def _worst(self, one: PendingRequest) -> float:
@@ -184,13 +184,13 @@ class Batches:
             shard.append(one)
         return shard or None
 
-    def _intend(self, shard: list[PendingRequest]) -> Row:
+    def _intend(self, shard: list[PendingRequest]) -> BatchRow:
         """Write down a batch before anything of it is sent."""
         content = b"".join(one.line for one in shard)
         turn = 0  # the same requests again are another batch
         while (name := content_id(content.decode(), turn)) in self._rows:
             turn += 1
-        row = Row(
+        row = BatchRow(
             id=name,
             requests=len(shard),
             tokens=sum(self._endpoint.budget.tokens(len(one.line)) for one in shard),
@@ -203,7 +203,7 @@ class Batches:
         self._endpoint.budget.hold(self._held[row.id])
         return row
 
-    async def _submit(self, row: Row, fresh: bool = False) -> None:
+    async def _submit(self, row: BatchRow, fresh: bool = False) -> None:
         """Upload a batch's input and create the batch, except what the server has done already.
 
         Args:
@@ -245,7 +245,7 @@ class Batches:
         """The id of what a POST makes."""
         return read_item(await self._call("POST", path, content)).id
 
-    async def _find(self, path: str, row: Row, fits: Callable[[Item], bool]) -> str | None:
+    async def _find(self, path: str, row: BatchRow, fits: Callable[[Item], bool]) -> str | None:
         """The id of the newest thing in a list that fits; what is older than the batch is not looked at."""
         params = {"limit": "100"} | ({"purpose": "batch", "order": "desc"} if path == "/files" else {})
         while True:
@@ -257,7 +257,7 @@ class Batches:
                 return None
             params["after"] = page.data[-1].id
 
-    async def _look_at(self, row: Row) -> None:
+    async def _look_at(self, row: BatchRow) -> None:
         """Ask how a batch is, and take in its results if it has ended."""
         state = read_state(await self._call("GET", f"/batches/{row.batch}"))
         counts = state.request_counts or Counts()
@@ -265,7 +265,7 @@ class Batches:
         if state.status in ENDED:
             await self._take_in(row, state)
 
-    async def _take_in(self, row: Row, state: State) -> None:
+    async def _take_in(self, row: BatchRow, state: BatchState) -> None:
         """Bring the results of a batch that has ended into the ledger; if killed within, the next run does it again."""
         fatal: UserError | None = None
         before = self._endpoint.spend.calls, self._endpoint.spend.usd
@@ -287,13 +287,13 @@ class Batches:
         if fatal is not None:
             raise fatal
 
-    def _requests(self, row: Row) -> dict[str, tuple[int, int | None]]:
+    def _requests(self, row: BatchRow) -> dict[str, tuple[int, int | None]]:
         """The bytes and the most output of each request of a batch, by key."""
         lines = self._input(row).read_bytes().splitlines() if self._input(row).exists() else []
         found = map(read_request, lines)
         return {one.custom_id: (len(line), output_cap(one.body)) for one, line in zip(found, lines, strict=True)}
 
-    def _take(self, row: Row, line: bytes, asked: dict[str, tuple[int, int | None]]) -> UserError | None:
+    def _take(self, row: BatchRow, line: bytes, asked: dict[str, tuple[int, int | None]]) -> UserError | None:
         """Take in one line of results; returns what makes it useless to go on."""
         result = read_result(line)
         response = result.response
@@ -324,7 +324,7 @@ class Batches:
             self._endpoint.spend.failed += 1
         return fault if isinstance(fault, UserError) else None
 
-    def _bear_with(self, row: Row, state: State) -> None:
+    def _bear_with(self, row: BatchRow, state: BatchState) -> None:
         """Learn from a batch that was not accepted.
 
         Raises:
@@ -378,21 +378,21 @@ class Batches:
             hint=f"is it the key and the project that made the batch? {self._journal.path} has them all",
         )
 
-    def _form(self, row: Row) -> Any:
+    def _form(self, row: BatchRow) -> Any:
         import aiohttp
 
         form = aiohttp.FormData({"purpose": "batch"})
         form.add_field("file", self._input(row).read_bytes(), filename=row.file_name, content_type="application/jsonl")
         return form
 
-    def _input(self, row: Row) -> Path:
+    def _input(self, row: BatchRow) -> Path:
         return self._journal.path.with_name(f"{self._journal.path.stem}.{row.id}.jsonl")
 
-    def _write(self, row: Row) -> None:
+    def _write(self, row: BatchRow) -> None:
         self._rows[row.id] = row
         self._journal.append(row)
 
 
 def waiting(journal: Path) -> int:
     """How many requests are in batches whose results are not taken in."""
-    return sum(row.requests for row in read_latest(journal, Row).values() if not row.ended)
+    return sum(row.requests for row in read_latest(journal, BatchRow).values() if not row.ended)

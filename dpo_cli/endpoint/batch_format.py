@@ -10,7 +10,7 @@ from dpo_cli.endpoint.http import CHAT
 ENDED = ("completed", "expired", "cancelled", "failed")
 
 
-class Row(Struct, omit_defaults=True):
+class BatchRow(Struct, omit_defaults=True):
     """A line of our journal: a batch that is intended, then has its `file`, then its `batch`, then has `ended`.
 
     `id` is the hash of its input, `created` a Unix time, `tokens` an estimate of its input.
@@ -71,7 +71,7 @@ class _Faults(Struct):
     data: list[_Fault] = []
 
 
-class State(Struct):
+class BatchState(Struct):
     """What the server says of a batch."""
 
     status: str
@@ -102,7 +102,7 @@ class _Request(Struct):
 
 read_item = msgspec.json.Decoder(Item).decode
 read_page = msgspec.json.Decoder(_Page).decode
-read_state = msgspec.json.Decoder(State).decode
+read_state = msgspec.json.Decoder(BatchState).decode
 read_request = msgspec.json.Decoder(_Request).decode
 read_result = msgspec.json.Decoder(_Result).decode
 

@@ -22,7 +22,7 @@ from dpo_cli.endpoint.budget import Budget, estimate_tokens, is_plausible, outpu
 from dpo_cli.endpoint.concurrency import Pace
 from dpo_cli.endpoint.costs import Estimate, Receipt, estimate
 from dpo_cli.endpoint.http import CHAT, COMPLETIONS, JSON, Connection, Rejected, Retryable, Unreachable
-from dpo_cli.endpoint.in_flight import Sent
+from dpo_cli.endpoint.in_flight import InFlight
 from dpo_cli.endpoint.ledger import Ledger
 from dpo_cli.endpoint.prices import Price, Tier, is_local, price_of
 from dpo_cli.endpoint.responses import (
@@ -102,7 +102,7 @@ class Endpoint:
         self._log = log
         self._pace = Pace(_allowed_sockets(concurrency))
         self._ledger = Ledger(ledger)
-        self._sent = Sent(ledger)
+        self._sent = InFlight(ledger)
         self._fatal: BaseException | None = None
         self._down: tuple[int, float] | None = None  # responses so far, and since when there are no more
         self._lost = 0

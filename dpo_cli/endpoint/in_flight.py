@@ -11,7 +11,7 @@ from pathlib import Path
 from dpo_cli.data.files import disk_error
 
 
-class Sent:
+class InFlight:
     """Keys of requests that were sent and not seen to end, by this run and by former ones.
 
     Args:

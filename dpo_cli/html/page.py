@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from dpo_cli.html.markup import Markup, joined, markup
 from dpo_cli.html.svg import CARD, DARK, LIGHT, STYLE, variables
-from dpo_cli.training.gates import MARKS, Verdict
+from dpo_cli.training.gates import MARKS, GateVerdict
 
 CSS = (
     f"""
@@ -113,7 +113,7 @@ def columns(headers: Iterable[str], rows: Iterable[Iterable[str]]) -> Markup:
     return markup('<div class="card scroll"><table class="columns"><tr>{}</tr>{}</table></div>', head, lines)
 
 
-def verdict(word: Verdict | None) -> Markup:
+def verdict(word: GateVerdict | None) -> Markup:
     """A verdict with its mark, in its colour; a dash for none."""
     if word is None:
         return Markup("–")

@@ -10,7 +10,7 @@ from dpo_cli.html.page import columns, document, figure, footer, grid, verdict
 from dpo_cli.html.svg import lines
 from dpo_cli.training.guards import KL, MARGIN
 from dpo_cli.training.run_history import Run
-from dpo_cli.workflows.sweep import Point, SweepResult, best_said
+from dpo_cli.workflows.sweep import SweepPoint, SweepResult, best_said
 
 Ends = tuple[float, float] | None
 
@@ -74,7 +74,7 @@ def _plot(
 
 
 def _table(swept: SweepResult) -> Markup:
-    def row(point: Point) -> list[str]:
+    def row(point: SweepPoint) -> list[str]:
         best = point.value == swept.best
         name = markup("<b>★ {:g}</b>", point.value) if best else f"{point.value:g}"
         numbers = (point.accuracy, point.margin, point.loss, point.kl)

@@ -21,7 +21,7 @@ from dpo_cli.data import files
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.jobs.spec import Spec
 
-State = Literal["pending", "running", "succeeded", "failed", "cancelled"]
+JobState = Literal["pending", "running", "succeeded", "failed", "cancelled"]
 ENDED = ("succeeded", "failed", "cancelled")
 FOLDER = ".jobs"
 
@@ -40,7 +40,7 @@ class Job(Struct, kw_only=True):
 class Status(Struct):
     """Where a job stands. `exit_code` has the meaning that it has on this machine; `reason` is for a person."""
 
-    state: State
+    state: JobState
     exit_code: int | None = None
     reason: str | None = None
 

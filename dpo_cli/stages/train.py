@@ -28,7 +28,7 @@ from dpo_cli.training import distributed, plan
 from dpo_cli.training.encode import Encoded
 from dpo_cli.training.gates import check_gates, describe
 from dpo_cli.training.guards import best_step
-from dpo_cli.training.inputs import Inputs, Row, Stage, download_base, read_inputs
+from dpo_cli.training.inputs import Inputs, Stage, TrainingRow, download_base, read_inputs
 from dpo_cli.training.preflight import of_encoded
 from dpo_cli.training.run_folder import (
     RunContext,
@@ -193,7 +193,7 @@ def _train(
             sft.train(config.sft, base, encoder.tokenizer, rows.rows, held_out.rows, run)
 
 
-def _attach_scores(encoded: Encoded, rows: list[Row]) -> None:
+def _attach_scores(encoded: Encoded, rows: list[TrainingRow]) -> None:
     """Give encoded pairs what the loss may read beside their tokens."""
     for sequences, index in zip(encoded.rows, encoded.kept, strict=True):
         sequences.gap, sequences.weight = rows[index].gap, rows[index].weight

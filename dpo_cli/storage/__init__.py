@@ -32,7 +32,7 @@ class Stored(Struct):
     checksum: str | None
 
 
-class Sent(Struct, kw_only=True):
+class PutResult(Struct, kw_only=True):
     """What went to `dest`, or in a dry run would: file name -> bytes; `bytes` is the sum of those sent."""
 
     dest: str

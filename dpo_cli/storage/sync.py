@@ -12,10 +12,10 @@ import msgspec
 from dpo_cli.data.files import disk_error
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Progress
-from dpo_cli.storage import CHUNK, COMPLETE, MEGABYTE, Done, Fetched, Sent, Source, Storage, Stored, connect
+from dpo_cli.storage import CHUNK, COMPLETE, MEGABYTE, Done, Fetched, PutResult, Source, Storage, Stored, connect
 
 
-def put(files: Mapping[str, Source], dest: str, progress: Progress, *, dry_run: bool = False) -> Sent:
+def put(files: Mapping[str, Source], dest: str, progress: Progress, *, dry_run: bool = False) -> PutResult:
     """Send files, except those that are there already.
 
     Args:
@@ -40,7 +40,7 @@ def put(files: Mapping[str, Source], dest: str, progress: Progress, *, dry_run: 
         with _counted(progress, "push", sum(sizes.values()), sum(skipped.values())) as done:
             storage.send(missing, done)
     sent = {name: sizes[name] for name in missing}
-    return Sent(dest=dest, sent=sent, skipped=skipped, bytes=sum(sent.values()), dry_run=dry_run)
+    return PutResult(dest=dest, sent=sent, skipped=skipped, bytes=sum(sent.values()), dry_run=dry_run)
 
 
 def get(dest: str, folder: Path, progress: Progress, wanted: Callable[[str], bool] = lambda name: True) -> Fetched:

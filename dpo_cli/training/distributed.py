@@ -50,7 +50,7 @@ def journal(path: Path) -> jsonl.Journal:
     return jsonl.Journal(path) if is_main_process() else Unwritten(path)
 
 
-def write_rows(path: Path, rows: Iterable[Any]) -> None:
+def write_rows_once(path: Path, rows: Iterable[Any]) -> None:
     """As `store.write_rows`, in the first process."""
     if is_main_process():
         jsonl.write_rows(path, rows)

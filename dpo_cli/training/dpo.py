@@ -39,7 +39,7 @@ from dpo_cli.training import distributed, losses
 from dpo_cli.training.encode import Sequences
 from dpo_cli.training.forward import packed
 from dpo_cli.training.forward.reference_cache import keep_reference
-from dpo_cli.training.guards import MARGIN, State
+from dpo_cli.training.guards import MARGIN, GuardState
 from dpo_cli.training.kl import kl, mean_length, sample
 from dpo_cli.training.loop import fit
 from dpo_cli.training.reference_check import check_reference, check_step_zero, refuse_step_zero
@@ -72,7 +72,7 @@ class EasyFirst(Sampler[int]):
         return iter(torch.randperm(self.rows, generator=order).tolist())
 
 
-class Trainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ignore[misc]
+class DpoTrainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ignore[misc]
     """TRL's trainer, which also measures KL and checks step zero.
 
     Args:
@@ -247,7 +247,7 @@ def train(
         raise UserError("weights in 4 bits can't be trained", hint="set train.full or train.load_in_4bit to false")
     pair_loss = losses.make(section, rows)
 
-    def make(state: State) -> Trainer:
+    def make(state: GuardState) -> DpoTrainer:
         policy, reference = _models(section, base, adapter)
         asked = arguments(section, run.folder, bool(held_out), *BEST, len(rows), state)
         tokens = state.tokens_per_batch or section.tokens_per_batch
@@ -256,7 +256,7 @@ def train(
             asked |= dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), whole)
             asked["gradient_accumulation_steps"] = 1
         try:
-            trainer = Trainer(
+            trainer = DpoTrainer(
                 events=run.events,
                 kl_prompts=_distinct([row.prompt for row in held_out])[: section.kl_prompts],
                 kl_tokens=section.kl_tokens,

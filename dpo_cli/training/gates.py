@@ -17,10 +17,10 @@ from dpo_cli.statistics import Interval, proportion
 from dpo_cli.training.guards import KL, LN2, MARGIN, RECENT
 from dpo_cli.training.inputs import Stage
 
-Verdict = Literal["pass", "fail", "not shown"]
-WORDS: dict[bool | None, Verdict] = {True: "pass", False: "fail", None: "not shown"}
+GateVerdict = Literal["pass", "fail", "not shown"]
+WORDS: dict[bool | None, GateVerdict] = {True: "pass", False: "fail", None: "not shown"}
 MOST_ROWS = 1e6  # an effect that would need more is none
-MARKS: dict[Verdict, str] = {"pass": "✓", "fail": "✗", "not shown": "?"}
+MARKS: dict[GateVerdict, str] = {"pass": "✓", "fail": "✗", "not shown": "?"}
 
 
 class Gate(Struct):
@@ -37,12 +37,12 @@ class Gate(Struct):
     more: int | None = None
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> GateVerdict:
         """`ok` as a word."""
         return WORDS[self.ok]
 
 
-def worst(verdicts: Iterable[Verdict]) -> Verdict:
+def worst(verdicts: Iterable[GateVerdict]) -> GateVerdict:
     """The verdict on all of them: fail before not shown before pass."""
     return max(verdicts, key=("pass", "not shown", "fail").index, default="pass")
 

@@ -25,7 +25,7 @@ BETA_RANGE = 10.0  # adaptive beta stays within this factor of what was set
 RECENT = 5  # logs that a spike is compared with
 
 
-class State(Struct):
+class GuardState(Struct):
     """What the guards have changed so far.
 
     `beta` None, `batch` None and `tokens_per_batch` None: as configured. `batch` is (rows a forward, forwards a step).
@@ -43,7 +43,7 @@ class State(Struct):
     ended: str | None = None
 
 
-class Finding(Struct):
+class GuardFinding(Struct):
     """Something that the guards saw (a key of `REMEDIES`) and what is done: halve_lr, rollback, warn and so on."""
 
     fault: str
@@ -51,7 +51,9 @@ class Finding(Struct):
     details: dict[str, float | str]
 
 
-def after_evaluation(state: State, rows: Sequence[dict[str, Any]], gate: GateSection, beta: float) -> list[Finding]:
+def after_evaluation(
+    state: GuardState, rows: Sequence[dict[str, Any]], gate: GateSection, beta: float
+) -> list[GuardFinding]:
     """Decide after the evaluation that is the last of `rows`, and note it in `state`.
 
     Args:
@@ -67,16 +69,18 @@ def after_evaluation(state: State, rows: Sequence[dict[str, Any]], gate: GateSec
     found += _on_kl(state, row.get(KL), gate, beta)
     if gate.patience and state.ended is None and _stalled(evaluations, gate):
         state.ended = "margin_stalls"
-        found.append(Finding("margin_stalls", "stop", {"evaluations": gate.patience}))
+        found.append(GuardFinding("margin_stalls", "stop", {"evaluations": gate.patience}))
     return [finding for finding in found if finding is not None]
 
 
-def after_log(state: State, rows: Sequence[dict[str, Any]], gate: GateSection, beta: float = 1.0) -> list[Finding]:
+def after_log(
+    state: GuardState, rows: Sequence[dict[str, Any]], gate: GateSection, beta: float = 1.0
+) -> list[GuardFinding]:
     """Look for a loss spike in the last training row; where nothing is held out, for the other symptoms as well."""
     trained = [row for row in rows if "loss" in row]
     losses = [row["loss"] for row in trained]
     before = losses[-RECENT - 1 : -1]
-    found: list[Finding | None] = []
+    found: list[GuardFinding | None] = []
     if len(before) > 1 and losses[-1] > max(gate.loss_spike * median(before), LN2):
         found.append(_warn(state, "loss_spike", {"loss": losses[-1], "before": median(before)}))
     if len(trained) == len(rows):
@@ -84,19 +88,19 @@ def after_log(state: State, rows: Sequence[dict[str, Any]], gate: GateSection, b
     return [finding for finding in found if finding is not None]
 
 
-def after_nan(state: State, gate: GateSection) -> Finding:
+def after_nan(state: GuardState, gate: GateSection) -> GuardFinding:
     """A loss that is not a number: back to the last good checkpoint at a tenth of the rate, or stop."""
     state.nans += 1
     if state.nans > gate.nan_rollbacks:
         state.ended = "nan"
-        return Finding("nan", "stop", {})
+        return GuardFinding("nan", "stop", {})
     state.lr_scale /= 10
-    return Finding("nan", "rollback", {"lr_scale": state.lr_scale})
+    return GuardFinding("nan", "rollback", {"lr_scale": state.lr_scale})
 
 
 def after_out_of_memory(
-    state: State, batch: tuple[int, int], eval_batch: int, budget: tuple[int, int] | None = None
-) -> Finding | None:
+    state: GuardState, batch: tuple[int, int], eval_batch: int, budget: tuple[int, int] | None = None
+) -> GuardFinding | None:
     """Fewer rows a forward, more forwards a step, as many rows a step; None if it is one row already.
 
     Args:
@@ -110,14 +114,14 @@ def after_out_of_memory(
         if tokens <= largest:
             return None
         state.tokens_per_batch = max(largest, tokens // 2)
-        return Finding("out_of_memory", "smaller_batch", {"tokens_a_forward": state.tokens_per_batch})
+        return GuardFinding("out_of_memory", "smaller_batch", {"tokens_a_forward": state.tokens_per_batch})
     smaller = smaller_batch(*batch)
     if smaller is None and eval_batch == 1:
         return None
     state.batch = smaller or batch
     state.eval_batch = max(1, eval_batch // 2)
     rows, forwards = state.batch
-    return Finding("out_of_memory", "smaller_batch", {"rows_a_forward": rows, "forwards_a_step": forwards})
+    return GuardFinding("out_of_memory", "smaller_batch", {"rows_a_forward": rows, "forwards_a_step": forwards})
 
 
 def smaller_batch(rows: int, forwards: int) -> tuple[int, int] | None:
@@ -163,7 +167,7 @@ def best_step(steps: Iterable[int], rows: Sequence[dict[str, Any]], metric: str,
     return max((step for step in steps if step in by_step), key=merit, default=max(steps))
 
 
-def _on_kl(state: State, kl: float | None, gate: GateSection, beta: float) -> list[Finding]:
+def _on_kl(state: GuardState, kl: float | None, gate: GateSection, beta: float) -> list[GuardFinding]:
     if kl is None:
         return []
     if not kl <= gate.kl_limit:
@@ -177,12 +181,12 @@ def _on_kl(state: State, kl: float | None, gate: GateSection, beta: float) -> li
             state.beta = details["beta"] = (state.beta or beta) * BETA_FACTOR
         else:
             state.ended = "kl_limit"
-        return [Finding("kl_limit", action, details)]
+        return [GuardFinding("kl_limit", action, details)]
     if gate.adaptive_beta:
         steered = adapt_beta(state.beta or beta, kl, gate.kl_target, beta)
         if steered != (state.beta or beta):
             state.beta = steered
-            return [Finding("kl_target", "adapt_beta", {"kl_nats_per_token": kl, "beta": steered})]
+            return [GuardFinding("kl_target", "adapt_beta", {"kl_nats_per_token": kl, "beta": steered})]
     return []
 
 
@@ -214,10 +218,10 @@ def _symptoms(
     return found
 
 
-def _warn(state: State, fault: str, details: dict[str, float | str]) -> Finding | None:
+def _warn(state: GuardState, fault: str, details: dict[str, float | str]) -> GuardFinding | None:
     """A warning, the first time that a run shows the fault."""
     assert fault in REMEDIES
     if fault in state.warned:
         return None
     state.warned.append(fault)
-    return Finding(fault, "warn", details)
+    return GuardFinding(fault, "warn", details)

@@ -20,7 +20,7 @@ Stage = Literal["dpo", "sft"]
 MODEL_FILES = ["*.json", "*.jinja", "*.model", "*.safetensors"]
 
 
-class Row(NamedTuple):
+class TrainingRow(NamedTuple):
     """A prompt and its completions (chosen and rejected, or one), how far apart their scores are, what it counts."""
 
     prompt: list[Message]
@@ -32,8 +32,8 @@ class Row(NamedTuple):
 class Inputs(Struct):
     """Rows to train on and rows held out, as messages; hashes of the files read; how we split, where we did."""
 
-    rows: list[Row]
-    held_out: list[Row]
+    rows: list[TrainingRow]
+    held_out: list[TrainingRow]
     files: dict[str, str]
     split: dict[str, float]
 
@@ -68,21 +68,21 @@ def read_inputs(config: Config, stage: Stage, data: Path | None, limit: int | No
     return inputs
 
 
-def _pair(row: dict[str, Any]) -> Row:
+def _pair(row: dict[str, Any]) -> TrainingRow:
     preference = read_preference(row)
     gap = preference.score_gap
     if gap is None and preference.chosen_score is not None and preference.rejected_score is not None:
         gap = preference.chosen_score - preference.rejected_score
     weight = 1.0 if preference.weight is None else preference.weight
-    return Row(preference.prompt, [preference.chosen, preference.rejected], gap, weight)
+    return TrainingRow(preference.prompt, [preference.chosen, preference.rejected], gap, weight)
 
 
-def _demonstration(row: dict[str, Any]) -> Row:
+def _demonstration(row: dict[str, Any]) -> TrainingRow:
     prompt, completion = read_demonstration(row)
-    return Row(prompt, [completion])
+    return TrainingRow(prompt, [completion])
 
 
-def _read_folder(folder: Path, parse: Callable[[dict[str, Any]], Row], hint: str) -> Inputs:
+def _read_folder(folder: Path, parse: Callable[[dict[str, Any]], TrainingRow], hint: str) -> Inputs:
     train, val = folder / "train.jsonl", folder / "val.jsonl"
     if not train.exists():
         raise UserError("no train.jsonl in it", where=str(folder), hint=hint)
@@ -91,12 +91,12 @@ def _read_folder(folder: Path, parse: Callable[[dict[str, Any]], Row], hint: str
     return Inputs(rows[0], rows[1] if len(rows) > 1 else [], {file.name: sha256(file) for file in files}, {})
 
 
-def _read_file(file: Path, parse: Callable[[dict[str, Any]], Row], hint: str, config: Config) -> Inputs:
+def _read_file(file: Path, parse: Callable[[dict[str, Any]], TrainingRow], hint: str, config: Config) -> Inputs:
     """One file, split by prompt as `pair` would."""
     if not file.exists():
         raise UserError("no such file or folder", where=str(file), hint=hint)
     split = {"seed": config.pair.seed, "val_share": config.pair.val_share}
-    sides: tuple[list[Row], list[Row]] = ([], [])
+    sides: tuple[list[TrainingRow], list[TrainingRow]] = ([], [])
     for _, row in jsonl.parse_rows(file, parse):
         sides[split_side(prompt_id(row.prompt), config.pair.seed, config.pair.val_share)].append(row)
     return Inputs(*sides, {file.name: sha256(file)}, split)

@@ -20,12 +20,12 @@ from dpo_cli.data import jsonl
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.interrupts import Stop
 from dpo_cli.training import distributed, guards
-from dpo_cli.training.guards import Finding, State
+from dpo_cli.training.guards import GuardFinding, GuardState
 from dpo_cli.training.remedies import REMEDIES, advice
 from dpo_cli.training.run_folder import RunContext, metric_rows
 from dpo_cli.training.trainer import Diverged, peak_memory
 
-Outcome = Literal["done", "stopped", "rollback", "nan", "out_of_memory"]
+LoopResult = Literal["done", "stopped", "rollback", "nan", "out_of_memory"]
 
 
 class Interrupted(Exception):
@@ -41,7 +41,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         run: RunContext,
         metrics: jsonl.Journal,
         stop: Stop,
-        state: State,
+        state: GuardState,
         gate: GateSection | None,
     ) -> None:
         self.trainer = trainer
@@ -151,12 +151,12 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         if self.guards.beta is not None:
             self.trainer.beta = self.guards.beta
 
-    def _tell(self, step: int, found: list[Finding]) -> None:
+    def _tell(self, step: int, found: list[GuardFinding]) -> None:
         for finding in found:
             tell(finding, step, self.run)
 
 
-def tell(finding: Finding, step: int, run: RunContext) -> None:
+def tell(finding: GuardFinding, step: int, run: RunContext) -> None:
     """Record and show what a guard found and does."""
     run.record(finding.fault, step, action=finding.action, **finding.details)
     numbers = ", ".join(
@@ -170,7 +170,7 @@ def tell(finding: Finding, step: int, run: RunContext) -> None:
 
 
 def fit(
-    make: Callable[[State], Any],
+    make: Callable[[GuardState], Any],
     run: RunContext,
     gate: GateSection | None = None,
 ) -> None:
@@ -233,22 +233,22 @@ def fit(
 
 
 def _attempt(
-    make: Callable[[State], Any],
+    make: Callable[[GuardState], Any],
     run: RunContext,
     stop: Stop,
-    state: State,
+    state: GuardState,
     gate: GateSection | None,
-) -> tuple[Outcome, int, Any]:
+) -> tuple[LoopResult, int, Any]:
     """Train until something happens: the outcome, the step, and the trainer.
 
     metrics.jsonl is written anew from the checkpoint's own log first, so that no step is there twice or missing.
     """
     folder = run.folder
     checkpoint = next(reversed(folder.complete_checkpoints().values()), None)
-    distributed.write_rows(folder.metrics, metric_rows(folder.trainer_state().get("log_history", [])))
+    distributed.write_rows_once(folder.metrics, metric_rows(folder.trainer_state().get("log_history", [])))
     trainer = make(state)
     trainer.guard_state = state
-    outcome: Outcome = "done"
+    outcome: LoopResult = "done"
     with distributed.journal(folder.metrics) as metrics:
         watch = Watch(trainer, run, metrics, stop, state, gate)
         watch.resumed_from = checkpoint
@@ -272,7 +272,7 @@ def _attempt(
     return outcome, step, trainer
 
 
-def _roll_back(run: RunContext, state: State, step: int, gate: GateSection | None) -> None:
+def _roll_back(run: RunContext, state: GuardState, step: int, gate: GateSection | None) -> None:
     """Go back to the last good checkpoint, or to the start."""
     folder = run.folder
     limit = gate.kl_limit if gate else float("inf")

@@ -123,7 +123,7 @@ class Plan(Struct, kw_only=True):
     warnings: list[str]
 
 
-class Lengths(Struct):
+class TokenLengths(Struct):
     """Token counts of one row: the prompt, and each completion."""
 
     prompt: int
@@ -174,7 +174,7 @@ def read_shape(folder: Path) -> Shape:
         raise UserError(f"no sizes of a Llama-like model: {error}", where=str(file)) from None
 
 
-def token_counter(folder: Path) -> tuple[Callable[[str], int], str]:
+def token_count_or_estimate(folder: Path) -> tuple[Callable[[str], int], str]:
     """How to count the tokens of a text, and what that is called; by characters where there is no tokenizer."""
     file = folder / "tokenizer.json"
     try:
@@ -197,8 +197,8 @@ def make(
     plan: PlanSection,
     shape: Shape,
     adapter: tuple[int, str | list[str]],
-    lengths: Sequence[Lengths],
-    held_out: Sequence[Lengths],
+    lengths: Sequence[TokenLengths],
+    held_out: Sequence[TokenLengths],
     counted_by: str,
 ) -> Plan:
     """Reckon a run of DPO.
@@ -254,32 +254,32 @@ def make(
     return result
 
 
-def largest_forward(section: TrainSection, lengths: Sequence[Lengths], packs: bool) -> tuple[int, int]:
+def largest_forward(section: TrainSection, lengths: Sequence[TokenLengths], packs: bool) -> tuple[int, int]:
     """Tokens, and scored tokens, of the largest forward that these pairs can make."""
     pairs = sorted(lengths, key=lambda row: _size(row, packs), reverse=True)
     if section.tokens_per_batch is None:
         pairs = pairs[: section.per_device_train_batch_size]
         longest = max((row.longest() for row in pairs), default=0)
-        return sum(map(Lengths.packed, pairs)) if packs else 2 * len(pairs) * longest, _scored(pairs)
+        return sum(map(TokenLengths.packed, pairs)) if packs else 2 * len(pairs) * longest, _scored(pairs)
     sizes = [_size(row, packs) for row in pairs]
     tokens = min(sum(sizes), max(section.tokens_per_batch, max(sizes, default=0)))
     return tokens, round(_scored(pairs) * tokens / max(1, sum(sizes)))
 
 
-def _size(row: Lengths, packs: bool) -> int:
+def _size(row: TokenLengths, packs: bool) -> int:
     """Tokens of a pair in a forward."""
     return row.packed() if packs else row.padded()
 
 
-def _scored(pairs: Sequence[Lengths]) -> int:
+def _scored(pairs: Sequence[TokenLengths]) -> int:
     return sum(row.scored() for row in pairs)
 
 
-def _shortened(row: Lengths, most: int) -> Lengths:
-    return Lengths(row.prompt - max(0, row.longest() - most), row.completions)
+def _shortened(row: TokenLengths, most: int) -> TokenLengths:
+    return TokenLengths(row.prompt - max(0, row.longest() - most), row.completions)
 
 
-def _multiplications(shape: Shape, rows: Sequence[Lengths], packs: bool) -> int:
+def _multiplications(shape: Shape, rows: Sequence[TokenLengths], packs: bool) -> int:
     """Weights times the tokens that meet them, in one forward over all rows."""
     tokens = sum(_size(row, packs) for row in rows)
     return shape.linear_parameters() * tokens + shape.vocab_size * shape.hidden_size * _scored(rows)
@@ -321,7 +321,7 @@ def memory_gb(
     return {name: size / 1e9 for name, size in parts.items()} | {"context": CONTEXT_GB}
 
 
-def _warnings(plan: Plan, section: TrainSection, warmup: int, lengths: Sequence[Lengths]) -> Any:
+def _warnings(plan: Plan, section: TrainSection, warmup: int, lengths: Sequence[TokenLengths]) -> Any:
     """Each names the number to change."""
     if plan.warmup_share > WARMUP_SHARE:
         if section.warmup_ratio is None:

@@ -16,15 +16,15 @@ from dpo_cli.config.settings import Config
 from dpo_cli.errors import UserError
 from dpo_cli.training import plan
 from dpo_cli.training.encode import Sequences
-from dpo_cli.training.inputs import Row, read_inputs
-from dpo_cli.training.plan import Lengths, Plan, Shape
+from dpo_cli.training.inputs import TrainingRow, read_inputs
+from dpo_cli.training.plan import Plan, Shape, TokenLengths
 
 # What the table of presets is reckoned for where there are no files: Llama 3.2 3B, 1,000 pairs of 600 + 150 tokens.
 USUAL_SHAPE = Shape(
     hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8,
     head_dim=128, vocab_size=128256, tie_word_embeddings=True,
 )  # fmt: skip
-USUAL_LENGTHS = [Lengths(600, [150, 150])] * 1000
+USUAL_LENGTHS = [TokenLengths(600, [150, 150])] * 1000
 
 
 class Cost(Struct):
@@ -51,11 +51,12 @@ def run(config: Config, data: Path | None = None, limit: int | None = None) -> P
         raise UserError(
             "the base model is not on this machine", where=config.model.base, hint="set model.base to a folder"
         )
-    count, counted_by = plan.token_counter(folder)
+    count, counted_by = plan.token_count_or_estimate(folder)
 
-    def lengths(rows: Sequence[Row]) -> list[Lengths]:
+    def lengths(rows: Sequence[TrainingRow]) -> list[TokenLengths]:
         return [
-            Lengths(plan.count(row.prompt, count), [plan.count(one, count) for one in row.completions]) for row in rows
+            TokenLengths(plan.count(row.prompt, count), [plan.count(one, count) for one in row.completions])
+            for row in rows
         ]
 
     return plan.make(
@@ -72,7 +73,8 @@ def run(config: Config, data: Path | None = None, limit: int | None = None) -> P
 def of_encoded(config: Config, base: Path, rows: Sequence[Sequences], held_out: Sequence[Sequences]) -> Plan:
     """The plan of a run whose rows are encoded already."""
     lengths, others = (
-        [Lengths(len(row.prompt), [len(one) for one in row.completions]) for row in side] for side in (rows, held_out)
+        [TokenLengths(len(row.prompt), [len(one) for one in row.completions]) for row in side]
+        for side in (rows, held_out)
     )
     return plan.make(config.train, config.plan, plan.read_shape(base), _adapter(config), lengths, others, "the encoder")
 

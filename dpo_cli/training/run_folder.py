@@ -20,7 +20,7 @@ from dpo_cli.data import files, jsonl
 from dpo_cli.data.files import flat, read_json
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Progress
-from dpo_cli.training.guards import State
+from dpo_cli.training.guards import GuardState
 
 MARKER = "complete.json"
 GUARDS = "guards.json"
@@ -88,16 +88,16 @@ class RunFolder:
             shutil.rmtree(folder)
         return sorted(folder.name for folder in torn)
 
-    def guard_state(self) -> State:
+    def guard_state(self) -> GuardState:
         """What the guards had changed where the run goes on: at its newest checkpoint, or since."""
         checkpoints = self.complete_checkpoints()
         newest = max(checkpoints, default=0)
         since = read_json(self.guards) if self.guards.exists() else {}
         if since.get("step") == newest:
-            return msgspec.convert(since["state"], State)
-        return msgspec.convert(read_json(checkpoints[newest] / GUARDS), State) if checkpoints else State()
+            return msgspec.convert(since["state"], GuardState)
+        return msgspec.convert(read_json(checkpoints[newest] / GUARDS), GuardState) if checkpoints else GuardState()
 
-    def save_guard_state(self, step: int, state: State) -> None:
+    def save_guard_state(self, step: int, state: GuardState) -> None:
         """Note what the guards have changed since the checkpoint of a step was saved."""
         files.write_json(self.guards, {"step": step, "state": state})
 

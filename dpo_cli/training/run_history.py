@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Struct
 
 from dpo_cli.errors import UserError
-from dpo_cli.training.gates import Gate, Verdict
+from dpo_cli.training.gates import Gate, GateVerdict
 from dpo_cli.training.inputs import Stage
 
 
@@ -53,7 +53,7 @@ class Trained(Struct, kw_only=True):
     step_zero: StepZero | None = None
     metrics: dict[str, Any] = msgspec.field(default_factory=dict)
     gates: dict[str, Gate] = msgspec.field(default_factory=dict)
-    verdict: Verdict | None = None
+    verdict: GateVerdict | None = None
     reasons: list[str] = msgspec.field(default_factory=list)
     ended: str | None = None
     merged: Merged | None = None

@@ -13,7 +13,7 @@ from trl import SFTConfig, SFTTrainer
 from dpo_cli.config.settings import SftSection
 from dpo_cli.errors import UserError
 from dpo_cli.training.encode import Sequences
-from dpo_cli.training.guards import State
+from dpo_cli.training.guards import GuardState
 from dpo_cli.training.loop import fit
 from dpo_cli.training.run_folder import RunContext
 from dpo_cli.training.trainer import ResumableTrainer, arguments, fresh_lora, load_base
@@ -22,7 +22,7 @@ BEST = ("eval_loss", -1)
 IGNORED = -100  # a label that carries no loss
 
 
-class Trainer(ResumableTrainer, SFTTrainer):  # type: ignore[misc]
+class SftTrainer(ResumableTrainer, SFTTrainer):  # type: ignore[misc]
     """TRL's trainer, which resumes exactly."""
 
     best = BEST
@@ -50,9 +50,9 @@ def train(
         UserError: a setting is one that TRL refuses.
     """
 
-    def make(state: State) -> Trainer:
+    def make(state: GuardState) -> SftTrainer:
         try:
-            return Trainer(
+            return SftTrainer(
                 model=load_base(base, section),
                 args=SFTConfig(**arguments(section, run.folder, bool(held_out), *BEST, len(rows), state)),
                 train_dataset=dataset(rows),

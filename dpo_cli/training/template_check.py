@@ -21,12 +21,12 @@ from dpo_cli.training.run_folder import RunContext
 
 TIMEOUT = 5.0  # seconds
 
-Row = tuple[list[Message], list[Message]]
+Exchange = tuple[list[Message], list[Message]]
 
 
 def check_tokens(
     encoder: Encoder,
-    rows: Sequence[Row],
+    rows: Sequence[Exchange],
     url: str | None,
     adapter: Path | None,
     run: RunContext,
@@ -89,7 +89,7 @@ def own_template(adapter: Path) -> str | None:
 
 def _compare(
     encoder: Encoder,
-    rows: Sequence[Row],
+    rows: Sequence[Exchange],
     other: Callable[[list[Message], bool], list[int]],
     name: str,
     where: str,

@@ -33,7 +33,7 @@ from dpo_cli.data.files import write_json
 from dpo_cli.progress import Progress
 from dpo_cli.training import distributed, guards
 from dpo_cli.training.encode import Encoder
-from dpo_cli.training.guards import State
+from dpo_cli.training.guards import GuardState
 from dpo_cli.training.plan import capped_steps
 from dpo_cli.training.run_folder import GUARDS, RunFolder, mark_complete, metric_rows
 from dpo_cli.training.trackers import PROJECT, tracker
@@ -56,7 +56,7 @@ class ResumableTrainer:
 
     best: tuple[str, int]
     kl_limit: float = float("inf")
-    guard_state: State = State()
+    guard_state: GuardState = GuardState()
     token_budget: tuple[int, int] | None = None
     owes_evaluation: bool = False
     _kept_meters: dict[str, Any] | None = None
@@ -168,7 +168,7 @@ def arguments(
     metric: str,
     sign: int,
     rows: int = 0,
-    state: State | None = None,
+    state: GuardState | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments of TRL's configuration classes.
 
@@ -182,7 +182,7 @@ def arguments(
         state: what the guards have changed.
     """
     gpu = torch.cuda.is_available()
-    state = state or State()
+    state = state or GuardState()
     batch, accumulation = state.batch or (section.per_device_train_batch_size, section.gradient_accumulation_steps)
     return {
         "learning_rate": section.learning_rate,

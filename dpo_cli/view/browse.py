@@ -11,7 +11,7 @@ from rich.segment import Segment
 from rich.text import Text
 
 from dpo_cli.data.records import Preference, text_of
-from dpo_cli.data.row_index import Row, Rows
+from dpo_cli.data.row_index import IndexedRow, Rows
 from dpo_cli.errors import UserError
 from dpo_cli.terminal import Keys, keys_of
 from dpo_cli.view.pairs import pair_view
@@ -152,7 +152,7 @@ class _Browser:
         if found is not None:
             self.index, self.top = self.rows.number(found), 0
 
-    def having(self, text: str, start: int) -> Iterator[Row]:
+    def having(self, text: str, start: int) -> Iterator[IndexedRow]:
         """Rows whose id begins with a text, or whose texts have it as it is written."""
         forms = {json.dumps(text, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True)}
         pattern = re.compile(b"|".join(re.escape(form.encode(errors="surrogateescape")) for form in forms))

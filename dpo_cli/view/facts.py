@@ -10,7 +10,7 @@ from rich.text import Text
 from dpo_cli.analysis.data_stats import Lengths
 from dpo_cli.data.records import Usage
 from dpo_cli.statistics import Histogram, Interval, Spread
-from dpo_cli.training.gates import MARKS, Gate, Verdict, numbers
+from dpo_cli.training.gates import MARKS, Gate, GateVerdict, numbers
 from dpo_cli.view.braille import bar
 from dpo_cli.view.text import dollars, joined, percent, safe, safe_line
 
@@ -146,10 +146,10 @@ def reason_lines(counts: Mapping[str, int], style: str) -> Text:
 UNBIASED_Z = 1.96  # below, chosen being longer may be chance
 
 
-VERDICT_STYLES: dict[Verdict, str] = {"pass": "bold green", "fail": "bold red", "not shown": "bold yellow"}
+VERDICT_STYLES: dict[GateVerdict, str] = {"pass": "bold green", "fail": "bold red", "not shown": "bold yellow"}
 
 
-def verdict(word: Verdict | None) -> Text:
+def verdict(word: GateVerdict | None) -> Text:
     """A verdict with its mark, in its colour; a dash for none."""
     return Text("–", "dim") if word is None else Text(f"{MARKS[word]} {word}", VERDICT_STYLES[word])
 

@@ -18,7 +18,7 @@ from dpo_cli.view.text import dollars, percent, safe, safe_line
 if TYPE_CHECKING:
     from dpo_cli.training.plan import Plan
     from dpo_cli.training.preflight import Cost
-    from dpo_cli.workflows.sweep import Point
+    from dpo_cli.workflows.sweep import SweepPoint
 
 BAR_WIDTH = 20
 NUMBERS_WIDTH = 58  # what a sweep's table has besides its three plots
@@ -86,7 +86,7 @@ def explain(console: Console, names: Sequence[str]) -> None:
     console.print(table)
 
 
-def accuracy_of(point: "Point", width: int) -> Text:
+def accuracy_of(point: "SweepPoint", width: int) -> Text:
     """The held-out accuracy of a sweep's point, drawn with its interval."""
     if point.accuracy is None or point.accuracy_interval is None:
         return Text("")

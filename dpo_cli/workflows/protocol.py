@@ -30,7 +30,7 @@ from dpo_cli.stages.evaluate.quiz import read_questions
 from dpo_cli.stages.pair import run as pair
 from dpo_cli.training.run_folder import weights_file
 
-Side = Literal["reference", "policy"]
+AdapterSide = Literal["reference", "policy"]
 FOLDED = "folded.json"  # beside the weights: which adapter is in them
 
 
@@ -196,7 +196,9 @@ def _learn(topic: Topic, protocol: Protocol, config: Config, progress: Progress)
     return result
 
 
-def _mark(topic: Topic, protocol: Protocol, config: Config, side: Side, progress: Progress) -> tuple[Mark, float]:
+def _mark(
+    topic: Topic, protocol: Protocol, config: Config, side: AdapterSide, progress: Progress
+) -> tuple[Mark, float]:
     """How an adapter does, and what finding out has cost."""
     asked = evaluate_quiz.quiz(config, progress, Path(topic.quiz), names=(side,))
     rated = evaluate.rate(config, progress, side)

@@ -15,19 +15,19 @@ from dpo_cli.errors import UserError
 from dpo_cli.jobs import launch
 from dpo_cli.progress import Progress
 from dpo_cli.training import guards, run_history
-from dpo_cli.training.gates import Verdict
+from dpo_cli.training.gates import GateVerdict
 from dpo_cli.training.run_history import Run, Trained
 
 SETTINGS = ("beta", "learning_rate", "r")
 
 
-class Point(Struct):
+class SweepPoint(Struct):
     """One value of the setting, and what came of it: held out, at the checkpoint that was kept."""
 
     value: float
     run: str
     adapter: str
-    verdict: Verdict | None
+    verdict: GateVerdict | None
     accuracy: float | None
     margin: float | None
     loss: float | None
@@ -43,7 +43,7 @@ class SweepResult(Struct):
     """
 
     setting: str
-    points: list[Point]
+    points: list[SweepPoint]
     kl_limit: float
     best: float | None
 
@@ -136,10 +136,10 @@ def parse(text: str) -> tuple[str, list[tuple[float, str]]]:
     ]
 
 
-def _point(value: float, result: Trained) -> Point:
+def _point(value: float, result: Trained) -> SweepPoint:
     metrics, gates = result.metrics, result.gates
     accuracy, margin = gates.get("held_out_accuracy"), gates.get("held_out_margin")
-    return Point(
+    return SweepPoint(
         value,
         result.run,
         result.adapter,

@@ -9,7 +9,7 @@ from msgspec import Struct
 from dpo_cli.data.jsonl import read_rows
 from dpo_cli.data.records import Message, Preference, Tool, content_id, message_key
 
-Side = Literal["train", "val"]
+SplitSide = Literal["train", "val"]
 
 
 class Pair(Struct, kw_only=True, frozen=True):
@@ -19,7 +19,7 @@ class Pair(Struct, kw_only=True, frozen=True):
     form): equal keys, equal texts.
     """
 
-    side: Side
+    side: SplitSide
     where: str
     row: Preference
     prompt_key: str
@@ -53,7 +53,7 @@ def warning(rule: str, pairs: Iterable[Pair], message: str) -> Finding:
     return Finding(rule, "warning", [Location(pair.row.id, pair.where) for pair in pairs], message)
 
 
-def read_pairs(path: Path, side: Side) -> list[Pair]:
+def read_pairs(path: Path, side: SplitSide) -> list[Pair]:
     """The pairs of one side of the split.
 
     Raises:
@@ -62,7 +62,7 @@ def read_pairs(path: Path, side: Side) -> list[Pair]:
     return [make_pair(row, side, f"{path}:{line}") for line, row in read_rows(path, Preference)]
 
 
-def make_pair(row: Preference, side: Side, where: str) -> Pair:
+def make_pair(row: Preference, side: SplitSide, where: str) -> Pair:
     """A row with its keys."""
     return Pair(
         side=side,

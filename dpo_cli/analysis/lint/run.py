@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from dpo_cli.analysis.lint import corpus, rules
-from dpo_cli.analysis.lint.findings import Finding, Pair, Side, read_pairs
+from dpo_cli.analysis.lint.findings import Finding, Pair, SplitSide, read_pairs
 from dpo_cli.analysis.lint.tokens import token_counter
 from dpo_cli.config.settings import Config
 from dpo_cli.data.jsonl import write_rows
@@ -169,12 +169,12 @@ def fix(pairs: Sequence[Pair], findings: Iterable[Finding]) -> list[Pair]:
     )
 
 
-def _sides(pairs: Sequence[Pair]) -> dict[str, Side]:
+def _sides(pairs: Sequence[Pair]) -> dict[str, SplitSide]:
     """The one side of each prompt: where most rows of its group are; in a tie val, which is the smaller one."""
     group_of = corpus.prompt_groups(pairs)
-    votes: Counter[tuple[str, Side]] = Counter((group_of(pair), pair.side) for pair in pairs)
+    votes: Counter[tuple[str, SplitSide]] = Counter((group_of(pair), pair.side) for pair in pairs)
 
-    def side(group: str) -> Side:
+    def side(group: str) -> SplitSide:
         return "train" if votes[group, "train"] > votes[group, "val"] else "val"
 
     return {pair.prompt_key: side(group_of(pair)) for pair in pairs}
@@ -188,7 +188,7 @@ def write_fixed(pairs: Sequence[Pair], findings: Iterable[Finding], folder: Path
     """
     fixed = fix(pairs, findings)
     before = {pair.where: pair.side for pair in pairs}
-    paths: dict[Side, Path] = {"train": folder / "train.jsonl", "val": folder / "val.jsonl"}
+    paths: dict[SplitSide, Path] = {"train": folder / "train.jsonl", "val": folder / "val.jsonl"}
     for side, path in paths.items():
         write_rows(path, [pair.row for pair in fixed if pair.side == side])
     sides = Counter(pair.side for pair in fixed)

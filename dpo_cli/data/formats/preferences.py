@@ -19,7 +19,7 @@ import msgspec
 from dpo_cli.data.records import Message, Preference, canonical, preference_id, read_messages, read_preference
 from dpo_cli.errors import UserError, require
 
-Row = dict[str, Any]
+Cells = dict[str, Any]
 
 # Column names of (prompt, good, bad), as people call them.
 PROMPT = ("prompt", "question", "instruction", "input")
@@ -57,7 +57,7 @@ _HINT = (
 )
 
 
-def detect(row: Row) -> tuple[str, Callable[[Row], Preference]]:
+def detect(row: Cells) -> tuple[str, Callable[[Cells], Preference]]:
     """Name and reader of the format that a row is of.
 
     Raises:
@@ -79,7 +79,7 @@ def detect(row: Row) -> tuple[str, Callable[[Row], Preference]]:
 
 
 def _parse(
-    rows: Iterable[tuple[int, Row]], read: Callable[[Row], Preference], name: str, path: Path
+    rows: Iterable[tuple[int, Cells]], read: Callable[[Cells], Preference], name: str, path: Path
 ) -> Iterator[Preference]:
     for line, row in rows:
         try:
@@ -88,7 +88,7 @@ def _parse(
             raise UserError(f"{error} (read as {name})", where=f"{path}:{line}") from None
 
 
-def _conversations(row: Row) -> Preference:
+def _conversations(row: Cells) -> Preference:
     """TRL's conversational format. Sides that hold the whole conversation share its beginning, which is the prompt."""
     chosen = read_messages(row.get("chosen"), "chosen", role="assistant")
     rejected = read_messages(row.get("rejected"), "rejected", role="assistant")
@@ -118,12 +118,12 @@ def _longer(shared: list[Message], given: list[Message]) -> list[Message]:
     raise ValueError('"prompt" is not what "chosen" and "rejected" begin with')
 
 
-def _with_own_id(row: Row) -> Preference:
+def _with_own_id(row: Cells) -> Preference:
     """TRL's format with a prompt; an `id` that is no text (a row number) is replaced by ours."""
     return read_preference(row if isinstance(row.get("id"), str) else {**row, "id": None})
 
 
-def _ultrafeedback(row: Row) -> Preference:
+def _ultrafeedback(row: Cells) -> Preference:
     pair = _conversations(row)
     try:
         good, bad = (msgspec.convert(row[f"score_{side}"], float) for side in ("chosen", "rejected"))
@@ -133,7 +133,7 @@ def _ultrafeedback(row: Row) -> Preference:
     return pair
 
 
-def _hh(row: Row) -> Preference:
+def _hh(row: Cells) -> Preference:
     r"""Anthropic HH: each side is a transcript, `\n\nHuman: … \n\nAssistant: …`, its last turn the answer."""
     return _conversations({side: _transcript(row.get(side), side) for side in ("chosen", "rejected")})
 
@@ -146,8 +146,8 @@ def _transcript(text: Any, field: str) -> list[Message]:
     return [{"role": roles[who], "content": said.strip()} for who, said in zip(turns[::2], turns[1::2], strict=True)]
 
 
-def _prompt_good_bad(row: Row) -> Preference:
-    values: Row = {}
+def _prompt_good_bad(row: Cells) -> Preference:
+    values: Cells = {}
     for field, names in (("prompt", PROMPT), ("chosen", GOOD), ("rejected", BAD)):
         name = next((name for name in names if name in row), names[0])
         if not isinstance(row.get(name), (str, list)):
@@ -156,7 +156,7 @@ def _prompt_good_bad(row: Row) -> Preference:
     return read_preference(values)
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Row]]:
+def _rows(path: Path) -> Iterator[tuple[int, Cells]]:
     """Yield (line, row); for a table the line is where the row ends, for parquet the row's number."""
     kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if kind == ".parquet":
@@ -179,8 +179,8 @@ def _lines(path: Path) -> Iterator[str]:
         raise UserError(getattr(error, "strerror", None) or str(error), where=str(path)) from None
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    decode = msgspec.json.Decoder(Row).decode
+def _json_rows(path: Path) -> Iterator[tuple[int, Cells]]:
+    decode = msgspec.json.Decoder(Cells).decode
     for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
@@ -190,7 +190,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Row]]:
             raise UserError(f"not a JSON object: {error}", where=f"{path}:{number}") from None
 
 
-def _table_rows(path: Path, delimiter: str) -> Iterator[tuple[int, Row]]:
+def _table_rows(path: Path, delimiter: str) -> Iterator[tuple[int, Cells]]:
     """Rows of a table. Without a header that names them, three columns are prompt, good and bad."""
     csv.field_size_limit(1 << 30)  # the default of 128 kB is shorter than a long conversation
     reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
@@ -216,7 +216,7 @@ def _table_rows(path: Path, delimiter: str) -> Iterator[tuple[int, Row]]:
         raise UserError(f"not a table: {error}", where=f"{path}:{reader.line_num}") from None
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[int, Row]]:
+def _parquet_rows(path: Path) -> Iterator[tuple[int, Cells]]:
     require("train", "reading parquet")
     import pyarrow
     import pyarrow.parquet

@@ -23,7 +23,7 @@ TIMEOUT = (10, 60)  # seconds to connect, and without a byte; a log that is sile
 STARTING = ("PodInitializing", "ContainerCreating")
 
 
-class Unreachable(UserError):
+class ClusterUnreachable(UserError):
     """The cluster does not answer now; the same question may be answered later."""
 
 
@@ -217,9 +217,11 @@ class Cluster:
         except urllib3.exceptions.HTTPError as error:
             raise self._unreachable(" ".join(str(error).split())) from None
 
-    def _unreachable(self, why: str) -> Unreachable:
+    def _unreachable(self, why: str) -> ClusterUnreachable:
         hint = "a job that was submitted runs on; is this the cluster? kubectl config current-context"
-        return Unreachable(f"the cluster does not answer: {why}", where=self.namespace, hint=hint, code=Exit.FAILED)
+        return ClusterUnreachable(
+            f"the cluster does not answer: {why}", where=self.namespace, hint=hint, code=Exit.FAILED
+        )
 
     def _refusal(self, error: ApiException) -> UserError:
         try:

@@ -18,7 +18,7 @@ from dpo_cli.config.settings import Config
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.jobs import transfer
 from dpo_cli.jobs.backends import _gke_render as rendering
-from dpo_cli.jobs.backends._gke_cluster import Cluster, Unreachable, end_of, preempted
+from dpo_cli.jobs.backends._gke_cluster import Cluster, ClusterUnreachable, end_of, preempted
 from dpo_cli.jobs.backends._gke_render import HASH, QUEUE, job_name
 from dpo_cli.jobs.registry import Job, Status, ended, refuse_another
 from dpo_cli.jobs.spec import VOLUME as VOLUME
@@ -89,7 +89,7 @@ def logs(job: Job, config: Config, follow: bool) -> Iterator[str]:
         try:
             yield from story.news(follow)
             answered = time.monotonic()
-        except Unreachable as error:
+        except ClusterUnreachable as error:
             if not follow or time.monotonic() - answered > PATIENCE_SECONDS:
                 raise
             yield from story.once(f"waiting: {error.message}")

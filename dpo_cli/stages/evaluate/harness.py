@@ -20,7 +20,7 @@ from dpo_cli.progress import Progress
 RESULT = "evaluation.harness.json"
 
 
-class Score(Struct):
+class TaskScore(Struct):
     """One metric of one task, for both adapters; `error` is the standard error, None where the harness gives none."""
 
     task: str
@@ -34,7 +34,7 @@ class Score(Struct):
 class Harnessed(Struct, kw_only=True):
     """What the harness measured."""
 
-    scores: list[Score]
+    scores: list[TaskScore]
     path: str
 
 
@@ -85,10 +85,10 @@ def harness(config: Config, progress: Progress, tasks: Sequence[str], limit: int
     return result
 
 
-def _scores(reference: dict[str, dict[str, Any]], policy: dict[str, dict[str, Any]]) -> list[Score]:
+def _scores(reference: dict[str, dict[str, Any]], policy: dict[str, dict[str, Any]]) -> list[TaskScore]:
     """What both have, by task and metric; the harness writes a metric as `name,filter`."""
     return [
-        Score(
+        TaskScore(
             task,
             key.partition(",")[0],
             float(value),

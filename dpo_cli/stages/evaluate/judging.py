@@ -24,7 +24,7 @@ from dpo_cli.judges._ranking import label_of
 from dpo_cli.judges._task import Task, make_task
 from dpo_cli.progress import After, Progress
 from dpo_cli.stages.evaluate.sampling import FOLDER, RunBudget
-from dpo_cli.stages.evaluate.win_rate import Point, win_rate
+from dpo_cli.stages.evaluate.win_rate import LengthPoint, win_rate
 
 Ask: TypeAlias = Callable[[Sequence[Task], Config, Callable[[Judgment], None], Progress], Receipt | None]
 
@@ -38,7 +38,7 @@ class Comparison(Struct, kw_only=True):
     `orders` are the judge's, one list a comparison, in which completion 0 is the reference's and 1 the policy's.
     """
 
-    points: list[Point]
+    points: list[LengthPoint]
     orders: list[list[Order]] = []
 
     @property
@@ -175,7 +175,7 @@ def compare(
     verdicts = bench.ask("compare", [task for own in tasks.values() for task in own])
     found = {}
     for key, own in tasks.items():
-        points: list[Point] = []
+        points: list[LengthPoint] = []
         orders: list[list[Order]] = []
         for task in own:
             judgment = verdicts.get(task.id)

@@ -72,7 +72,7 @@ class Answers(Struct, kw_only=True):
     failed: dict[str, int] = field(default_factory=dict)
 
 
-def read_prompts(config: Config, limit: int | None = None) -> dict[str, Prompt]:
+def held_out_prompts(config: Config, limit: int | None = None) -> dict[str, Prompt]:
     """The held-out prompts by id: those of `evaluate.prompts`, or of val.jsonl.
 
     Raises:

@@ -11,7 +11,7 @@ STEPS, LONGEST_STEP = 100, 1.0  # of Newton's method
 CLOSE = 1e-10
 
 # Of one comparison: how much of it the policy wins (0 to 1), and how much longer its text is.
-Point = tuple[float, float]
+LengthPoint = tuple[float, float]
 
 
 def win_rate(reference: Sequence[float], policy: Sequence[float]) -> float:
@@ -20,7 +20,7 @@ def win_rate(reference: Sequence[float], policy: Sequence[float]) -> float:
     return wins / (len(policy) * len(reference))
 
 
-def length_controlled_win_rate(prompts: Sequence[Sequence[Point]]) -> Interval:
+def length_controlled_win_rate(prompts: Sequence[Sequence[LengthPoint]]) -> Interval:
     """The win rate that would be if both sides wrote at the same length (AlpacaEval 2, arXiv:2404.04475).
 
         logit P(policy wins) = θ + φ · tanh(Δ / σ)      LC win rate = 1 / (1 + exp(−θ))

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
-from dpo_cli.adapter import Adapter, check_adapter, fingerprint, read_json
+from dpo_cli.adapter import Adapter, check_adapter, fingerprint, read_json_or_empty
 from dpo_cli.analysis.data_stats import pair_stats
 from dpo_cli.config.settings import Config
 from dpo_cli.data.files import sha256
@@ -24,7 +24,7 @@ from dpo_cli.errors import Exit, UserError, require
 from dpo_cli.progress import Progress
 from dpo_cli.stages.push import card, secrets
 from dpo_cli.stages.push.card import Facts
-from dpo_cli.storage import Sent, Source, sync
+from dpo_cli.storage import PutResult, Source, sync
 from dpo_cli.training.run_folder import ADAPTER_FILES, MODEL_FILES, TOKENIZER_FILES, merged_folder, weights_file
 from dpo_cli.training.run_history import Merged, Trained, read_report
 
@@ -41,7 +41,7 @@ class Pushed(Struct, kw_only=True):
     """What was sent; `merged` is how the merged model compares with the adapter; `notes` are for the user."""
 
     what: What
-    result: Sent
+    result: PutResult
     verdict: str | None = None
     merged: Merged | None = None
     notes: list[str] = msgspec.field(default_factory=list)
@@ -92,8 +92,8 @@ def run(
     return pushed
 
 
-def _nothing(dest: str) -> Sent:
-    return Sent(dest=dest, sent={}, skipped={}, bytes=0)
+def _nothing(dest: str) -> PutResult:
+    return PutResult(dest=dest, sent={}, skipped={}, bytes=0)
 
 
 def _data(config: Config, dest: str) -> dict[str, Source]:
@@ -127,7 +127,7 @@ def _trained(
     facts = Facts(name=_last(dest), base=config.model.base, adapter=adapter, served_as=config.model.dpo_name)
     if made_by is not None:
         report = _read_report(made_by)
-        facts.report, facts.config = report, read_json(made_by / "config.json")
+        facts.report, facts.config = report, read_json_or_empty(made_by / "config.json")
         facts.judge = _judge_of_run(Path(config.data), facts.config)
         facts.evaluation = _evaluation(Path(config.data), folder)
         pushed.verdict = report.verdict
@@ -208,7 +208,7 @@ def _judge_of_run(data: Path, run_config: dict[str, Any]) -> dict[str, Any]:
 
 def _evaluation(data: Path, adapter: Path) -> dict[str, Any]:
     """The result of `evaluate`, if it is this adapter's."""
-    found = read_json(data / "evaluation.json")
+    found = read_json_or_empty(data / "evaluation.json")
     policy = found.get("sides", {}).get("policy", {}).get("adapter")
     return found if policy and fingerprint(adapter).startswith(policy) else {}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from dpo_cli.adapter import RANKS, Adapter, absolute, chat_template, check_adapter, find_base, read_json
+from dpo_cli.adapter import RANKS, Adapter, absolute, chat_template, check_adapter, find_base, read_json_or_empty
 from dpo_cli.config.settings import Config
 from dpo_cli.errors import UserError
 
@@ -109,7 +109,7 @@ def _check_names(config: Config) -> None:
 def _context_limit(base: str) -> float:
     """The longest context of the base, in tokens; infinite where it is not known here."""
     folder = find_base(base)
-    settings = read_json(folder / "config.json") if folder else {}
+    settings = read_json_or_empty(folder / "config.json") if folder else {}
     limit: float = settings.get("text_config", settings).get("max_position_embeddings", math.inf)
     return limit
 

@@ -18,7 +18,7 @@ VOCABULARY_CHUNK = 32768  # TRL's own
 METRICS = ("log_probs", "entropy", "mean_logits", "is_top1")
 
 
-class Scores(NamedTuple):
+class TokenScores(NamedTuple):
     """What TRL's loss and metrics read, each of shape (N,); only `log_probs` has a gradient."""
 
     log_probs: Tensor
@@ -27,7 +27,7 @@ class Scores(NamedTuple):
     is_top1: Tensor | None
 
 
-def score(hidden: Tensor, head: Any, targets: Tensor, softcap: float | None, metrics: bool) -> Scores:
+def score(hidden: Tensor, head: Any, targets: Tensor, softcap: float | None, metrics: bool) -> TokenScores:
     """Score `targets` (N,) from hidden states (N, H) through `head`, a linear layer of weight (V, H).
 
     Args:
@@ -41,12 +41,12 @@ def score(hidden: Tensor, head: Any, targets: Tensor, softcap: float | None, met
     frozen = not (weight.requires_grad and torch.is_grad_enabled())
     plain = bias is None and softcap is None and weight.dtype == hidden.dtype == torch.float32
     if frozen and plain and hidden.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-        return Scores(*_FrozenHead.apply(hidden, weight, targets, metrics))  # type: ignore[no-untyped-call]
+        return TokenScores(*_FrozenHead.apply(hidden, weight, targets, metrics))  # type: ignore[no-untyped-call]
     outputs = METRICS if metrics else METRICS[:1]
     log_probs, entropy, _, mean_logits, is_top1 = ChunkedLogProbFunction.apply(
         hidden, weight, bias, targets, 1.0, VOCABULARY_CHUNK, softcap, 1.0, outputs
     )
-    return Scores(log_probs, entropy, mean_logits, is_top1)
+    return TokenScores(log_probs, entropy, mean_logits, is_top1)
 
 
 class _FrozenHead(torch.autograd.Function):

@@ -62,7 +62,7 @@ def keep_reference(trainer: Any, folder: Path, progress: Progress, wanted: bool 
     if not used:
         progress.log("reference: live, as no row comes up twice")
         return
-    path = folder / f"{fingerprint(trainer)[:16]}.jsonl"
+    path = folder / f"{content_key(trainer)[:16]}.jsonl"
     examples = [row for name in used for row in rows[name]]
     pairs = dict(zip(_keys(collator, examples), examples, strict=True))
     with jsonl.Journal(path, wait=True) as journal:  # another run may be computing just these
@@ -86,7 +86,7 @@ def keep_reference(trainer: Any, folder: Path, progress: Progress, wanted: bool 
     collator.reference = known
 
 
-def fingerprint(trainer: Any) -> str:
+def content_key(trainer: Any) -> str:
     """Hash of everything that the reference computes with."""
     model = trainer.ref_model or trainer.model
     adapters = getattr(model, "peft_config", {})
