@@ -13,6 +13,9 @@ from dpo_cli.training.gates import Gate, GateVerdict
 from dpo_cli.training.inputs import Stage
 
 
+MAY_LACK = ("ok", "interval", "more")  # of a gate
+
+
 class StepZero(Struct):
     """The check before the first update: the loss, the largest margin in nats, and whether both are right."""
 
@@ -137,9 +140,7 @@ def read_finished(folder: Path) -> Trained | None:
 
 def _with_nan(value: Any) -> Any:
     if isinstance(value, dict):
-        return {
-            key: None if key in ("ok", "interval") and one is None else _with_nan(one) for key, one in value.items()
-        }
+        return {key: None if key in MAY_LACK and one is None else _with_nan(one) for key, one in value.items()}
     if isinstance(value, list):
         return [_with_nan(one) for one in value]
     return math.nan if value is None else value
