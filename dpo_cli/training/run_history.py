@@ -12,7 +12,6 @@ from dpo_cli.errors import UserError
 from dpo_cli.training.gates import Gate, GateVerdict
 from dpo_cli.training.inputs import Stage
 
-
 MAY_LACK = ("ok", "interval", "more")  # of a gate
 
 
