@@ -44,20 +44,3 @@ class Silent:
 
     def end(self) -> None:
         pass
-
-
-class After(Silent):
-    """Progress of a part, counted on from what was done before it; whoever calls it begins and ends."""
-
-    def __init__(self, progress: Progress, before: int) -> None:
-        self._progress = progress
-        self._before = before
-
-    def update(self, done: int, **counters: float) -> None:
-        self._progress.update(self._before + done, **counters)
-
-    def log(self, text: str) -> None:
-        self._progress.log(text)
-
-    def aside(self) -> AbstractContextManager[None]:
-        return self._progress.aside()

@@ -241,7 +241,7 @@ def test_the_same_job_is_found_again_from_anywhere_and_another_is_refused(cluste
     results(bucket)
     run(detach=True)
     elsewhere()
-    with pytest.raises(UserError, match=r"train.beta is 0.2, was 0.1") as refused:
+    with pytest.raises(UserError, match=r"train.beta was 0.1, now 0.2") as refused:
         run(settings("train.beta=0.2"))
     assert "jobs cancel gke-train-dpo" in str(refused.value.hint)
     with pytest.raises(UserError, match="can't be started over"):

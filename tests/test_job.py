@@ -92,7 +92,7 @@ def test_another_spec_under_a_running_id_is_refused_by_key(work):
     running = jobs_spec.make(work, "train")
     registry.refuse_another(running, jobs_spec.make(work, "train"), "id")
     work.train.beta = 0.2
-    with pytest.raises(UserError, match=r"config\.train\.beta is 0\.2, was 0\.1") as refused:
+    with pytest.raises(UserError, match=r"config\.train\.beta was 0\.1, now 0\.2") as refused:
         registry.refuse_another(running, jobs_spec.make(work, "train"), "id")
     assert "jobs cancel id" in refused.value.hint
     with pytest.raises(UserError, match="can't be started over"):

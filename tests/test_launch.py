@@ -37,7 +37,7 @@ def test_a_detached_run_is_found_again_and_ends_as_it_would_here(work):
     assert launch.submit("local", spec, config, progress).handle == first.job.handle
     assert "attaching to it" in progress.lines[0]
     config.train.beta = 0.3
-    with pytest.raises(UserError, match=r"config\.train\.beta is 0\.3, was 0\.1"):
+    with pytest.raises(UserError, match=r"config\.train\.beta was 0\.1, now 0\.3"):
         launch.submit("local", launch.spec("local", config, "train"), config, Silent())
 
     launched = launch.attach(registry.get("local", config), config, progress)
@@ -46,7 +46,7 @@ def test_a_detached_run_is_found_again_and_ends_as_it_would_here(work):
     assert launched.result["policy_sha256"] == report["policy_sha256"]
     assert any("held-out loss" in line for line in progress.lines)
     again = launch.run("local", launch.spec("local", config, "train", name="dpo"), config, Silent())
-    assert again.status.exit_code == Exit.USAGE and "train.beta is 0.3, was 0.1" in again.status.reason
+    assert again.status.exit_code == Exit.USAGE and "train.beta was 0.1, now 0.3" in again.status.reason
     assert "--fresh" in again.hint
 
 

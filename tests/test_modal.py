@@ -201,7 +201,7 @@ def test_uploaded_spawned_preempted_left_found_again_and_fetched(modal, whole):
     config.train.beta = 0.3
     refused = launch.run("modal", asked(config), config, Silent())
     assert (refused.status.state, refused.status.exit_code) == ("failed", Exit.USAGE)
-    assert "train.beta is 0.3, was 0.1" in refused.status.reason and "--fresh" in refused.hint
+    assert "train.beta was 0.1, now 0.3" in refused.status.reason and "--fresh" in refused.hint
     assert len(list(server.calls.values())[-1].attempts) == 1, "what fails again is not tried again"
 
 

@@ -20,7 +20,6 @@ from dpo_cli.judges._orders import OrderVerdict, cyclic_orders, is_enough
 from dpo_cli.judges._panel import agreement_weights, decide
 from dpo_cli.judges._ranking import any_inverts
 from dpo_cli.judges._task import make_task
-from dpo_cli.stages import judge
 
 PANEL = ["judge-a", "judge-b", "judge-c"]
 
@@ -153,7 +152,7 @@ def test_the_file_is_the_same_whenever_it_was_interrupted(tmp_path, monkeypatch)
         run(config(halves, server.url, model=PANEL))
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(judge, "_replace", interrupt)
+            patch.setattr(llm, "settle", interrupt)
             run(config(killed, server.url, model=PANEL))
         assert not any(one.weights for one in judgments(killed).values())
         assert run(config(killed, server.url, model=PANEL)).owed == 0

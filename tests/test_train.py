@@ -169,7 +169,7 @@ def test_killed_while_it_publishes_it_publishes_again(work, monkeypatch):
 def test_a_run_of_this_name_with_other_settings_or_inputs_is_refused_by_key(start):
     folder, _ = start
     base = folder / "base"
-    with pytest.raises(UserError, match=r"train\.beta is 0\.2, was 0\.1"):
+    with pytest.raises(UserError, match=r"train\.beta was 0\.1, now 0\.2"):
         train.run(settings(folder, base, "train.beta=0.2"), Silent())
     save_adapter(folder / "other", base, seed=7)
     with pytest.raises(UserError, match=r"model\.adapter_sha256"):

@@ -86,8 +86,6 @@ class Journal:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._take_lock()
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-            _repair_tail(self._file)
         except OSError as error:
             self.close()
             raise disk_error(error, self.path) from error
@@ -105,6 +103,7 @@ class Journal:
             UserError: the disk is full; what was written of the record is taken back.
         """
         line = encode_line(row) + b"\n"
+        self._open()
         start = os.lseek(self._file, 0, os.SEEK_END)
         try:
             written = os.write(self._file, line)
@@ -119,6 +118,7 @@ class Journal:
 
     def compact(self) -> None:
         """Drop the lines that a later line of the same id supersedes; the rest keeps its bytes and its order."""
+        self._open()  # cuts a torn last line
         id_of = msgspec.json.Decoder(_Identified).decode
         last: dict[str, bytes] = {}
         count = 0
@@ -129,18 +129,30 @@ class Journal:
         if count == len(last):
             return
         write_file(self.path, b"".join(line + b"\n" for line in last.values()))
-        os.close(self._file)
-        self._file = os.open(self.path, os.O_RDWR | os.O_APPEND)
+        self._close_file()
 
     def close(self) -> None:
         """Sync and let go; safe to call twice."""
+        self._close_file()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _open(self) -> None:
+        """Open the file when there is something to append: what is only read, or refused, is not touched."""
+        if self._file >= 0:
+            return
+        try:
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            _repair_tail(self._file)
+        except OSError as error:
+            raise disk_error(error, self.path) from error
+
+    def _close_file(self) -> None:
         if self._file >= 0:
             os.fsync(self._file)
             os.close(self._file)
             self._file = -1
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
 
     def _take_lock(self) -> None:
         # Beside the journal, not on it: compacting replaces the journal's inode.

@@ -9,7 +9,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from dpo_cli.data.files import flat
+from dpo_cli.data.same_settings import flat
 from dpo_cli.html.markup import Markup, joined, markup
 from dpo_cli.html.page import columns, document, facts, figure, footer, grid, tile, verdict
 from dpo_cli.html.svg import interval, lines

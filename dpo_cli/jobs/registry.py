@@ -11,13 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import msgspec
 from msgspec import Struct
 
 from dpo_cli.config.settings import Config
 from dpo_cli.data import files
+from dpo_cli.data.same_settings import refuse_other_settings
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.jobs.spec import Spec
 
@@ -142,23 +143,7 @@ def refuse_another(running: Spec, asked: Spec, identity: str) -> None:
     Raises:
         UserError: it is not; names what differs.
     """
-    before, now = _flat(running.identity()), _flat(asked.identity())
-    different = [
-        f"{key} is {now.get(key)}, was {before.get(key)}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]
     hint = f"nothing-dpo jobs cancel {identity}, or --name OTHER"
-    if different:
-        raise UserError(
-            f"it is running with other settings or inputs: {'; '.join(different)}", where=identity, hint=hint
-        )
+    refuse_other_settings("it is running", running.identity(), asked.identity(), where=identity, hint=hint)
     if asked.fresh:
         raise UserError("it is running and can't be started over", where=identity, hint=hint)
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _flat(inner, f"{prefix}{key}.") if isinstance(inner, dict) else {f"{prefix}{key}": inner}
-    return flat

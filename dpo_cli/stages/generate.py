@@ -21,13 +21,15 @@ from msgspec.structs import replace
 from dpo_cli import engines
 from dpo_cli.config.resolve import get
 from dpo_cli.config.settings import Config
-from dpo_cli.data.jsonl import Journal, parse_rows, read_rows
+from dpo_cli.data.jsonl import parse_rows, read_rows
 from dpo_cli.data.records import Completions, Prompt, Usage, message_key, prompt_id, read_prompt_and_tools
+from dpo_cli.data.resumable import Delivery, Resumable
+from dpo_cli.data.same_settings import refuse_other_settings
 from dpo_cli.endpoint.costs import Estimate, Receipt
 from dpo_cli.engines import Request, Sample, Sampled
 from dpo_cli.engines._contrast import contrasted, split
 from dpo_cli.errors import UserError
-from dpo_cli.progress import Progress, Silent
+from dpo_cli.progress import Progress
 
 SHOWN_ERRORS = 3
 
@@ -79,24 +81,17 @@ def run(config: Config, progress: Progress, limit: int | None = None, dry_run: b
     engine = engines.choose(config, progress)
     path = Path(config.data) / "completions.jsonl"
     result = Generated(path=str(path), dry_run=dry_run)
-    if dry_run:
-        requests, _ = _find_owed(config, engine, limit, result)
-        result.estimate = _estimate(requests, config) if engine == "endpoint" else None
-        return result
-    with Journal(path) as journal:
-        requests, superseded = _find_owed(config, engine, limit, result)
-        if requests:
-            work = _Work(_open_rows(config, engine, requests, path), keep, journal, progress, result)
-            progress.begin("generate", result.prompts, result.done_before)
-            try:
+    with Resumable(path, _Made, _same_settings(config, engine, path), dry_run=dry_run) as rows:
+        requests = _find_owed(rows, config, limit, result)
+        if dry_run:
+            result.estimate = _estimate(requests, config) if engine == "endpoint" else None
+        elif requests:
+            opened = _open_rows(config, engine, requests, rows)
+            with rows.reporting(progress, "generate", result.prompts, len(requests)) as delivery:
                 sample = engines.load(engine)
                 if settings.contrast:
                     sample = contrasted(sample, settings.good_system, settings.bad_system)
-                work.finish(sample, requests, config)
-            finally:
-                progress.end()
-        if requests or superseded:
-            journal.compact()
+                _Work(opened, keep, rows, delivery, result).finish(sample, requests, config)
     return result
 
 
@@ -158,56 +153,53 @@ class _Made(Struct, gc=False):
     sampling: Raw
 
 
-def _find_owed(config: Config, engine: str, limit: int | None, result: Generated) -> tuple[list[Request], int]:
-    """What is missing, in the order of the prompts, and the number of superseded rows; counts it in `result`."""
-    path = Path(result.path)
-    counts: dict[str, int] = {}
-    kinds: dict[tuple[bytes, bytes], int] = {}
-    rows = 0
-    if path.exists():
-        for number, row in read_rows(path, _Made):
-            rows += 1
-            counts[row.id] = len(row.completions)
-            kinds.setdefault((bytes(row.model), bytes(row.sampling)), number)
-    _refuse_mixture(config, engine, path, kinds)
-
+def _find_owed(rows: Resumable[_Made], config: Config, limit: int | None, result: Generated) -> list[Request]:
+    """What is missing, in the order of the prompts; counts it in `result`."""
     n = config.generate.n
-    seen: set[str] = set()
-    owed: list[Request] = []
+    prompts: dict[str, Prompt] = {}
     for prompt in read_prompts(Path(config.generate.prompts)):
         key = prompt_id(*prompt)
-        if key in seen:
+        if key in prompts:
             result.merged += 1
             continue
-        if len(seen) == limit:
+        if len(prompts) == limit:
             break
-        seen.add(key)
-        need = n - counts.get(key, 0)
-        if need > 0:
-            owed.append(Request(id=key, prompt=prompt.messages, have=[], need=need, tools=prompt.tools))
-            result.owed_completions += need
-    result.prompts = len(seen)
+        prompts[key] = prompt
+    owed = []
+    for key, prompt in rows.missing(prompts, lambda made, _: len(made.completions) >= n).items():
+        made = rows.known.get(key)
+        need = n - (len(made.completions) if made else 0)
+        owed.append(Request(id=key, prompt=prompt.messages, have=[], need=need, tools=prompt.tools))
+        result.owed_completions += need
+    result.prompts = len(prompts)
     result.owed_prompts = len(owed)
-    result.done_before = len(seen) - len(owed)
-    return owed, rows - len(counts)
+    result.done_before = len(prompts) - len(owed)
+    return owed
 
 
-def _refuse_mixture(config: Config, engine: str, path: Path, kinds: dict[tuple[bytes, bytes], int]) -> None:
-    """Refuse rows that were made with other settings, naming what differs and the ways to go on."""
+def _same_settings(config: Config, engine: str, path: Path) -> Callable[[int, _Made], None]:
+    """A check of each row that refuses those made with other settings."""
     now = {"model": config.model.name, **made_with(config, engine)}
-    for (model, sampling), number in kinds.items():
+    checked: set[tuple[bytes, bytes]] = set()
+
+    def check(number: int, row: _Made) -> None:
+        kind = (bytes(row.model), bytes(row.sampling))
+        if kind in checked:
+            return
+        checked.add(kind)
         try:
-            before = {"model": msgspec.json.decode(model), **msgspec.json.decode(sampling, type=dict[str, Any])}
+            sampling = msgspec.json.decode(row.sampling, type=dict[str, Any])
         except msgspec.ValidationError:
             raise UserError('"sampling" is not an object', where=f"{path}:{number}") from None
-        differing = [name for name in before | now if before.get(name) != now.get(name)]
-        if differing:
-            changes = ", ".join(f"{name} {before.get(name)} (now {now.get(name)})" for name in differing)
-            raise UserError(
-                f"made with other settings: {changes}",
-                where=f"{path}:{number}",
-                hint="--data FOLDER for a set of its own, or go on with the old settings",
-            )
+        refuse_other_settings(
+            "made",
+            {"model": msgspec.json.decode(row.model), **sampling},
+            now,
+            where=f"{path}:{number}",
+            hint="--data FOLDER for a set of its own, or go on with the old settings",
+        )
+
+    return check
 
 
 class _Open(Struct):
@@ -236,7 +228,7 @@ class _Open(Struct):
                 row.messages[place : place + 1] = [message and {**message, "content": keep(message["content"])}]
 
 
-def _open_rows(config: Config, engine: str, requests: list[Request], path: Path) -> dict[str, _Open]:
+def _open_rows(config: Config, engine: str, requests: list[Request], known: Resumable[_Made]) -> dict[str, _Open]:
     """A row for every request, with the completions that former runs made; tells the requests of those."""
     sampling = made_with(config, engine)
     rows = {
@@ -254,9 +246,10 @@ def _open_rows(config: Config, engine: str, requests: list[Request], path: Path)
         )
         for request in requests
     }
-    for _, row in read_rows(path, Completions):
-        if row.id in rows:
-            rows[row.id] = _Open(row, had=len(row.completions))
+    if not rows.keys().isdisjoint(known.known):
+        for _, row in read_rows(known.path, Completions):
+            if row.id in rows:
+                rows[row.id] = _Open(row, had=len(row.completions))
     for request in requests:
         request.have = rows[request.id].row.completions
     return rows
@@ -282,31 +275,30 @@ class _Work:
 
     def __init__(
         self,
-        rows: dict[str, _Open],
+        opened: dict[str, _Open],
         keep: Callable[[str], str],
-        journal: Journal,
-        progress: Progress,
+        rows: Resumable[_Made],
+        delivery: Delivery,
         result: Generated,
     ) -> None:
-        self._open = rows
+        self._open = opened
         self._keep = keep
-        self._journal = journal
-        self._tally = _Tally(progress, result)
+        self._rows = rows
+        self._delivery = delivery
         self._result = result
         self._errors: set[str] = set()
 
     def finish(self, sample: Sample, requests: list[Request], config: Config) -> None:
         """Sample what is owed, then once more what came out identical."""
-        receipt = sample(requests, config, self._deliver, self._tally)
-        self._tally.settle()
+        receipt = sample(requests, config, self._deliver, self._delivery)
+        self._delivery.next_part()
         again = [
             Request(id=key, prompt=made.row.prompt, have=made.row.completions, need=len(twins), tools=made.row.tools)
             for key, made in self._open.items()
             if (twins := made.twins())
         ]
         if again:
-            more = sample(again, _less(config, receipt), self._deliver_again, self._tally)
-            self._tally.settle()
+            more = sample(again, _less(config, receipt), self._deliver_again, self._delivery)
             receipt = receipt + more if receipt and more else receipt
         self._result.receipt = receipt
 
@@ -318,7 +310,7 @@ class _Work:
             made.row.usage += sampled.usage
             if not made.twins():
                 self._write(made)
-        self._tally.tell()
+        self._tell()
 
     def _deliver_again(self, sampled: Sampled) -> None:
         made = self._open[sampled.id]
@@ -327,7 +319,7 @@ class _Work:
             made.row.usage += sampled.usage
             self._result.identical += len(made.twins())
             self._write(made)
-        self._tally.tell()
+        self._tell()
 
     def _count(self, sampled: Sampled) -> bool:
         """Count what came; whether it is usable."""
@@ -338,17 +330,21 @@ class _Work:
             result.error = result.error or sampled.error
             if sampled.error not in self._errors and len(self._errors) < SHOWN_ERRORS:
                 self._errors.add(sampled.error)
-                self._tally.log(f"prompt {sampled.id}: {sampled.error}")
+                self._delivery.log(f"prompt {sampled.id}: {sampled.error}")
             return False
         return True
 
     def _write(self, made: _Open) -> None:
-        self._journal.append(made.row)
+        self._rows.deliver(made.row)
         del self._open[made.row.id]
         new = made.row.finish_reasons[made.had :]
         self._result.completions += len(new)
         self._result.cut += new.count("length")
-        self._tally.done += 1
+
+    def _tell(self) -> None:
+        result = self._result
+        failed = {"failed": result.failed} if result.failed else {}
+        self._delivery.note(completions=result.completions, tokens=result.usage.output, **failed)
 
 
 def _less(config: Config, receipt: Receipt | None) -> Config:
@@ -358,36 +354,3 @@ def _less(config: Config, receipt: Receipt | None) -> Config:
         return config
     left = max(0.0, cap - receipt.usd - receipt.unseen_usd)
     return replace(config, generate=replace(config.generate, max_usd=left))
-
-
-class _Tally(Silent):
-    """The engine's progress: passes its counters on, with the stage's own numbers."""
-
-    def __init__(self, progress: Progress, result: Generated) -> None:
-        self.done = result.done_before
-        self._progress = progress
-        self._result = result
-        self._counters: dict[str, float] = {}
-        self._settled: dict[str, float] = {}
-
-    def update(self, done: int, **counters: float) -> None:
-        """Take the engine's totals; what is done the stage knows."""
-        self._counters |= counters
-        self.tell()
-
-    def log(self, text: str) -> None:
-        """Pass a line on."""
-        self._progress.log(text)
-
-    def tell(self) -> None:
-        """Report everything."""
-        result = self._result
-        totals = {name: self._settled.get(name, 0) + value for name, value in self._counters.items()}
-        if result.failed:
-            totals["failed"] = result.failed
-        self._progress.update(self.done, completions=result.completions, tokens=result.usage.output, **totals)
-
-    def settle(self) -> None:
-        """The engine has finished, and will count from zero when it is called again."""
-        self._settled = {name: self._settled.get(name, 0) + value for name, value in self._counters.items()}
-        self._counters = dict.fromkeys(self._counters, 0.0)

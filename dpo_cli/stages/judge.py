@@ -7,7 +7,7 @@ that `generate.keep_lines` asks for) never. Making pairs is `pair`'s work.
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ from msgspec import Struct, field
 from dpo_cli import judges
 from dpo_cli.analysis.prompt_injection import suspicious
 from dpo_cli.config.settings import Config
-from dpo_cli.data.jsonl import Journal, read_latest
+from dpo_cli.data.jsonl import read_latest
 from dpo_cli.data.records import Completions, Judgment, Usage, completions_id
+from dpo_cli.data.resumable import Resumable
+from dpo_cli.data.same_settings import refuse_other_settings
 from dpo_cli.endpoint.costs import Estimate, Receipt
 from dpo_cli.errors import UserError
 from dpo_cli.judges._task import Task, make_task
-from dpo_cli.progress import After, Progress
+from dpo_cli.progress import Progress
 
 COMPLETIONS, JUDGMENTS = "completions.jsonl", "judgments.jsonl"
 TOO_FEW = "fewer than two distinct usable completions"
@@ -71,53 +73,34 @@ def run(config: Config, progress: Progress, limit: int | None = None, dry_run: b
     identity = judge.identity(config)
     if config.generate.keep_lines:
         identity["keep_lines"] = config.generate.keep_lines
-    known = read_latest(path, Judgment)
-    _refuse_another_judge(path, known, identity)
-    tasks, skips = _plan(rows, known, config)
-    before = len(rows) - len(tasks) - len(skips)
-    result = Judged(
-        total=len(rows), done_before=before, owed=len(tasks), calls=judge.calls(tasks, config), path=str(path)
-    )
-    if dry_run:
-        if (estimate := getattr(judge, "estimate", None)) is not None:
-            result.estimate = estimate(tasks, config)
-        return result
-    fresh: dict[str, Judgment] = {}
-    if tasks or skips:
-        flags = {task.id: _flags(task) for task in tasks}
-        with Journal(path) as journal:
+    with Resumable(path, Judgment, _same_judge(identity, path), dry_run=dry_run) as judgments:
+        tasks, skips = _plan(rows, judgments, config)
+        before = len(rows) - len(tasks) - len(skips)
+        result = Judged(
+            total=len(rows), done_before=before, owed=len(tasks), calls=judge.calls(tasks, config), path=str(path)
+        )
+        if dry_run:
+            if (estimate := getattr(judge, "estimate", None)) is not None:
+                result.estimate = estimate(tasks, config)
+            return result
+        for skip in skips:
+            judgments.deliver(skip)
+        if tasks or skips:
+            flags = {task.id: _flags(task) for task in tasks}
 
             def deliver(judgment: Judgment) -> None:
                 judgment.judge = identity
                 judgment.flags = flags.get(judgment.id, {})
-                journal.append(judgment)
-                fresh[judgment.id] = judgment
+                judgments.deliver(judgment)
 
-            for skip in skips:
-                journal.append(skip)
-                fresh[skip.id] = skip
-            progress.begin("judge", len(rows), before + len(skips))
-            try:
-                result.receipt = judge.judge(tasks, config, deliver, After(progress, before + len(skips)))
-            finally:
-                progress.end()
-            journal.compact()
-    if (settle := getattr(judge, "settle", None)) is not None:
-        tasks_of_all = (_task(row, config) for row in everything)
-        changed = {row.id: row for row in settle(tasks_of_all, known | fresh, config)}
-        _replace(path, changed.values())
-        known, fresh = known | changed, fresh | {key: row for key, row in changed.items() if key in fresh}
-    _count(result, fresh, known | fresh)
+            with judgments.reporting(progress, "judge", len(rows), len(tasks)) as delivery:
+                result.receipt = judge.judge(tasks, config, deliver, delivery)
+        fresh = judgments.delivered.copy()
+        if (settle := getattr(judge, "settle", None)) is not None:
+            for judgment in list(settle((_task(row, config) for row in everything), judgments.known, config)):
+                judgments.deliver(judgment)
+        _count(result, [judgments.known[key] for key in fresh], judgments.known.values())
     return result
-
-
-def _replace(path: Path, judgments: Collection[Judgment]) -> None:
-    """Write judgments in the place of those with their ids."""
-    if judgments:
-        with Journal(path) as journal:
-            for judgment in judgments:
-                journal.append(judgment)
-            journal.compact()
 
 
 def _read_completions(path: Path) -> list[Completions]:
@@ -127,22 +110,30 @@ def _read_completions(path: Path) -> list[Completions]:
     return rows
 
 
-def _plan(rows: Iterable[Completions], known: dict[str, Judgment], config: Config) -> tuple[list[Task], list[Judgment]]:
+def _plan(
+    rows: Iterable[Completions], judgments: Resumable[Judgment], config: Config
+) -> tuple[list[Task], list[Judgment]]:
     """What the judge must see, and the judgments of prompts that leave it nothing to compare."""
+
+    def settles(old: Judgment, row: Completions) -> bool:
+        return _same_texts(old, row) and old.error is None and old.skipped != TOO_FEW
+
     tasks: list[Task] = []
     skips: list[Judgment] = []
-    for row in rows:
-        old = known.get(row.id)
-        if old is not None and old.completions_id != completions_id(row.completions, row.messages):
+    for row in judgments.missing({row.id: row for row in rows}, settles).values():
+        old = judgments.known.get(row.id)
+        if old is not None and not _same_texts(old, row):
             old = None
-        if old is not None and old.error is None and old.skipped != TOO_FEW:
-            continue
         task = _task(row, config, old.failures if old else 0)
         if len(task.shown) > 1:
             tasks.append(task)
         elif old is None or old.skipped is None:
             skips.append(Judgment(id=row.id, completions_id=task.completions_id, skipped=TOO_FEW))
     return tasks, skips
+
+
+def _same_texts(judgment: Judgment, row: Completions) -> bool:
+    return judgment.completions_id == completions_id(row.completions, row.messages)
 
 
 def _task(row: Completions, config: Config, failures: int = 0) -> Task:
@@ -167,37 +158,32 @@ def _flags(task: Task) -> dict[int, list[str]]:
     return {index: found for index, text in enumerate(task.completions) if (found := suspicious(text))}
 
 
-def _refuse_another_judge(path: Path, known: dict[str, Judgment], identity: dict[str, Any]) -> None:
-    """One file, one judge: scores of different judges do not compare.
+def _same_judge(identity: dict[str, Any], path: Path) -> Callable[[int, Judgment], None]:
+    """A check of each judgment that refuses another judge's: scores of different judges do not compare."""
 
-    Raises:
-        UserError: naming the settings that differ, and the ways to go on.
-    """
-    for judgment in known.values():
-        then = judgment.judge
-        if not then or then == identity or judgment.error is not None:
-            continue
-        keys = [key for key in [*then, *identity] if then.get(key) != identity.get(key)]
-        differ = [f"{_key(key)} was {then.get(key)!r}, now {identity.get(key)!r}" for key in dict.fromkeys(keys)]
-        raise UserError(
-            f"it holds judgments by another judge: {'; '.join(differ)}",
-            where=str(path),
+    def check(number: int, judgment: Judgment) -> None:
+        if not judgment.judge or judgment.judge == identity or judgment.error is not None:
+            return
+        refuse_other_settings(
+            "judged",
+            judgment.judge,
+            identity,
+            where=f"{path}:{number}",
             hint=f"set that back, or copy {COMPLETIONS} to another folder and use --data, or rm {path} to judge anew "
             "(replies that are paid for stay in the ledger)",
+            name=lambda key: f"generate.{key}" if key == "keep_lines" else f"judge.{key}",
         )
 
-
-def _key(name: str) -> str:
-    return f"generate.{name}" if name == "keep_lines" else f"judge.{name}"
+    return check
 
 
-def _count(result: Judged, fresh: dict[str, Judgment], everything: dict[str, Judgment]) -> None:
-    scored = [judgment for judgment in fresh.values() if judgment.scores is not None]
+def _count(result: Judged, fresh: list[Judgment], everything: Collection[Judgment]) -> None:
+    scored = [judgment for judgment in fresh if judgment.scores is not None]
     result.judged = len(scored)
     result.consistent = sum(judgment.consistent is True for judgment in scored)
     # What follows a colon is the judge's or the endpoint's own words, and different each time.
-    result.skipped = dict(Counter(row.skipped.partition(":")[0] for row in fresh.values() if row.skipped))
-    result.errors = dict(Counter(row.error for row in fresh.values() if row.error))
-    result.weights = next((row.weights for row in everything.values() if row.weights), {})
-    result.usage = sum((row.usage for row in everything.values()), Usage())
-    result.usd = sum(row.usd for row in everything.values())
+    result.skipped = dict(Counter(row.skipped.partition(":")[0] for row in fresh if row.skipped))
+    result.errors = dict(Counter(row.error for row in fresh if row.error))
+    result.weights = next((row.weights for row in everything if row.weights), {})
+    result.usage = sum((row.usage for row in everything), Usage())
+    result.usd = sum(row.usd for row in everything)

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 from dpo_cli.data import files, jsonl
-from dpo_cli.data.files import flat, read_json
+from dpo_cli.data.files import read_json
+from dpo_cli.data.same_settings import refuse_other_settings
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Progress
 from dpo_cli.training.guards import GuardState
@@ -49,18 +50,13 @@ class RunFolder:
             UserError: it was not; names the keys that differ.
         """
         if self.config.exists():
-            before, now = (flat(value["identity"]) for value in (read_json(self.config), spec))
-            different = [
-                f"{key} is {now.get(key)}, was {before.get(key)}"
-                for key in sorted(before.keys() | now.keys())
-                if before.get(key) != now.get(key)
-            ]
-            if different:
-                raise UserError(
-                    f"this run was started with other settings or inputs: {'; '.join(different)}",
-                    where=str(self.path),
-                    hint="--name OTHER starts another run, --fresh starts this one over",
-                )
+            refuse_other_settings(
+                "this run was started",
+                read_json(self.config)["identity"],
+                spec["identity"],
+                where=str(self.path),
+                hint="--name OTHER starts another run, --fresh starts this one over",
+            )
         else:
             files.write_json(self.config, spec)
 

@@ -19,9 +19,9 @@ from typing import Any, Literal
 from msgspec import Struct
 
 from dpo_cli.config.settings import Config
-from dpo_cli.data.jsonl import Journal, read_latest
 from dpo_cli.data.messages import wire
 from dpo_cli.data.records import Prompt, content_id
+from dpo_cli.data.resumable import Resumable
 from dpo_cli.endpoint.client import Endpoint
 from dpo_cli.endpoint.http import COMPLETIONS, Rejected
 from dpo_cli.endpoint.prices import price_of
@@ -74,32 +74,23 @@ def measure(
     who = [reference.made_with, policy.made_with]
     groups = [list(chosen)[start : start + TOGETHER] for start in range(0, len(chosen), TOGETHER)]
     keys = {key: content_id("kl", who, key, None if by_endpoint else group) for group in groups for key in group}
-    path = Path(config.data) / FOLDER / ROWS
-    with Journal(path) as journal:
-        known = read_latest(path, Measured)
-        owed = [[key for key in group if keys[key] not in known] for group in groups]
-        missing = [group for group, left in zip(groups, owed, strict=True) if left]
-        if missing:
-            done = len(chosen) - sum(map(len, owed))
+    with Resumable(Path(config.data) / FOLDER / ROWS, Measured) as measured:
+        owed = measured.missing({row: key for key, row in keys.items()})
+        if owed:
 
             def deliver(key: str, nats: float, tokens: int) -> None:
-                nonlocal done
-                if keys[key] not in known:
-                    known[keys[key]] = Measured(keys[key], nats, tokens)
-                    journal.append(known[keys[key]])
-                    done += 1
-                    progress.update(done)
+                if keys[key] not in measured.known:
+                    measured.deliver(Measured(keys[key], nats, tokens))
+                    delivery.note()
 
-            progress.begin("kl", len(chosen), done)
-            try:
+            with measured.reporting(progress, "kl", len(chosen), len(owed)) as delivery:
                 if by_endpoint:
-                    left = {key: chosen[key] for group in owed for key in group}
-                    asyncio.run(_ask(reference, policy, left, config, progress, purse, deliver))
+                    left = {key: chosen[key] for key in owed.values()}
+                    asyncio.run(_ask(reference, policy, left, config, delivery, purse, deliver))
                 else:
-                    _compute(config, [{key: chosen[key] for key in group} for group in missing], deliver, progress)
-            finally:
-                progress.end()
-    rows = [known[keys[key]] for key in chosen if keys[key] in known]
+                    groups = [group for group in groups if not measured.known.keys() >= {keys[key] for key in group}]
+                    _compute(config, [{key: chosen[key] for key in group} for group in groups], deliver, delivery)
+    rows = [measured.known[keys[key]] for key in chosen if keys[key] in measured.known]
     if not rows:
         raise Unmeasurable("no prompt leaves room in the model's context")
     nats = [row.nats for row in rows]

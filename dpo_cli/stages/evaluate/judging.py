@@ -16,13 +16,13 @@ from msgspec.structs import replace
 
 from dpo_cli import judges
 from dpo_cli.config.settings import Config
-from dpo_cli.data.jsonl import Journal, read_latest
 from dpo_cli.data.records import Completions, Judgment, Message, Order, canonical, content_id
+from dpo_cli.data.resumable import Resumable
 from dpo_cli.endpoint.costs import Estimate, Receipt
 from dpo_cli.judges._forms import LOWEST
 from dpo_cli.judges._ranking import label_of
 from dpo_cli.judges._task import Task, make_task
-from dpo_cli.progress import After, Progress
+from dpo_cli.progress import Progress
 from dpo_cli.stages.evaluate.sampling import FOLDER, RunBudget
 from dpo_cli.stages.evaluate.win_rate import LengthPoint, win_rate
 
@@ -89,14 +89,15 @@ class EvaluationJudge:
 
     def owed(self, kind: str, tasks: Iterable[Task]) -> list[Task]:
         """The tasks that have no verdict yet; those with nothing to be judged never have one."""
-        known = read_latest(self._path(kind), Judgment)
-        found = {task.id: task for task in tasks if len(task.shown) >= self.least(kind)}
-        for key, old in known.items():
-            if key in found and old.error is None:
-                del found[key]
-            elif key in found:
-                found[key].failures = old.failures
-        return list(found.values())
+        return self._missing(kind, tasks, Resumable.read(self._path(kind), Judgment))
+
+    def _missing(self, kind: str, tasks: Iterable[Task], verdicts: Resumable[Judgment]) -> list[Task]:
+        showing = {task.id: task for task in tasks if len(task.shown) >= self.least(kind)}
+        missing = verdicts.missing(showing, lambda old, _: old.error is None)
+        for key, task in missing.items():
+            if key in verdicts.known:
+                task.failures = verdicts.known[key].failures
+        return list(missing.values())
 
     def ask(self, kind: str, tasks: Sequence[Task]) -> dict[str, Judgment]:
         """The verdicts on these tasks, by id, asking for those that are missing.
@@ -109,26 +110,19 @@ class EvaluationJudge:
             UserError: what the judge raises.
         """
         ask: Ask = self._in_form(kind, self.judge.judge)
-        path = self._path(kind)
-        missing = self.owed(kind, tasks)
-        if missing:
-            with Journal(path) as journal:
+        with Resumable(self._path(kind), Judgment) as verdicts:
+            if missing := self._missing(kind, tasks, verdicts):
 
                 def deliver(judgment: Judgment) -> None:
                     judgment.judge = self.identity
-                    journal.append(judgment)
+                    verdicts.deliver(judgment)
 
-                done = len({task.id for task in tasks}) - len(missing)
-                self.progress.begin(kind, done + len(missing), done)
-                try:
-                    receipt = ask(missing, self._within_budget(), deliver, After(self.progress, done))
-                finally:
-                    self.progress.end()
-                journal.compact()
-            self.purse.add(receipt)
-            self.waiting = receipt.waiting if receipt else 0  # of all open batches: both kinds share their journal
-        everything = read_latest(path, Judgment)
-        found = {task.id: everything[task.id] for task in tasks if task.id in everything}
+                total = len({task.id for task in tasks})
+                with verdicts.reporting(self.progress, kind, total, len(missing)) as delivery:
+                    receipt = ask(missing, self._within_budget(), deliver, delivery)
+                self.purse.add(receipt)
+                self.waiting = receipt.waiting if receipt else 0  # of all open batches: both kinds share their journal
+        found = {task.id: verdicts.known[task.id] for task in tasks if task.id in verdicts.known}
         if kind == "compare" and (settle := getattr(self.judge, "settle", None)) is not None:
             found |= {row.id: row for row in settle(tasks, found, self.config)}  # a panel's weights; not kept
         self.heard |= found

@@ -270,7 +270,7 @@ def _gain(row: Compared) -> tuple[float, float]:
 def _expected(side: Side, prompts: dict[str, Prompt]) -> dict[str, Completions]:
     """What the side has answered, filled up with texts of the length that is to be expected."""
     settings = side.config.generate
-    have = known(side)
+    have = known(side).known
     rows = {}
     for key, prompt in prompts.items():
         texts = have[key].completions if key in have else []

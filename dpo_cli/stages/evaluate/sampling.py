@@ -17,13 +17,14 @@ from dpo_cli import engines
 from dpo_cli.adapter import find_base, fingerprint
 from dpo_cli.config.resolve import get
 from dpo_cli.config.settings import Config
-from dpo_cli.data.jsonl import Journal, parse_rows, read_latest
+from dpo_cli.data.jsonl import parse_rows
 from dpo_cli.data.records import Completions, Prompt, content_id, prompt_id, read_prompt_and_tools
+from dpo_cli.data.resumable import Resumable
 from dpo_cli.endpoint.costs import Receipt
 from dpo_cli.endpoint.prices import price_of
 from dpo_cli.engines import Request, Sampled
 from dpo_cli.errors import UserError
-from dpo_cli.progress import Progress, Silent
+from dpo_cli.progress import Progress
 
 FOLDER = "evaluation"  # in `data`
 REFERENCE, POLICY = "reference", "policy"
@@ -109,20 +110,19 @@ def forget(side: Side) -> None:
     shutil.rmtree(side.config.data, ignore_errors=True)
 
 
-def owed(side: Side, prompts: dict[str, Prompt], known: dict[str, Completions]) -> list[Request]:
+def known(side: Side) -> Resumable[Completions]:
+    """What the side has answered in former runs."""
+    return Resumable.read(_path(side), Completions)
+
+
+def owed(side: Side, prompts: dict[str, Prompt], rows: Resumable[Completions]) -> list[Request]:
     """What is not sampled yet."""
     requests = []
-    for key, prompt in prompts.items():
-        have = known[key].completions if key in known else []
-        need = side.config.generate.n - len(have)
-        if need > 0:
-            requests.append(Request(id=key, prompt=prompt.messages, have=have, need=need, tools=prompt.tools))
+    n = side.config.generate.n
+    for key, prompt in rows.missing(prompts, lambda row, _: len(row.completions) >= n).items():
+        have = rows.known[key].completions if key in rows.known else []
+        requests.append(Request(id=key, prompt=prompt.messages, have=have, need=n - len(have), tools=prompt.tools))
     return requests
-
-
-def known(side: Side) -> dict[str, Completions]:
-    """What former runs have sampled, by prompt."""
-    return read_latest(_path(side), Completions)
 
 
 def sample(side: Side, prompts: dict[str, Prompt], progress: Progress, purse: RunBudget) -> Answers:
@@ -132,55 +132,54 @@ def sample(side: Side, prompts: dict[str, Prompt], progress: Progress, purse: Ru
         UserError: what the engine raises.
     """
     config = side.config
-    answers = Answers(rows={})
     failed: Counter[str] = Counter()
-    with Journal(_path(side)) as journal:
-        answers.rows = known(side)
-        requests = owed(side, prompts, answers.rows)
-        done = len(prompts) - len(requests)
-        if requests:
-            counted = _Counted(progress, done)
+    tokens = 0
+    with Resumable(_path(side), Completions) as rows:
+        if requests := owed(side, prompts, rows):
 
             def deliver(sampled: Sampled) -> None:
+                nonlocal tokens
                 if sampled.error:
                     failed[sampled.error] += 1
                     progress.log(f"prompt {sampled.id}: {sampled.error}")
                     return
-                row = answers.rows.get(sampled.id) or Completions(
-                    id=sampled.id,
-                    prompt=prompts[sampled.id].messages,
-                    tools=prompts[sampled.id].tools,
-                    completions=[],
-                    finish_reasons=[],
-                    model=config.model.name,
-                    sampling=side.made_with,
-                )
-                new = sampled.messages or [None] * len(sampled.texts)
-                whole = [*(row.messages or [None] * len(row.completions)), *new]
-                row = replace(
-                    row,
-                    messages=whole if any(whole) else [],
-                    completions=row.completions + sampled.texts,
-                    usage=row.usage + sampled.usage,
-                    finish_reasons=row.finish_reasons + sampled.finish_reasons,
-                )
-                journal.append(row)
-                answers.rows[row.id] = row
-                counted.tick(tokens=sampled.usage.output)
+                rows.deliver(_extended(rows.known.get(sampled.id), sampled, side, prompts[sampled.id]))
+                tokens += sampled.usage.output
+                delivery.note(tokens=tokens)
 
-            progress.begin(f"sample {side.name}", len(prompts), done)
-            try:
+            with rows.reporting(progress, f"sample {side.name}", len(prompts), len(requests)) as delivery:
                 asked = replace(config, generate=replace(config.generate, max_usd=purse.left))
-                purse.add(engines.load(config.generate.engine)(requests, asked, deliver, counted))
-            finally:
-                progress.end()
-            journal.compact()
-    answers.rows = {key: answers.rows[key] for key in prompts if key in answers.rows}
-    answers.failed = dict(failed)
+                purse.add(engines.load(config.generate.engine)(requests, asked, deliver, delivery))
+    answers = Answers(
+        rows={key: rows.known[key] for key in prompts if key in rows.known},
+        failed=dict(failed),
+    )
     if config.generate.engine == "endpoint":
         price = price_of(config.generate.url or "", config.model.name, config.generate.price)
         answers.usd = sum(price.usd(row.usage) for row in answers.rows.values()) if price else 0.0
     return answers
+
+
+def _extended(row: Completions | None, sampled: Sampled, side: Side, prompt: Prompt) -> Completions:
+    """A prompt's row with what was sampled added to it."""
+    row = row or Completions(
+        id=sampled.id,
+        prompt=prompt.messages,
+        tools=prompt.tools,
+        completions=[],
+        finish_reasons=[],
+        model=side.config.model.name,
+        sampling=side.made_with,
+    )
+    new = sampled.messages or [None] * len(sampled.texts)
+    whole = [*(row.messages or [None] * len(row.completions)), *new]
+    return replace(
+        row,
+        messages=whole if any(whole) else [],
+        completions=row.completions + sampled.texts,
+        usage=row.usage + sampled.usage,
+        finish_reasons=row.finish_reasons + sampled.finish_reasons,
+    )
 
 
 def _path(side: Side) -> Path:
@@ -199,23 +198,3 @@ def _made_with(config: Config) -> dict[str, Any]:
     if config.generate.engine == "endpoint":
         return made | {"url": config.generate.url, "model": config.model.name}
     return made | {"base": config.model.base if base is None else fingerprint(base)[:DIGITS]}
-
-
-class _Counted(Silent):
-    """The engine's progress, with the prompts that are done."""
-
-    def __init__(self, progress: Progress, done: int) -> None:
-        self._progress = progress
-        self._done = done
-        self._tokens = 0
-
-    def tick(self, tokens: int) -> None:
-        self._done += 1
-        self._tokens += tokens
-        self.update(0)
-
-    def update(self, done: int, **counters: float) -> None:
-        self._progress.update(self._done, tokens=self._tokens, **counters)
-
-    def log(self, text: str) -> None:
-        self._progress.log(text)

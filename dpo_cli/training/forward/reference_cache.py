@@ -23,7 +23,7 @@ from msgspec import Struct
 from torch import Tensor
 from trl.trainer.utils import use_adapter
 
-from dpo_cli.data import jsonl
+from dpo_cli.data.resumable import Resumable
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Progress
 from dpo_cli.training.forward.collator import Collator, row_keys
@@ -37,7 +37,13 @@ class Known(Struct):
     """One row's log-probabilities, float32, of its completion tokens."""
 
     id: str
-    log_probs: bytes
+    log_probs: bytearray
+
+    def tensor(self) -> Tensor:
+        """(completion tokens,), sharing the row's memory."""
+        if not self.log_probs:  # a completion that was cut away
+            return torch.empty(0)
+        return torch.frombuffer(self.log_probs, dtype=torch.float32)
 
 
 def keep_reference(trainer: Any, folder: Path, progress: Progress, wanted: bool | None = None) -> None:
@@ -65,25 +71,23 @@ def keep_reference(trainer: Any, folder: Path, progress: Progress, wanted: bool 
     path = folder / f"{content_key(trainer)[:16]}.jsonl"
     examples = [row for name in used for row in rows[name]]
     pairs = dict(zip(_keys(collator, examples), examples, strict=True))
-    with jsonl.Journal(path, wait=True) as journal:  # another run may be computing just these
-        known = {id: _tensor(row.log_probs) for id, row in jsonl.read_latest(path, Known).items()}
-        missing = {id for pair in pairs for id in pair if id not in known}
+    with Resumable(path, Known, wait=True) as kept:  # another run may be computing just these
+        missing = kept.missing({id: pair for pair in pairs for id in pair}).keys()
         whole = [row for pair, row in pairs.items() if missing.isdisjoint(pair)]
         progress.log(
             f"reference: kept for {' and '.join(f'{name} ({passes[name]:.3g} passes)' for name in used)}; "
             f"{len(whole)} of {len(pairs)} pairs are known"
         )
         if whole:
-            _check(trainer, whole[0], known, path)
+            _check(trainer, whole[0], kept)
         # Always the same groups, whatever is known of them: a run that was killed here comes to the same values.
         for group in _groups(pairs):
             if missing.isdisjoint(id for pair in group for id in pair):
                 continue
             for id, log_probs in _compute_what_fits(trainer, [pairs[pair] for pair in group]):
                 if id in missing:
-                    known[id] = log_probs
-                    journal.append(Known(id, log_probs.numpy().tobytes()))
-    collator.reference = known
+                    kept.deliver(Known(id, bytearray(log_probs.numpy().tobytes())))
+    collator.reference = {id: row.tensor() for id, row in kept.known.items()}
 
 
 def content_key(trainer: Any) -> str:
@@ -188,14 +192,13 @@ def _compute(trainer: Any, examples: list[dict[str, Any]]) -> Iterator[tuple[str
         yield key, row[mask]
 
 
-def _check(trainer: Any, example: dict[str, Any], known: dict[str, Tensor], path: Path) -> None:
+def _check(trainer: Any, example: dict[str, Any], kept: Resumable[Known]) -> None:
     tolerance = TOLERANCE[torch.bfloat16 if trainer.args.bf16 else trainer.model.dtype]
     for key, log_probs in _compute(trainer, [example]):
-        if not (log_probs - known[key]).abs().mean() <= tolerance:  # also for NaN
+        if not (log_probs - kept.known[key].tensor()).abs().sum() <= tolerance * max(1, len(log_probs)):  # also for NaN
             raise UserError(
-                "it does not hold what this reference computes", where=str(path), hint="delete it", code=Exit.FAILED
+                "it does not hold what this reference computes",
+                where=str(kept.path),
+                hint="delete it",
+                code=Exit.FAILED,
             )
-
-
-def _tensor(content: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(content), dtype=torch.float32)
