@@ -6,7 +6,12 @@ without such signs are not changed.
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from typing import Any
+
+import msgspec
+
+from dpo_cli.adapter import find_base
 
 _NAMES = (
     "s|bos|eos|pad|unk|mask|cls|sep|start_of_turn|end_of_turn|start_of_image|end_of_image|end_of_utterance|image|video"
@@ -32,6 +37,37 @@ _CONTROL = re.compile(
 )
 
 
+def control_tokens(added: Iterable[tuple[str, bool]]) -> frozenset[str]:
+    """Of a tokenizer's added tokens those that no text may hold as a token.
+
+    Args:
+        added: each token, and whether it is special. What is not special may be an ordinary word, or white space.
+    """
+    return frozenset(
+        token for token, special in added if len(token) > 1 and (special or disarm(token) != token) and token.strip()
+    )
+
+
+def tokens_of(model: str) -> frozenset[str]:
+    """The control tokens of a model whose tokenizer.json is on this machine; none of others."""
+    folder = find_base(model)
+    try:
+        content = (folder / "tokenizer.json").read_bytes() if folder else b"{}"
+        added: list[dict[str, Any]] = msgspec.json.decode(content).get("added_tokens") or []
+        return control_tokens((str(one["content"]), bool(one.get("special"))) for one in added)
+    except (OSError, msgspec.DecodeError, AttributeError, KeyError, TypeError):
+        return frozenset()
+
+
+def disarm_all(value: Any, known: Collection[str] = ()) -> Any:
+    """A JSON-able value with every text in it disarmed, keys included."""
+    if isinstance(value, str):
+        return disarm(value, known)
+    if isinstance(value, dict):
+        return {disarm(key, known): disarm_all(part, known) for key, part in value.items()}
+    return [disarm_all(part, known) for part in value] if isinstance(value, list) else value
+
+
 def disarm(text: str, known: Collection[str] = ()) -> str:
     """The text with a space within each control token.
 
@@ -42,6 +78,6 @@ def disarm(text: str, known: Collection[str] = ()) -> str:
     if any(sign in text for sign in "<[]"):
         text = _CONTROL.sub(r"\g<0> ", text)
     for token in known:
-        if token in text:
+        while token in text:  # again, where they overlap
             text = text.replace(token, f"{token[0]} {token[1:]}")
     return text

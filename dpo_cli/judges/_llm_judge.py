@@ -12,9 +12,11 @@ from dpo_cli.endpoint.batch import PendingRequest
 from dpo_cli.endpoint.client import Endpoint
 from dpo_cli.endpoint.dialect import Dialect
 from dpo_cli.endpoint.http import Rejected
+from dpo_cli.endpoint.prices import is_local
 from dpo_cli.endpoint.responses import PASSING, Choice, Reply
 from dpo_cli.errors import UserError
 from dpo_cli.judges import _panel
+from dpo_cli.judges._control_tokens import tokens_of
 from dpo_cli.judges._forms import Form, Verdict
 from dpo_cli.judges._orders import OrderVerdict, Vote, hear, is_enough, plan_votes
 from dpo_cli.judges._prompt import show
@@ -40,6 +42,8 @@ class LlmJudge:
         self.settings = config.judge
         self.criteria = criteria_for(form, config.judge.rubric)
         self.dialects = {model: Dialect(endpoint, model, log) for model in self.settings.models}
+        here = is_local(self.settings.url)
+        self.tokens = {model: tokens_of(model) if here else frozenset() for model in self.settings.models}
 
     async def judgment(self, task: Task) -> Judgment:
         """The judgment of one task: scored, skipped where the judge refuses, or an error where it can't be had."""
@@ -99,7 +103,7 @@ class LlmJudge:
         """
         form, cap, again = self.form, self.settings.max_tokens, 0
         while True:
-            shown = show(task, vote.order, criterion.text, self.settings.seed, form)
+            shown = show(task, vote.order, criterion.text, self.settings.seed, form, self.tokens[model])
             body = request(model, shown.message, shown.labels, cap, self.settings, form)
             choice = await self._send(model, body, vote.repeat * REPEAT + again, paid)
             if choice.refusal or choice.finish_reason == "content_filter":

@@ -5,7 +5,7 @@ lines is ours. Pure functions, without a network.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from msgspec import Struct
 
@@ -47,12 +47,24 @@ class Shown(Struct):
     code: str
 
 
-def show(task: Task, order: list[int], rubric: str, seed: int, form: Form = RANKING) -> Shown:
-    """The message that shows a task in one order; control tokens of chat templates are shown as plain text."""
+def show(
+    task: Task, order: list[int], rubric: str, seed: int, form: Form = RANKING, tokens: Collection[str] = ()
+) -> Shown:
+    """The message that shows a task in one order; control tokens of chat templates are shown as plain text.
+
+    Args:
+        task: what is judged.
+        order: indices of completions, as they are shown.
+        rubric: the criteria.
+        seed: of the nonce.
+        form: what is asked.
+        tokens: control tokens of the judge's own tokenizer, beside those that are well known.
+    """
     prompt: list[Message] = [
-        {"role": disarm(message["role"]), "content": disarm(message["content"])} for message in task.prompt
+        {"role": disarm(message["role"], tokens), "content": disarm(message["content"], tokens)}
+        for message in task.prompt
     ]
-    candidates = {label_of(place): disarm(task.completions[index]) for place, index in enumerate(order)}
+    candidates = {label_of(place): disarm(task.completions[index], tokens) for place, index in enumerate(order)}
     message = write_message(rubric, prompt, candidates, seed, form)
     code = code_of(prompt, candidates, seed)
     return Shown(message, list(candidates), [*candidates.values(), *(part["content"] for part in prompt)], code)

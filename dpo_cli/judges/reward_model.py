@@ -1,13 +1,15 @@
-"""A reward model as judge: `--judge reward-model --reward-model FOLDER_OR_HUB_ID`.
+"""A reward model as judge: `--judge reward-model --reward-model FOLDER_OR_HUB_ID`. Free, and on this machine.
 
 A sequence-classification model of transformers reads prompt and completion as one conversation, in its own chat
 template or, if it has none, as lines of `role: text`. The score is its logit, or with two labels the log-odds of the
 last one; `pair.min_gap` is in these units. On CUDA it runs in bfloat16 where the card has it, else in float32; but for
-that rounding a score depends on the conversation alone, not on what else is in the batch.
+that rounding a score depends on the conversation alone, not on what else is in the batch. Models that fit are
+Skywork/Skywork-Reward-V2-Qwen3-0.6B and -1.7B: one logit, Qwen3's template, no code of their own.
 
-A conversation that is too long loses the beginning of its prompt, and is skipped if the completion alone is too long.
-Not covered: adapters, models that need code of their own, models that read prompt and completion as two segments,
-and more than one device.
+Control tokens of the model's tokenizer are read as text where a prompt or a completion holds them. A conversation that
+is too long loses the beginning of its prompt, and is skipped if the completion alone is too long. A model that needs
+code of its own is refused: that code would run here. Not covered: adapters, models that read prompt and completion as
+two segments, and more than one device.
 """
 
 import math
@@ -26,6 +28,7 @@ from dpo_cli.adapter import find_base, fingerprint
 from dpo_cli.config.settings import Config
 from dpo_cli.data.records import Judgment, Message
 from dpo_cli.errors import Exit, UserError
+from dpo_cli.judges._control_tokens import control_tokens, disarm_all
 from dpo_cli.judges._ranking import conclude
 from dpo_cli.judges._task import Task
 from dpo_cli.progress import Progress
@@ -35,13 +38,14 @@ KEY = "judge.reward_model"
 WINDOW = 256  # prompts that are encoded and sorted by length together
 TOO_LONG = "the completion is longer than the reward model reads"
 HINT = "--reward-model FOLDER, or a Hub id that this machine can reach"
+SMALL = "--reward-model Skywork/Skywork-Reward-V2-Qwen3-0.6B, or another whose architecture transformers has"
 
 
 class RewardModel(Struct):
     """A loaded reward model.
 
     `pad` is the padding token of its configuration, if any; `context` the most tokens that it reads; `template` the
-    variables of its chat template.
+    variables of its chat template; `control` the tokens of its tokenizer that no text may hold.
     """
 
     network: Any
@@ -49,6 +53,7 @@ class RewardModel(Struct):
     pad: int | None
     context: int
     template: dict[str, Any]
+    control: frozenset[str] = frozenset()
 
 
 class _TooLong(Exception):
@@ -124,9 +129,9 @@ def load(name: str, template: dict[str, Any] | None = None) -> RewardModel:
     cuda = torch.cuda.is_available()
     dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         network, loading = AutoModelForSequenceClassification.from_pretrained(
-            name, dtype=dtype, output_loading_info=True
+            name, dtype=dtype, output_loading_info=True, trust_remote_code=False
         )
     except Exception as error:
         raise _unusable(name, error) from error
@@ -138,7 +143,9 @@ def load(name: str, template: dict[str, Any] | None = None) -> RewardModel:
     text = network.config.get_text_config()
     positions = getattr(text, "max_position_embeddings", tokenizer.model_max_length)
     pad = text.pad_token_id if text.pad_token_id in range(text.vocab_size) else None
-    return RewardModel(network, tokenizer, pad, min(positions, tokenizer.model_max_length), template or {})
+    added = ((token.content, token.special) for token in tokenizer.added_tokens_decoder.values())
+    context = min(positions, tokenizer.model_max_length)
+    return RewardModel(network, tokenizer, pad, context, template or {}, control_tokens(added))
 
 
 def encode(model: RewardModel, prompt: list[Message], completion: str) -> list[int]:
@@ -195,6 +202,7 @@ def _filler(rows: list[list[int]]) -> int:
 
 def _render(model: RewardModel, messages: list[Message]) -> list[int]:
     tokenizer = model.tokenizer
+    messages = disarm_all(messages, model.control)
     if tokenizer.chat_template is None:
         text = "\n".join(f"{message['role']}: {message['content']}" for message in messages)
         ids: list[int] = tokenizer(text)["input_ids"]
@@ -211,11 +219,13 @@ def _name(config: Config) -> str:
 
 def _read_config(name: str) -> Any:
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         raise _unusable(name, error) from error
 
 
 def _unusable(name: str, error: Exception) -> UserError:
+    if "trust_remote_code" in str(error):
+        return UserError(f"'{name}' needs code of its own, which would run here: refused", where=KEY, hint=SMALL)
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return UserError(f"no reward model can be loaded from '{name}': {lines[0]}", where=KEY, hint=HINT)
