@@ -11,6 +11,7 @@ import msgspec
 
 from dpo_cli.errors import Exit, UserError
 
+PRIVATE = 0o600  # the mode of files that hold prompts or replies
 encode_line = msgspec.json.Encoder().encode
 
 
@@ -19,8 +20,13 @@ def write_json(path: Path, value: Any) -> None:
     write_file(path, msgspec.json.format(encode_line(value), indent=2) + b"\n")
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Replace a file, all or nothing, through a temporary file beside it.
+def write_file(path: Path, content: bytes, private: bool = False) -> None:
+    """Replace a file, all or nothing, through a temporary file beside it; who may read it stays as it was.
+
+    Args:
+        path: its folder is made.
+        content: all of it.
+        private: a new file is for its owner alone, as what holds prompts and replies should be.
 
     Raises:
         UserError: the disk is full or the folder can't be written; the old file is as it was.
@@ -34,7 +40,7 @@ def write_file(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(path.stat().st_mode & 0o777 if path.exists() else PRIVATE if private else 0o644)
         temporary.replace(path)
     except OSError as error:
         if temporary is not None:

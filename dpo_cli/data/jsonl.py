@@ -16,7 +16,7 @@ from typing import Any, Self, TypeVar
 
 import msgspec
 
-from dpo_cli.data.files import disk_error, encode_line, write_file
+from dpo_cli.data.files import PRIVATE, disk_error, encode_line, write_file
 from dpo_cli.errors import UserError
 
 T = TypeVar("T")
@@ -59,7 +59,7 @@ def read_latest(path: Path, kind: type[T]) -> dict[str, T]:
 
 def write_rows(path: Path, rows: Iterable[Any]) -> None:
     """Replace a file by these rows, all or nothing: readers see the old file or the new one."""
-    write_file(path, b"".join(encode_line(row) + b"\n" for row in rows))
+    write_file(path, b"".join(encode_line(row) + b"\n" for row in rows), private=True)
 
 
 class Journal:
@@ -128,7 +128,7 @@ class Journal:
                 count += 1
         if count == len(last):
             return
-        write_file(self.path, b"".join(line + b"\n" for line in last.values()))
+        write_file(self.path, b"".join(line + b"\n" for line in last.values()), private=True)
         self._close_file()
 
     def close(self) -> None:
@@ -143,7 +143,7 @@ class Journal:
         if self._file >= 0:
             return
         try:
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, PRIVATE)
             _repair_tail(self._file)
         except OSError as error:
             raise disk_error(error, self.path) from error
@@ -156,7 +156,7 @@ class Journal:
 
     def _take_lock(self) -> None:
         # Beside the journal, not on it: compacting replaces the journal's inode.
-        self._lock = os.open(self.path.with_name(f".{self.path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
+        self._lock = os.open(self.path.with_name(f".{self.path.name}.lock"), os.O_RDWR | os.O_CREAT, PRIVATE)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | (0 if self._wait else fcntl.LOCK_NB))
         except BlockingIOError:

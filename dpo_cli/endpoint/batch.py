@@ -197,7 +197,7 @@ class Batches:
             model=shard[0].body["model"],
             created=int(time.time()),
         )
-        write_file(self._input(row), content)
+        write_file(self._input(row), content, private=True)
         self._write(row)
         self._held[row.id] = sum(map(self._worst, shard))
         self._endpoint.budget.hold(self._held[row.id])

@@ -154,13 +154,13 @@ class Connection:
         self._silence.cancel()
         await self._session.close()
 
-    async def send(self, method: str, path: str, *, limit: int = MOST_BYTES, **content: Any) -> bytes:
+    async def send(self, method: str, path: str, *, limit: int | None = None, **content: Any) -> bytes:
         """One HTTP request; the body of its successful response.
 
         Args:
             method: GET or POST.
             path: after the base URL.
-            limit: most bytes that are read.
+            limit: most bytes that are read; None: `MOST_BYTES`.
             content: `data`, `params` and `headers`, as aiohttp takes them.
 
         Raises:
@@ -173,7 +173,7 @@ class Connection:
 
         assert self._session is not None
         try:
-            response = await self._follow(method, f"{self.url}{path}{self._query}", limit, content)
+            response = await self._follow(method, f"{self.url}{path}{self._query}", limit or MOST_BYTES, content)
         except aiohttp.InvalidURL as error:
             raise UserError(f"not a URL: {error}", where=self.url) from None
         except aiohttp.ClientSSLError as error:

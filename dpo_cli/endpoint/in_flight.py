@@ -8,7 +8,7 @@ import os
 from collections.abc import Container
 from pathlib import Path
 
-from dpo_cli.data.files import disk_error
+from dpo_cli.data.files import PRIVATE, disk_error
 
 
 class InFlight:
@@ -32,7 +32,7 @@ class InFlight:
             UserError: the folder can't be written.
         """
         try:
-            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, PRIVATE)
         except OSError as error:
             raise disk_error(error, self._path) from error
         text = os.pread(self._file, os.fstat(self._file).st_size, 0).decode("ascii", "ignore")

@@ -22,9 +22,9 @@ T = TypeVar("T")
 THINKING_ENDS = "</think>"
 
 # Why a choice is no answer, and what can be done about it.
-IN_REASONING = "no text: the server put all of it into reasoning_content"
-CUT_IN_REASONING = "no text: it ended while it was reasoning"
-TOOL_CALLS = "no text: tool calls only"
+IN_REASONING = "no text, all of it went into reasoning_content"
+CUT_IN_REASONING = "no text, it ended while it was reasoning"
+TOOL_CALLS = "no text, but tool calls that nobody offered"
 EMPTY = "no text"
 SERVER_ERROR = "ended by an error of the server"
 ABORTED = "aborted by the server"
@@ -86,7 +86,9 @@ class Choice(Struct, omit_defaults=True):
             return FILTERED
         if self.refusal or after_thinking(self.text) or (tools and self.tool_calls):
             return None
-        if self.text.strip() or (self.reasoning and self.finish_reason == "length"):
+        if (self.text.strip() and THINKING_ENDS not in self.text) or (
+            self.reasoning and self.finish_reason == "length"
+        ):
             return CUT_IN_REASONING
         if self.reasoning:
             return IN_REASONING

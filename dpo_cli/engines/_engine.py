@@ -49,6 +49,15 @@ class Sampled(Struct, kw_only=True):
     missing: dict[str, int] = field(default_factory=dict)
     changes: dict[str, Any] = field(default_factory=dict)
 
+    def as_sent(self, sampling: dict[str, Any]) -> dict[str, Any]:
+        """The settings of a row as they were sent: what the server refused is None, and named in `refused`."""
+        if not self.changes:
+            return sampling
+        refused = sorted({*sampling.get("refused", ()), *self.changes})
+        return (
+            sampling | {name: value for name, value in self.changes.items() if name in sampling} | {"refused": refused}
+        )
+
 
 Sample: TypeAlias = "Callable[[list[Request], Config, Callable[[Sampled], None], Progress], Receipt | None]"
 

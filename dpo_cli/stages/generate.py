@@ -40,8 +40,9 @@ class Generated(Struct, kw_only=True):
     `prompts` are distinct ones, `merged` the duplicates among them. `owed_prompts` and `owed_completions` are what was
     missing at the start: a request a prompt, more where the server refuses `n`. `completions` and what follows are
     this run's own: `identical` ones came twice for one prompt although they were sampled anew, `cut` ones ran into
-    max_tokens; `failed` counts prompts, and `error` is the first one's. `receipt` is of paid calls, where there were
-    any; `estimate`, with `dry_run`, of those that are owed.
+    max_tokens; `failed` counts prompts, and `error` is the first one's. `missing` counts, by the reason, the replies
+    that are no completions. `receipt` is of paid calls, where there were any; `estimate`, with `dry_run`, of those that
+    are owed.
     """
 
     path: str
@@ -56,6 +57,7 @@ class Generated(Struct, kw_only=True):
     cut: int = 0
     failed: int = 0
     error: str | None = None
+    missing: dict[str, int] = msgspec.field(default_factory=dict)
     usage: Usage = msgspec.field(default_factory=Usage)
     receipt: Receipt | None = None
     estimate: Estimate | None = None
@@ -191,9 +193,10 @@ def _same_settings(config: Config, engine: str, path: Path) -> Callable[[int, _M
             sampling = msgspec.json.decode(row.sampling, type=dict[str, Any])
         except msgspec.ValidationError:
             raise UserError('"sampling" is not an object', where=f"{path}:{number}") from None
+        refused = {name: now.get(name) for name in sampling.pop("refused", ())}  # whatever was meant, it was not sent
         refuse_other_settings(
             "made",
-            {"model": msgspec.json.decode(row.model), **sampling},
+            {"model": msgspec.json.decode(row.model), **sampling, **refused},
             now,
             where=f"{path}:{number}",
             hint="--data FOLDER for a set of its own, or go on with the old settings",
@@ -216,12 +219,14 @@ class _Open(Struct):
     def put(self, places: Iterable[int], sampled: Sampled, keep: Callable[[str], str]) -> None:
         """Put what was sampled at these places: the next ones, or those of twins. `keep` filters the texts."""
         row = self.row
+        row.usage += sampled.usage
+        row.sampling = sampled.as_sent(row.sampling)
         row.completions, row.finish_reasons = [*row.completions], [*row.finish_reasons]  # a request has them as well
         new = sampled.messages or [None] * len(sampled.texts)
         if any(new) and not row.messages:
             row.messages = [None] * len(row.completions)
         whole = bool(row.messages) or any(new)
-        for place, text, reason, message in zip(places, sampled.texts, sampled.finish_reasons, new, strict=True):
+        for place, text, reason, message in zip(places, sampled.texts, sampled.finish_reasons, new, strict=False):
             row.completions[place : place + 1] = [keep(text)]
             row.finish_reasons[place : place + 1] = [reason]
             if whole:
@@ -307,7 +312,6 @@ class _Work:
         if self._count(sampled):
             start = len(made.row.completions)
             made.put(range(start, start + len(sampled.texts)), sampled, self._keep)
-            made.row.usage += sampled.usage
             if not made.twins():
                 self._write(made)
         self._tell()
@@ -316,23 +320,23 @@ class _Work:
         made = self._open[sampled.id]
         if self._count(sampled):
             made.put(made.twins(), sampled, self._keep)
-            made.row.usage += sampled.usage
             self._result.identical += len(made.twins())
             self._write(made)
         self._tell()
 
     def _count(self, sampled: Sampled) -> bool:
-        """Count what came; whether it is usable."""
+        """Count what came; whether there is anything to keep."""
         result = self._result
         result.usage += sampled.usage
+        for kind, count in sampled.missing.items():
+            result.missing[kind] = result.missing.get(kind, 0) + count
         if sampled.error is not None:
             result.failed += 1
             result.error = result.error or sampled.error
             if sampled.error not in self._errors and len(self._errors) < SHOWN_ERRORS:
                 self._errors.add(sampled.error)
                 self._delivery.log(f"prompt {sampled.id}: {sampled.error}")
-            return False
-        return True
+        return sampled.error is None or bool(sampled.missing and sampled.texts)
 
     def _write(self, made: _Open) -> None:
         self._rows.deliver(made.row)

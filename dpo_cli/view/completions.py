@@ -8,6 +8,7 @@ from rich.text import Text
 from dpo_cli.analysis.data_stats import CompletionStats, words
 from dpo_cli.data.records import Completions
 from dpo_cli.data.row_index import Rows
+from dpo_cli.endpoint.responses import ADVICE
 from dpo_cli.view.facts import (
     add_estimate,
     alarm,
@@ -51,6 +52,9 @@ def generated(console: Console, result: "Generated") -> None:
             table.add_row("tokens", token_counts(result.usage))
         else:
             receipt(table, result.receipt)
+        for kind, count in result.missing.items():
+            what = f"{count:,} of {result.owed_completions:,}: {kind}; {ADVICE.get(kind, '')}".rstrip("; ")
+            table.add_row("no answer", safe(what, "red"))
         if result.failed:
             table.add_row("failed", safe(f"{result.failed:,} prompts; the first: {result.error}", "red"))
         table.add_row("wrote", safe(result.path))

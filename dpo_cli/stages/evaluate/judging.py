@@ -19,7 +19,6 @@ from dpo_cli.config.settings import Config
 from dpo_cli.data.records import Completions, Judgment, Message, Order, canonical, content_id
 from dpo_cli.data.resumable import Resumable
 from dpo_cli.endpoint.costs import Estimate, Receipt
-from dpo_cli.judges._forms import LOWEST
 from dpo_cli.judges._ranking import label_of
 from dpo_cli.judges._task import Task, make_task
 from dpo_cli.progress import Progress
@@ -160,7 +159,7 @@ def compare(
 ) -> dict[str, Comparison]:
     """What the judge prefers, by prompt; without those of which a comparison has no verdict.
 
-    What need not be judged is not: identical texts tie, and an empty one loses.
+    What need not be judged is not: identical texts tie.
 
     Raises:
         UserError: what the judge raises.
@@ -173,8 +172,10 @@ def compare(
         orders: list[list[Order]] = []
         for task in own:
             judgment = verdicts.get(task.id)
+            if None in task.stands:
+                break
             if len(task.shown) < bench.least("compare"):
-                won = 0.5 if task.stands[0] == task.stands[1] else float(task.stands[0] is None)
+                won = 0.5
             elif judgment is None or not judgment.scores:
                 break
             else:
@@ -213,21 +214,18 @@ def compare_scores(
 def rate_all(bench: EvaluationJudge, *sides: Mapping[str, Completions]) -> list[Scores]:
     """How the judge rates each completion by itself, for each side; without prompts of which one has no rating.
 
-    An empty completion is not shown: it has the lowest score there is, or was given.
-
     Raises:
         UserError: what the judge raises.
     """
     verdicts = bench.ask("rate", [task for rows in sides for row in rows.values() for task in rating_tasks(bench, row)])
     given = {key: one.scores[0] for key, one in verdicts.items() if one.scores}
-    lowest = min(0.0, *given.values(), 0.0) if bench.absolute else float(LOWEST)
     found: list[Scores] = []
     for rows in sides:
         scores: Scores = {}
         for key, row in rows.items():
             tasks = rating_tasks(bench, row)
-            if all(task.id in given or not task.shown for task in tasks):
-                scores[key] = [given.get(task.id, lowest) for task in tasks]
+            if all(task.id in given for task in tasks):
+                scores[key] = [given[task.id] for task in tasks]
         found.append(scores)
     return found
 

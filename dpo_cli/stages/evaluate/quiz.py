@@ -17,8 +17,9 @@ from msgspec.structs import replace
 
 from dpo_cli.config.settings import Config
 from dpo_cli.data.jsonl import parse_rows, write_rows
-from dpo_cli.data.records import Message, Prompt, Tool, prompt_id, read_prompt, read_tools
+from dpo_cli.data.records import Completions, Message, Prompt, Tool, prompt_id, read_prompt, read_tools
 from dpo_cli.endpoint.costs import Receipt
+from dpo_cli.endpoint.responses import ADVICE, after_thinking
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.judges._task import Task
 from dpo_cli.progress import Progress
@@ -93,7 +94,10 @@ def quiz(
     )
     prompts = {key: Prompt(question.prompt, question.tools) for key, question in questions.items()}
     answers = {name: sample(make_side(name, greedy, progress), prompts, progress, purse) for name in names}
-    texts = {name: {key: row.completions[0] for key, row in found.rows.items()} for name, found in answers.items()}
+    texts = {
+        name: {key: after_thinking(row.completions[0]) for key, row in found.rows.items()}
+        for name, found in answers.items()
+    }
     correct = {
         name: {key: is_exact(text, questions[key].answers) for key, text in own.items()} for name, own in texts.items()
     }
@@ -101,7 +105,8 @@ def quiz(
     asked = [key for key in questions if all(key in own for own in correct.values())]
     if not asked:
         why = next((reason for found in answers.values() for reason in found.failed), "none was graded")
-        raise UserError(f"no question was answered: {why}", hint="the same command tries again", code=Exit.FAILED)
+        hint = ADVICE.get(why, "the same command tries again")
+        raise UserError(f"no question was answered: {why}", hint=hint, code=Exit.FAILED)
     path = Path(config.data) / ROWS
     write_rows(
         path,
@@ -127,6 +132,11 @@ def quiz(
         receipt=purse.receipt,
         path=str(path),
     )
+
+
+def _answer(row: Completions) -> str:
+    """What was answered, without the thinking before it."""
+    return after_thinking(row.completions[0])
 
 
 def read_questions(path: Path, limit: int | None = None) -> dict[str, Question]:

@@ -21,6 +21,7 @@ from dpo_cli.config.settings import Config
 from dpo_cli.data.files import write_json
 from dpo_cli.data.jsonl import write_rows
 from dpo_cli.data.records import Compared, Completions, Prompt
+from dpo_cli.endpoint.responses import ADVICE
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Progress
 from dpo_cli.stages.evaluate.divergence import Divergence, Unmeasurable, measure
@@ -314,4 +315,5 @@ def _nothing(answers: Sequence[Answers], bench: EvaluationJudge) -> UserError:
     failed = [reason for answer in answers for reason in answer.failed]
     why = failed + [one.error or one.skipped or "" for one in bench.heard.values()]
     first = next(filter(None, why), "nothing was answered")
-    return UserError(f"no prompt has a result: {first}", hint="the same command tries again", code=Exit.FAILED)
+    hint = ADVICE.get(first, "the same command tries again")
+    return UserError(f"no prompt has a result: {first}", hint=hint, code=Exit.FAILED)

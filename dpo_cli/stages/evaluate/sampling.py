@@ -18,10 +18,11 @@ from dpo_cli.adapter import find_base, fingerprint
 from dpo_cli.config.resolve import get
 from dpo_cli.config.settings import Config
 from dpo_cli.data.jsonl import parse_rows
-from dpo_cli.data.records import Completions, Prompt, content_id, prompt_id, read_prompt_and_tools
+from dpo_cli.data.records import Completions, Message, Prompt, content_id, prompt_id, read_prompt_and_tools
 from dpo_cli.data.resumable import Resumable
 from dpo_cli.endpoint.costs import Receipt
 from dpo_cli.endpoint.prices import price_of
+from dpo_cli.endpoint.responses import EMPTY, after_thinking
 from dpo_cli.engines import Request, Sampled
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Progress
@@ -119,14 +120,23 @@ def owed(side: Side, prompts: dict[str, Prompt], rows: Resumable[Completions]) -
     """What is not sampled yet."""
     requests = []
     n = side.config.generate.n
+    if side.config.generate.engine == "endpoint":  # asked again, it may have one
+        rows.known = {key: row for key, row in rows.known.items() if all(map(_is_answer, row.answers))}
     for key, prompt in rows.missing(prompts, lambda row, _: len(row.completions) >= n).items():
         have = rows.known[key].completions if key in rows.known else []
         requests.append(Request(id=key, prompt=prompt.messages, have=have, need=n - len(have), tools=prompt.tools))
     return requests
 
 
+def _is_answer(message: Message) -> bool:
+    """Whether a completion says or does anything, beside thinking."""
+    return bool(after_thinking(message["content"]) or message.get("tool_calls"))
+
+
 def sample(side: Side, prompts: dict[str, Prompt], progress: Progress, purse: RunBudget) -> Answers:
     """Have every prompt answered `evaluate.samples` times; one that fails is left out, and owed by the next run.
+
+    A completion without text is no answer, whoever gave it: neither a win of the other side nor a wrong answer.
 
     Raises:
         UserError: what the engine raises.
@@ -150,10 +160,12 @@ def sample(side: Side, prompts: dict[str, Prompt], progress: Progress, purse: Ru
             with rows.reporting(progress, f"sample {side.name}", len(prompts), len(requests)) as delivery:
                 asked = replace(config, generate=replace(config.generate, max_usd=purse.left))
                 purse.add(engines.load(config.generate.engine)(requests, asked, deliver, delivery))
-    answers = Answers(
-        rows={key: rows.known[key] for key in prompts if key in rows.known},
-        failed=dict(failed),
-    )
+    answers = Answers(rows={key: rows.known[key] for key in prompts if key in rows.known})
+    for key, row in list(answers.rows.items()):
+        if not all(map(_is_answer, row.answers)):
+            failed[EMPTY] += 1
+            del answers.rows[key]
+    answers.failed = dict(failed)
     if config.generate.engine == "endpoint":
         price = price_of(config.generate.url or "", config.model.name, config.generate.price)
         answers.usd = sum(price.usd(row.usage) for row in answers.rows.values()) if price else 0.0
@@ -178,6 +190,7 @@ def _extended(row: Completions | None, sampled: Sampled, side: Side, prompt: Pro
         messages=whole if any(whole) else [],
         completions=row.completions + sampled.texts,
         usage=row.usage + sampled.usage,
+        sampling=sampled.as_sent(row.sampling),
         finish_reasons=row.finish_reasons + sampled.finish_reasons,
     )
 
