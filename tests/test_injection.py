@@ -233,6 +233,29 @@ def test_tokens_are_text_in_prompt_role_and_candidates_alike(tmp_path):
     assert len(server.bodies) == 2
 
 
+def test_calls_reasoning_results_and_tools_are_shown_as_material(tmp_path):
+    """In the prompt and as candidates; a control token or a fence in an argument is as harmless as in a text."""
+    weather = {"type": "function", "function": {"name": "weather", "description": "of <|im_end|> a town"}}
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"town": "Bath <|im_start|>"}}}
+    one = row(1, "It rains.", "")
+    one.tools = [weather]
+    one.prompt += [
+        {"role": "assistant", "content": "", "reasoning_content": "I must look.", "tool_calls": [call]},
+        {"role": "tool", "content": '{"rain": true}', "name": "weather"},
+    ]
+    one.messages = [None, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    write(tmp_path, [one])
+    with Server() as server:
+        assert run(config(tmp_path, server.url)).judged == 1
+    (message,) = server.bodies[0]["messages"]
+    outside, shown = unfenced(message["content"])
+    called = '{"name":"weather","arguments":{"town":"Bath < |im_start|>"}}'
+    assert sorted(shown.values()) == ["It rains.", called]
+    for part in ("(tools)\n[", "of < |im_end|> a town", "I must look.", called, '(tool weather)\n{"rain": true}'):
+        assert part in message["content"]
+        assert part not in outside
+
+
 # What is flagged
 
 

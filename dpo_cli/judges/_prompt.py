@@ -9,8 +9,8 @@ from collections.abc import Collection, Sequence
 
 from msgspec import Struct
 
-from dpo_cli.data.records import Message, content_id
-from dpo_cli.judges._control_tokens import disarm
+from dpo_cli.data.records import Message, Tool, content_id, said
+from dpo_cli.judges._control_tokens import disarm, disarm_all
 from dpo_cli.judges._forms import RANKING, Form
 from dpo_cli.judges._ranking import label_of
 from dpo_cli.judges._task import Task
@@ -60,18 +60,21 @@ def show(
         form: what is asked.
         tokens: control tokens of the judge's own tokenizer, beside those that are well known.
     """
-    prompt: list[Message] = [
-        {"role": disarm(message["role"], tokens), "content": disarm(message["content"], tokens)}
-        for message in task.prompt
-    ]
+    prompt: list[Message] = disarm_all(task.prompt, tokens)
+    tools: list[Tool] | None = disarm_all(task.tools, tokens)
     candidates = {label_of(place): disarm(task.completions[index], tokens) for place, index in enumerate(order)}
-    message = write_message(rubric, prompt, candidates, seed, form)
-    code = code_of(prompt, candidates, seed)
-    return Shown(message, list(candidates), [*candidates.values(), *(part["content"] for part in prompt)], code)
+    message = write_message(rubric, prompt, candidates, seed, form, tools)
+    code = code_of(prompt, candidates, seed, tools)
+    return Shown(message, list(candidates), [*candidates.values(), _conversation(prompt, tools)], code)
 
 
 def write_message(
-    rubric: str, prompt: Sequence[Message], candidates: dict[str, str], seed: int, form: Form = RANKING
+    rubric: str,
+    prompt: Sequence[Message],
+    candidates: dict[str, str],
+    seed: int,
+    form: Form = RANKING,
+    tools: Sequence[Tool] | None = None,
 ) -> str:
     """The one user message that asks for a verdict.
 
@@ -81,9 +84,10 @@ def write_message(
         candidates: label -> text, in the order in which they are shown.
         seed: makes the nonce, together with the texts; the same texts give the same message.
         form: what is asked.
+        tools: that the conversation's answers may call.
     """
-    code = code_of(prompt, candidates, seed)
-    fenced = [_fence(code, "conversation", _conversation(prompt))]
+    code = code_of(prompt, candidates, seed, tools)
+    fenced = [_fence(code, "conversation", _conversation(prompt, tools))]
     fenced += [_fence(code, f"candidate {label}", text) for label, text in candidates.items()]
     shape = form.shape(list(candidates))
     if form.signed:
@@ -92,13 +96,22 @@ def write_message(
     return "\n\n".join([rubric.strip(), _NOTICE, f"The code of this request is {code}.", *fenced, reminder])
 
 
-def code_of(prompt: Sequence[Message], candidates: dict[str, str], seed: int) -> str:
+def code_of(
+    prompt: Sequence[Message], candidates: dict[str, str], seed: int, tools: Sequence[Tool] | None = None
+) -> str:
     """The nonce of a request. No text of it can hold it, since it is a hash of them all."""
-    return content_id("nonce", seed, _conversation(prompt), candidates)
+    return content_id("nonce", seed, _conversation(prompt, tools), candidates)
 
 
-def _conversation(prompt: Sequence[Message]) -> str:
-    return "\n\n".join(f"({message['role']})\n{message['content']}" for message in prompt)
+def _conversation(prompt: Sequence[Message], tools: Sequence[Tool] | None) -> str:
+    """The messages as text, each under its role: reasoning, tool calls and tool results too, after the tools."""
+    offered = [f"(tools)\n{json.dumps(tools, ensure_ascii=False)}"] if tools else []
+    return "\n\n".join([*offered, *(f"({_speaker(message)})\n{said(message)}" for message in prompt)])
+
+
+def _speaker(message: Message) -> str:
+    name = message.get("name") if message["role"] == "tool" else None
+    return f"tool {name}" if name else message["role"]
 
 
 def _fence(code: str, name: str, text: str) -> str:

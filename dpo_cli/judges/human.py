@@ -18,7 +18,7 @@ from typing import Any
 
 from dpo_cli.config.settings import Config
 from dpo_cli.data.jsonl import read_latest
-from dpo_cli.data.records import Judgment, Order, content_id
+from dpo_cli.data.records import Judgment, Order, content_id, said
 from dpo_cli.errors import UserError
 from dpo_cli.judges._agreement import agree
 from dpo_cli.judges._ranking import conclude, label_of
@@ -263,7 +263,7 @@ class _Sitting:
         for role, message in zip(roles, messages, strict=True):
             style = DIM if message["role"] == "system" else ""
             start = f"{LABEL}{role}{OFF}{' ' * (indent - width(role))}"
-            for line in wrap(plain(message["content"]), columns - indent):
+            for line in wrap(plain(said(message)), columns - indent):
                 lines.append(f"{start}{style}{line}")
                 start = " " * indent
         most = max(4, self.room // 3)

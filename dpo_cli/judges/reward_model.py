@@ -26,7 +26,7 @@ from transformers.utils import logging
 
 from dpo_cli.adapter import find_base, fingerprint
 from dpo_cli.config.settings import Config
-from dpo_cli.data.records import Judgment, Message
+from dpo_cli.data.records import Judgment, Message, Tool, said
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.judges._control_tokens import control_tokens, disarm_all
 from dpo_cli.judges._ranking import conclude
@@ -88,7 +88,10 @@ def judge(tasks: Sequence[Task], config: Config, deliver: Callable[[Judgment], N
         rows: list[tuple[Task, int, list[int]]] = []
         for task in tasks[start : start + WINDOW]:
             try:
-                rows += [(task, index, encode(model, task.prompt, task.completions[index])) for index in task.shown]
+                rows += [
+                    (task, index, encode(model, task.prompt, task.completions[index], task.tools))
+                    for index in task.shown
+                ]
             except _TooLong as error:
                 deliver(Judgment(id=task.id, completions_id=task.completions_id, skipped=f"{TOO_LONG}: {error}"))
                 done += 1
@@ -148,17 +151,17 @@ def load(name: str, template: dict[str, Any] | None = None) -> RewardModel:
     return RewardModel(network, tokenizer, pad, context, template or {}, control_tokens(added))
 
 
-def encode(model: RewardModel, prompt: list[Message], completion: str) -> list[int]:
+def encode(model: RewardModel, prompt: list[Message], completion: str, tools: list[Tool] | None = None) -> list[int]:
     """Token ids of a conversation, without the beginning of its prompt if it is too long.
 
     Raises:
         _TooLong: the completion alone does not fit.
         TemplateError: the chat template refuses the conversation.
     """
-    ids = _render(model, [*prompt, {"role": "assistant", "content": completion}])
+    ids = _render(model, [*prompt, {"role": "assistant", "content": completion}], tools)
     if len(ids) <= model.context:
         return ids
-    before = _render(model, [*prompt, {"role": "assistant", "content": ""}])
+    before = _render(model, [*prompt, {"role": "assistant", "content": ""}], tools)
     common = next((place for place, (one, two) in enumerate(zip(ids, before, strict=False)) if one != two), len(before))
     start = ids[:1] if ids[0] in model.tokenizer.all_special_ids else []
     room = model.context - len(start)
@@ -200,14 +203,14 @@ def _filler(rows: list[list[int]]) -> int:
     return next(token for token in count() if token not in ends)
 
 
-def _render(model: RewardModel, messages: list[Message]) -> list[int]:
+def _render(model: RewardModel, messages: list[Message], tools: list[Tool] | None) -> list[int]:
     tokenizer = model.tokenizer
-    messages = disarm_all(messages, model.control)
+    messages, tools = disarm_all(messages, model.control), disarm_all(tools, model.control)
     if tokenizer.chat_template is None:
-        text = "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+        text = "\n".join(f"{message['role']}: {said(message)}" for message in messages)
         ids: list[int] = tokenizer(text)["input_ids"]
     else:
-        ids = tokenizer.apply_chat_template(messages, return_dict=False, **model.template)
+        ids = tokenizer.apply_chat_template(messages, tools=tools, return_dict=False, **model.template)
     return ids
 
 
