@@ -19,6 +19,7 @@ from dpo_cli.config import resolve, settings
 from dpo_cli.config.presets import PRESETS
 from dpo_cli.config.resolve import Resolved
 from dpo_cli.config.settings import Config
+from dpo_cli.data.files import finish_replacement
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.jobs import backends
 from dpo_cli.progress import Progress, Silent
@@ -141,6 +142,7 @@ def command(
                 resolved = resolve.resolve(flags, given.pop("sets"), given.pop("config_file"), given.pop("preset"))
                 _check_choices(resolved)
                 session = Session(resolved, given.pop("json"), given.pop("quiet"))
+                finish_replacement(session.data)
                 with closing(session):
                     code = function(session, **given)
             except UserError as error:

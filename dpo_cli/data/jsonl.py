@@ -5,8 +5,6 @@ writing. The last line of a key wins; `Journal.compact` drops the superseded one
 keeps a second writer out; on file systems without locks (GCS FUSE) there is none.
 """
 
-import errno
-import fcntl
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +14,7 @@ from typing import Any, Self, TypeVar
 
 import msgspec
 
-from dpo_cli.data.files import PRIVATE, disk_error, encode_line, write_file
+from dpo_cli.data.files import PRIVATE, disk_error, encode_line, lock, sync, write_all, write_file
 from dpo_cli.errors import UserError
 
 T = TypeVar("T")
@@ -59,7 +57,12 @@ def read_latest(path: Path, kind: type[T]) -> dict[str, T]:
 
 def write_rows(path: Path, rows: Iterable[Any]) -> None:
     """Replace a file by these rows, all or nothing: readers see the old file or the new one."""
-    write_file(path, b"".join(encode_line(row) + b"\n" for row in rows), private=True)
+    write_file(path, encode_rows(rows), private=True)
+
+
+def encode_rows(rows: Iterable[Any]) -> Iterator[bytes]:
+    """The lines of these rows."""
+    return (encode_line(row) + b"\n" for row in rows)
 
 
 class Journal:
@@ -106,11 +109,9 @@ class Journal:
         self._open()
         start = os.lseek(self._file, 0, os.SEEK_END)
         try:
-            written = os.write(self._file, line)
-            while written < len(line):  # a nearly full disk takes a part, then refuses the rest
-                written += os.write(self._file, line[written:])
+            write_all(self._file, line)
             if time.monotonic() - self._synced > SYNC_SECONDS:
-                os.fsync(self._file)
+                sync(self._file, self.path)
                 self._synced = time.monotonic()
         except OSError as error:
             os.ftruncate(self._file, start)
@@ -150,22 +151,21 @@ class Journal:
 
     def _close_file(self) -> None:
         if self._file >= 0:
-            os.fsync(self._file)
-            os.close(self._file)
-            self._file = -1
+            file, self._file = self._file, -1
+            try:
+                sync(file, self.path)
+            except OSError as error:
+                raise disk_error(error, self.path) from error
+            finally:
+                os.close(file)
 
     def _take_lock(self) -> None:
         # Beside the journal, not on it: compacting replaces the journal's inode.
         self._lock = os.open(self.path.with_name(f".{self.path.name}.lock"), os.O_RDWR | os.O_CREAT, PRIVATE)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | (0 if self._wait else fcntl.LOCK_NB))
-        except BlockingIOError:
+        if not lock(self._lock, self.path, self._wait):
             raise UserError(
                 "another nothing-dpo command is writing to it", where=str(self.path), hint="wait for it, or stop it"
-            ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOTSUP):
-                raise
+            )
 
 
 class _Identified(msgspec.Struct):

@@ -6,7 +6,6 @@ path that it has in the settings. A `Job` is a spec that was submitted; it is ke
 another shell finds it. Needs no backend and no torch.
 """
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -128,12 +127,8 @@ def claimed(identity: str, config: Config) -> Iterator[None]:
     file = folder(config) / f".{identity}.lock"
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                "another nothing-dpo command is submitting it", where=identity, hint="wait for it"
-            ) from None
+        if not files.lock(handle.fileno(), file, wait=False):
+            raise UserError("another nothing-dpo command is submitting it", where=identity, hint="wait for it")
         yield
 
 

@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from dpo_cli.config.settings import Config
 from dpo_cli.data import jsonl
-from dpo_cli.data.files import sha256
+from dpo_cli.data.files import finish_replacement, sha256
 from dpo_cli.data.records import Message, prompt_id, read_demonstration, read_preference, split_side
 from dpo_cli.errors import Exit, UserError
 
@@ -83,6 +83,7 @@ def _demonstration(row: dict[str, Any]) -> TrainingRow:
 
 
 def _read_folder(folder: Path, parse: Callable[[dict[str, Any]], TrainingRow], hint: str) -> Inputs:
+    finish_replacement(folder)
     train, val = folder / "train.jsonl", folder / "val.jsonl"
     if not train.exists():
         raise UserError("no train.jsonl in it", where=str(folder), hint=hint)

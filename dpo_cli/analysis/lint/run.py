@@ -16,7 +16,9 @@ from dpo_cli.analysis.lint import corpus, rules
 from dpo_cli.analysis.lint.findings import Finding, Pair, SplitSide, read_pairs
 from dpo_cli.analysis.lint.tokens import token_counter
 from dpo_cli.config.settings import Config
-from dpo_cli.data.jsonl import write_rows
+from dpo_cli.data.files import write_files
+from dpo_cli.data.jsonl import encode_rows
+from dpo_cli.data.records import Preference
 from dpo_cli.errors import UserError
 from dpo_cli.statistics import Interval
 
@@ -189,8 +191,10 @@ def write_fixed(pairs: Sequence[Pair], findings: Iterable[Finding], folder: Path
     fixed = fix(pairs, findings)
     before = {pair.where: pair.side for pair in pairs}
     paths: dict[SplitSide, Path] = {"train": folder / "train.jsonl", "val": folder / "val.jsonl"}
-    for side, path in paths.items():
-        write_rows(path, [pair.row for pair in fixed if pair.side == side])
+    rows: dict[SplitSide, list[Preference]] = {"val": [], "train": []}
+    for pair in fixed:
+        rows[pair.side].append(pair.row)
+    write_files({paths[side]: encode_rows(own) for side, own in rows.items()}, private=True)
     sides = Counter(pair.side for pair in fixed)
     return Fixed(
         train=sides["train"],

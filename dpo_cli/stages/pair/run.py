@@ -15,8 +15,9 @@ from msgspec import Struct
 
 from dpo_cli.analysis.length_bias import without_length_effect
 from dpo_cli.config.settings import MIN_GAP, MIN_REWARD_GAP, Config, PairSection
+from dpo_cli.data.files import write_files
 from dpo_cli.data.formats.preferences import read_preferences
-from dpo_cli.data.jsonl import read_latest, write_rows
+from dpo_cli.data.jsonl import encode_rows, read_latest
 from dpo_cli.data.records import (
     Completions,
     Judgment,
@@ -180,9 +181,7 @@ def _write(config: Config, sides: dict[bool, list[Preference]], skipped: Counter
         val_path=str(data / "val.jsonl"),
     )
     if not dry_run:
-        # If the disk fills up between the two, they still share no prompt.
-        write_rows(Path(result.val_path), val)
-        write_rows(Path(result.train_path), train)
+        write_files({data / "val.jsonl": encode_rows(val), data / "train.jsonl": encode_rows(train)}, private=True)
     return result
 
 
