@@ -7,10 +7,11 @@ import json
 
 import pytest
 from openai_server import Server
-from test_generate import Lines, folder, rows, run, texts  # noqa: F401
+from test_generate import Lines, folder, messages, rows, run, texts, write_prompts  # noqa: F401
 
-from dpo_cli.endpoint.dialect import FORMATS, OUTPUT_LIMIT, SYSTEM, is_about_fields, transform
+from dpo_cli.endpoint.dialect import FORMATS, OUTPUT_LIMIT, SYSTEM, forget, is_about_fields, transform
 from dpo_cli.endpoint.http import Rejected
+from dpo_cli.errors import UserError
 
 
 def refuse(text, *names, status=400):
@@ -53,13 +54,14 @@ def test_several_choices_are_asked_for_one_by_one(folder, name):  # noqa: F811
     assert "refuses n > 1" in line
 
 
+MISTRAL = '{"object": "error", "message": %s, "type": "invalid_request_error", "param": null, "code": null}'
 EXTRA = '{"detail": [{"type": "extra_forbidden", "loc": ["body", "%s"], "msg": "Extra inputs are not permitted"}]}'
 UNKNOWN = (
     '[{"error": {"code": 400, "message": "Invalid JSON payload received. Unknown name \\"%s\\": Cannot find field."}}]'
 )
 
 
-@pytest.mark.parametrize("text", [EXTRA, UNKNOWN, "property '%s' is unsupported", "Bad Request %.0s"])
+@pytest.mark.parametrize("text", [EXTRA, MISTRAL % EXTRA, UNKNOWN, "property '%s' is unsupported", "Bad Request %.0s"])
 @pytest.mark.parametrize("names", [("chat_template_kwargs", "seed"), ("frequency_penalty",), ("temperature",)])
 def test_only_what_is_refused_is_left_out(folder, text, names):  # noqa: F811
     def strike(call):
@@ -101,6 +103,44 @@ def test_a_template_without_a_system_role_finds_it_in_the_first_user_message(fol
     assert "system role" in progress.lines[0]
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "System role not supported",
+        "Conversation roles must alternate user/assistant/user/assistant/...",  # vLLM with Mistral's first templates
+    ],
+)
+def test_a_system_role_is_found_out_by_a_later_prompt_as_well(folder, said):  # noqa: F811
+    write_prompts(folder / "data/val.jsonl", [{"prompt": "Hello."}, {"prompt": "Bye."}, *({"prompt": messages(0)},)])
+    with Server(fault=lambda call: f"400!{said}" if is_system(call) else None) as server:
+        result = run(server, generate__concurrency=1)
+    assert (result.failed, result.completions) == (0, 9)
+
+
+def test_names_of_several_fields_in_one_refusal_are_all_left_out(folder):  # noqa: F811
+    """Gemini's compatible endpoint names all that it does not know at once, in a list."""
+
+    def strike(call):
+        unknown = [name for name in ("chat_template_kwargs", "frequency_penalty", "seed") if name in call.body]
+        lines = [f'Invalid JSON payload received. Unknown name "{name}": Cannot find field.' for name in unknown]
+        error = {"error": {"code": 400, "message": "\n".join(lines), "status": "INVALID_ARGUMENT"}}
+        return f"400!{json.dumps([error])}" if unknown else None
+
+    with Server(fault=strike) as server:
+        result = run(server)
+        assert (result.failed, server.calls.total()) == (0, 12 + 3)
+        assert "temperature" in server.bodies[-1]
+
+
+def test_a_flagged_prompt_is_refused_alone(folder):  # noqa: F811
+    """OpenRouter refuses what a provider's moderation flags with 403, as it does a key that is wrong."""
+    flagged = {"error": {"code": 403, "message": "requires moderation", "metadata": {"reasons": ["violence"]}}}
+    with Server(fault=lambda call: f"403!{json.dumps(flagged)}" if "scene 3." in call.text else None) as server:
+        result = run(server)
+        assert server.calls.total() == 12
+    assert (result.failed, result.completions) == (1, 33)
+
+
 def test_a_server_error_that_is_no_refusal_is_waited_for(folder):  # noqa: F811
     progress = Lines()
     with Server(fault=lambda call: "500!CUDA error: device-side assert" if call.number <= 30 else None) as server:
@@ -126,6 +166,18 @@ def test_a_request_that_is_too_long_is_not_sent_otherwise(folder):  # noqa: F811
     with Server(fault=lambda call: f"400!{said}") as server:
         run(server)
         assert server.calls.total() == 12
+
+
+def test_rows_say_what_was_sent_and_the_next_run_goes_on(folder):  # noqa: F811
+    with Server(fault=lambda call: "400:frequency_penalty" if "frequency_penalty" in call.body else None) as server:
+        run(server, limit=3)
+        forget()  # as another process
+        assert run(server, limit=4).owed_prompts == 1
+        for row in rows(folder).values():
+            assert (row.sampling["frequency_penalty"], row.sampling["temperature"]) == (None, 0.9)
+            assert row.sampling["refused"] == ["frequency_penalty"]
+        with pytest.raises(UserError, match=r"temperature was 0\.9, now 0\.5"):
+            run(server, generate__temperature=0.5)
 
 
 def test_what_was_learnt_is_said_once_and_not_asked_again(folder):  # noqa: F811

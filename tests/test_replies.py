@@ -39,6 +39,8 @@ from dpo_cli.endpoint.responses import (
     read_reply,
 )
 from dpo_cli.errors import UserError
+from dpo_cli.stages.serve_config.server import listed
+from dpo_cli.training.template_check import _tokenize
 
 TEXT = "[OTIS] It was raining."
 USAGE = {"prompt_tokens": 20, "completion_tokens": 5}
@@ -304,6 +306,19 @@ def test_neither_key_nor_prompt_follows_a_redirect_elsewhere(folder, status, mon
                 run(server)
             assert "secret" not in str(raised.value)
         assert elsewhere.requests == []
+
+
+def test_no_other_client_follows_one_either(monkeypatch):
+    monkeypatch.setenv("SERVE_API_KEY", "secret")
+    with RawServer(lambda _: (200, {}, b'{"data": [], "tokens": [1]}')) as elsewhere:
+        target = elsewhere.url.replace("127.0.0.1", "localhost")
+        with RawServer(lambda request: (307, {"Location": f"{target}/models"}, b"")) as server:
+            for asked in (lambda: listed(server.url), lambda: _tokenize(server.url, [], True, {})):
+                with pytest.raises(UserError, match="redirects to http://localhost"):
+                    asked()
+        assert elsewhere.requests == []
+        assert listed(elsewhere.url) == {}
+        assert elsewhere.requests[0].headers["authorization"] == "Bearer secret"
 
 
 def test_a_redirect_within_the_server_is_followed(folder):  # noqa: F811

@@ -216,7 +216,7 @@ class Connection:
         """What an error response means."""
         message = one_line(error.message.replace(self._key, "***") if self._key else error.message)
         said = f"{status}: {message}" if message else str(status)
-        if status in (401, 403):
+        if status in (401, 403) and error.code != "content_filter":
             given = f"is ${self._variable} right?" if self._key else "it asks for an API key"
             hint = given if self._key or not self._variable else f"export {self._variable}=..."
             return UserError(f"access refused, {said}", where=self.url, hint=hint)

@@ -331,10 +331,14 @@ def _error(body: Any) -> Error:
     if not isinstance(error, dict):
         return Error(_clean(str(error)))
     message = error.get("message") or error.get("detail") or error.get("msg") or ""
-    param, code = error.get("param"), error.get("code")
+    if isinstance(message, dict):  # Mistral's
+        message = message.get("detail") or message
+    param, code, beside = error.get("param"), error.get("code"), error.get("metadata")
+    if isinstance(beside, dict) and ("flagged_input" in beside or "reasons" in beside):  # OpenRouter's moderation
+        code = "content_filter"
     if isinstance(message, list) and message and isinstance(message[0], dict) and param is None:  # FastAPI's
-        place = message[0].get("loc")
-        param = place[-1] if isinstance(place, list) and place else None
+        place = [str(part) for part in message[0].get("loc") or () if part != "body"]
+        param = place[0] if place else None
     return Error(_clean(str(message)), None if param is None else str(param), None if code is None else str(code))
 
 

@@ -7,13 +7,12 @@ chat template is all that was asked, by `encode.py`.
 
 import json
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from dpo_cli.data.records import Message
+from dpo_cli.endpoint.plain import request
 from dpo_cli.engines.endpoint import KEY_VARIABLE
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.training.encode import Encoder
@@ -137,10 +136,8 @@ def difference(ours: list[int], theirs: list[int], tokenizer: Any, name: str, an
 
 def _tokenize(root: str, messages: list[Message], answer_next: bool, chat_template_kwargs: dict[str, Any]) -> list[int]:
     body = {"messages": messages, "add_generation_prompt": answer_next, "chat_template_kwargs": chat_template_kwargs}
-    headers = {"Content-Type": "application/json"}
-    if os.environ.get(KEY_VARIABLE):
-        headers["Authorization"] = f"Bearer {os.environ[KEY_VARIABLE]}"
-    request = urllib.request.Request(f"{root}/tokenize", json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as reply:
-        tokens: list[int] = json.load(reply)["tokens"]
+    status, content = request(f"{root}/tokenize", body, key=os.environ.get(KEY_VARIABLE), timeout=TIMEOUT)
+    if status != 200:
+        raise OSError(f"status {status}")
+    tokens: list[int] = json.loads(content)["tokens"]
     return tokens

@@ -6,11 +6,11 @@
 import json
 import os
 import shutil
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dpo_cli.endpoint.plain import request
+from dpo_cli.engines.endpoint import KEY_VARIABLE
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.stages.serve_config.formats import flags
 from dpo_cli.stages.serve_config.plan import RUNTIME_LOADING, ServePlan
@@ -106,15 +106,8 @@ def ask(url: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, d
         UserError: nobody answers.
     """
     address = f"{url.rstrip('/').removesuffix('/v1')}/v1/{path}"
-    headers = {"Content-Type": "application/json"}
-    if key := os.environ.get("SERVE_API_KEY"):
-        headers["Authorization"] = f"Bearer {key}"
-    request = urllib.request.Request(address, json.dumps(body).encode() if body else None, headers)
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as reply:
-            status, content = reply.status, reply.read()
-    except urllib.error.HTTPError as error:
-        status, content = error.code, error.read()
+        status, content = request(address, body, key=os.environ.get(KEY_VARIABLE), timeout=TIMEOUT)
     except (OSError, ValueError) as error:
         hint = "nothing-dpo serve-config --run starts one"
         raise UserError(f"no server answers: {error}", where=address, hint=hint, code=Exit.FAILED) from None
