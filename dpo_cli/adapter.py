@@ -1,13 +1,11 @@
-"""A LoRA adapter on disk: what it is, and whether vLLM can load it.
+"""A LoRA adapter on disk: what it is, whether it fits its base, and whether vLLM can load it.
 
 Reads an adapter's adapter_config.json and weights and, where the base is a folder or in the Hub cache, the names and
-shapes of the base's layers. Writes nothing and needs no torch. The rules are those of vLLM 0.32's own loader
-(`vllm/lora/peft_helper.py`, `vllm/lora/lora_model.py`). Not covered: pickled adapters, and the layers of a base that
-is not on this machine.
+shapes of the base's layers. Writes nothing and needs no torch. What vLLM serves is by the rules of vLLM 0.32's own
+loader (`vllm/lora/peft_helper.py`, `vllm/lora/lora_model.py`). Not covered: the layers of a base that is not on this
+machine; how a base names its layers once it is loaded is `model_loading.py`'s matter.
 """
 
-import hashlib
-import os
 import re
 import shlex
 from pathlib import Path
@@ -16,14 +14,19 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from dpo_cli.base_model import Base, absolute, check_base, file_sha256, find_base, weights_fingerprint
 from dpo_cli.errors import UserError
+from dpo_cli.pickled import read_pickled
+from dpo_cli.weights import FLOATS, Tensor, check_finite, check_no_pointer, read_header
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that --max-lora-rank takes
+CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 # Settings of PEFT that change what an adapter computes and that vLLM refuses, unless empty or false.
-UNSUPPORTED = {
+UNSERVED = {
     "use_dora": "DoRA",
     "modules_to_save": "whole modules saved beside the LoRA weights (modules_to_save)",
+    "trainable_token_indices": "trained tokens (trainable_token_indices)",
     "lora_bias": "biases on LoRA layers (lora_bias)",
     "alora_invocation_tokens": "activated LoRA (alora_invocation_tokens)",
     "layer_replication": "replicated layers (layer_replication)",
@@ -34,15 +37,10 @@ UNSUPPORTED = {
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 LORA_TENSOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(?:(A|B)\.weight|embedding_(A|B))")
 BASE_EMBEDDINGS = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")  # saved by PEFT, skipped by vLLM
-FLOATS = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}  # bytes a number
-
-
-class Tensor(Struct):
-    """One entry of a safetensors header; offsets in bytes from the end of the header."""
-
-    dtype: str
-    shape: list[int]
-    data_offsets: tuple[int, int]
+EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "lm_head", "embed_out")
+CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # their weights are (in, out): fan_in_fan_out
+FOLD = "--set model.adapter_into_base=true folds it into the base, and trains a fresh LoRA on that"
+MERGE = "nothing-dpo push adapter FOLDER --merge makes one model of base and adapter, which vLLM serves"
 
 
 class Layer(Struct):
@@ -53,10 +51,10 @@ class Layer(Struct):
 
 
 class Adapter(Struct, kw_only=True):
-    """A LoRA adapter that vLLM can load.
+    """A LoRA adapter that fits its base.
 
-    `rank` is the largest of all layers; `target_modules` are the names of the layers that the weights hold;
-    `sha256` is that of the weights file; `notes` are for the user.
+    `rank` is the largest of all layers; `target_modules` are the last names of the layers that the weights hold;
+    `sha256` is that of the weights file; `unserved` is what vLLM does not serve of it; `notes` are for the user.
     """
 
     path: Path
@@ -65,134 +63,148 @@ class Adapter(Struct, kw_only=True):
     alpha: float
     target_modules: list[str]
     sha256: str
+    unserved: list[str]
     notes: list[str]
 
 
-def check_adapter(path: Path, base: str) -> Adapter:
-    """Check that vLLM can load a LoRA adapter and that it belongs to the base.
+def read_adapter(path: Path, base: str, same_base: bool = False, resizes: bool = False) -> Adapter:
+    """Check that an adapter is whole and belongs to the base.
 
     Args:
-        path: folder with adapter_config.json and adapter_model.safetensors.
+        path: folder with adapter_config.json and adapter_model.safetensors, or adapter_model.bin.
         base: folder or Hub id of the base model.
+        same_base: the base is the adapter's own, whatever its adapter_config.json calls it.
+        resizes: the base gets as many embeddings as the adapter has, so that their number may differ.
 
     Raises:
-        UserError: the reason for which vLLM could not load it, or could only answer nonsense.
+        UserError: what is missing, damaged or of another base.
     """
     settings = _read_settings(path)
-    _check_settings(settings, path)
+    found = check_base(base)
     own_base = settings.get("base_model_name_or_path") or None
-    if own_base and not _same_base(own_base, base):
-        raise UserError(
-            f"this adapter was trained on {own_base}, not on {base}",
-            where=str(path),
-            hint=f"BASE_MODEL={shlex.quote(own_base)}, if that is the base to serve",
-        )
-
-    weights = path / "adapter_model.safetensors"
-    tensors = _read_header(weights)
-    layers = _read_layers(tensors, weights)
+    notes = [] if same_base or own_base is None else _check_own_base(str(own_base), base, found, path)
+    weights = weights_path(path)
+    tensors = read_pickled(weights) if weights.name == PICKLED else read_header(weights)
+    layers, others = _read_layers(tensors, settings, weights)
     ranks = {settings["r"], *(settings.get("rank_pattern") or {}).values()}
     for name, layer in layers.items():
         if layer.rank not in ranks and not _is_expert(name):
-            raise UserError(f"{name} has rank {layer.rank}; adapter_config.json says {settings['r']}", where=str(path))
-    _check_base_layers(layers, base, path)
-    notes = [] if _check_values(tensors, weights) else ["changes nothing: every lora_B is zero"]
-    with weights.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+            raise UserError(f"{name} has rank {layer.rank}; {CONFIG} says {settings['r']}", where=str(path))
+    if found is not None:
+        _check_shapes(layers, tensors, others, settings, found, base, path, resizes)
+    if weights.name == WEIGHTS and not check_finite(weights, tensors, ("lora_B", "lora_embedding_B")) and not others:
+        notes.append("changes nothing: every lora_B is zero")
     return Adapter(
         path=path,
         base=own_base,
         rank=max(ranks),
         alpha=settings.get("lora_alpha", 0),
         target_modules=sorted({name.rpartition(".")[2] for name in layers}),
-        sha256=digest,
+        sha256=file_sha256(weights),
+        unserved=_unserved(settings, max(ranks)),
         notes=notes,
     )
 
 
-def absolute(path: str) -> Path:
-    """Absolute, since vLLM takes a relative path that it can't find for a Hub id."""
-    return Path(path).expanduser().absolute()
+def check_adapter(path: Path, base: str, same_base: bool = False) -> Adapter:
+    """Check that vLLM can load a LoRA adapter and that it belongs to the base; arguments as of `read_adapter`.
+
+    Raises:
+        UserError: the reason for which vLLM could not load it, or could only answer nonsense.
+    """
+    settings = _read_settings(path)
+    if reasons := _unserved(settings, settings["r"]):
+        raise UserError(f"vLLM does not serve {', nor '.join(reasons)}", where=str(path / CONFIG), hint=MERGE)
+    adapter = read_adapter(path, base, same_base)
+    if adapter.unserved:
+        raise UserError(f"vLLM does not serve {', nor '.join(adapter.unserved)}", where=str(path / CONFIG), hint=MERGE)
+    found = check_base(base)
+    if found is not None and found.shapes:
+        _check_served_names(path, found, base)
+    return adapter
 
 
-def find_base(base: str) -> Path | None:
-    """The base's files where they are on this machine: a folder, or the Hub cache's snapshot. Downloads nothing."""
-    folder = absolute(base)
-    if folder.is_dir():
-        return folder
-    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
-    cache = absolute(os.environ.get("HF_HUB_CACHE") or f"{home}/hub") / f"models--{base.replace('/', '--')}"
-    main = cache / "refs" / "main"
-    return cache / "snapshots" / main.read_text().strip() if main.is_file() else None
+def is_model(path: Path) -> bool:
+    """Whether a folder holds a whole model rather than an adapter."""
+    return (path / "config.json").is_file() and not (path / CONFIG).is_file()
 
 
-def chat_template(folder: Path) -> str | None:
-    """The chat template that transformers saved in a folder, in either of its places."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text("utf-8")
-    template: str | None = read_json_or_empty(folder / "tokenizer_config.json").get("chat_template")
-    return template
+def weights_path(path: Path) -> Path:
+    """The file that holds an adapter's weights.
+
+    Raises:
+        UserError: there is none.
+    """
+    for name in (WEIGHTS, PICKLED):
+        if (path / name).is_file():
+            return path / name
+    raise UserError(f"no {WEIGHTS}", where=str(path))
 
 
-def fingerprint(folder: Path) -> str:
-    """Hash of a model folder: of each file its name, size and first and last MiB, as all of it takes long to read."""
-    edge = 1 << 20
-    digest = hashlib.sha256()
-    for file in sorted(folder.iterdir()):
-        if file.suffix not in (".json", ".jinja", ".model", ".safetensors"):
-            continue
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}\n".encode())
-        with file.open("rb") as handle:
-            digest.update(handle.read(edge))
-            handle.seek(max(size - edge, 0))
-            digest.update(handle.read(edge))
-    return digest.hexdigest()
-
-
-def read_json_or_empty(path: Path) -> dict[str, Any]:
-    """One JSON object; empty if there is no such file."""
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except FileNotFoundError:
-        return {}
-    except (OSError, msgspec.MsgspecError) as error:
-        raise UserError(str(error), where=str(path)) from None
+def adapted_layers(path: Path) -> list[str]:
+    """Names of the layers that an adapter's file adapts, as they stand there."""
+    weights = weights_path(path)
+    tensors = read_pickled(weights) if weights.name == PICKLED else read_header(weights)
+    return list(dict.fromkeys(match[1] for key in tensors if (match := LORA_TENSOR.fullmatch(key))))
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    file = path / "adapter_config.json"
+    file = path / CONFIG
     try:
+        check_no_pointer(file)
         settings = msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
     except FileNotFoundError:
-        inner = sorted(path.glob("*/adapter_config.json"))
-        hint = f"there is one in {inner[0].parent}" if inner else None
-        raise UserError("no adapter_config.json: not a LoRA adapter", where=str(path), hint=hint) from None
+        inner = sorted(path.glob(f"*/{CONFIG}"))
+        hint = "nothing-dpo train --stage sft makes one, or --set model.adapter=FOLDER"
+        if inner:
+            hint = f"there is one in {inner[0].parent}"
+        raise UserError(f"no {CONFIG}: not a LoRA adapter", where=str(path), hint=hint) from None
     except (OSError, msgspec.MsgspecError) as error:
-        raise UserError(str(error), where=str(file)) from None
+        raise UserError(f"not a JSON object: {error}", where=str(file)) from None
     if (kind := settings.get("peft_type")) != "LORA":
-        raise UserError(f"peft_type is {kind}: vLLM serves LORA alone", where=str(file))
-    for rank in (settings.get("r"), *(settings.get("rank_pattern") or {}).values()):
-        if not isinstance(rank, int) or not 0 < rank <= RANKS[-1]:
-            raise UserError(f"rank {rank}: vLLM takes 1 to {RANKS[-1]}", where=str(file))
+        raise UserError(f"peft_type is {kind}: LORA alone is trained and served", where=str(file))
+    patterns = {key: settings.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
+    if odd := next((key for key, value in patterns.items() if not isinstance(value, dict)), None):
+        raise UserError(f"{odd} is {settings[odd]!r}, which maps no module", where=str(file))
+    for rank in (settings.get("r"), *patterns["rank_pattern"].values()):
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank <= 0:
+            raise UserError(f"rank {rank!r} is none: a whole number from 1", where=str(file))
+    for alpha in (settings.get("lora_alpha", 8), *patterns["alpha_pattern"].values()):
+        if not isinstance(alpha, int | float) or isinstance(alpha, bool):
+            raise UserError(f"lora_alpha is {alpha!r}, which is no number", where=str(file))
+    targets = settings.get("target_modules")
+    if not targets and not settings.get("target_parameters"):
+        raise UserError("target_modules is empty: the adapter changes no layer", where=str(file))
+    if not (targets is None or isinstance(targets, str) or all(isinstance(one, str) for one in targets)):
+        raise UserError(f"target_modules is {targets!r}, which names no modules", where=str(file))
     return settings
 
 
-def _check_settings(settings: dict[str, Any], path: Path) -> None:
-    reasons = [reason for key, reason in UNSUPPORTED.items() if settings.get(key)]
+def _unserved(settings: dict[str, Any], rank: int) -> list[str]:
+    """What vLLM does not serve of an adapter with these settings."""
+    reasons = [reason for key, reason in UNSERVED.items() if settings.get(key)]
     if settings.get("bias", "none") != "none":
         reasons.append(f"trained biases (bias = {settings['bias']})")
     init = settings.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower() not in PLAIN_INITS:
         reasons.append(f"an initialisation that changes the base (init_lora_weights = {init})")
-    if reasons:
-        raise UserError(f"vLLM does not serve {', nor '.join(reasons)}", where=str(path / "adapter_config.json"))
+    if rank > RANKS[-1]:
+        reasons.append(f"rank {rank} (1 to {RANKS[-1]})")
+    return reasons
 
 
-def _same_base(one: str, other: str) -> bool:
-    """Whether two names are one model: equal, the same folder, or copies of one repository under its name."""
-    return one == other or absolute(one).resolve() == absolute(other).resolve() or _stem(one) == _stem(other)
+def _check_own_base(own: str, base: str, found: Base | None, path: Path) -> list[str]:
+    """Refuse an adapter of another base; what is called otherwise is compared by content. Notes for the user."""
+    if own == base or absolute(own).resolve() == absolute(base).resolve() or _stem(own) == _stem(base):
+        return []
+    there = find_base(own)
+    if there is not None and found is not None and weights_fingerprint(there) == weights_fingerprint(found.folder):
+        return [f"its base {own} has the weights of {base}"]
+    raise UserError(
+        f"this adapter was trained on {own}, not on {base}",
+        where=str(path),
+        hint=f"BASE_MODEL={shlex.quote(own)}, or --set model.same_base=true if {base} is that model under another name",
+    )
 
 
 def _stem(base: str) -> str:
@@ -202,50 +214,26 @@ def _stem(base: str) -> str:
     return re.sub(r"(-unsloth)?-bnb-\dbit$", "", name.lower())
 
 
-def _read_header(path: Path) -> dict[str, Tensor]:
-    """Names, types, shapes and places of the tensors of a safetensors file.
-
-    Raises:
-        UserError: no such file, another format, or a file that is cut short.
-    """
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if not 0 < length <= size - 8:
-                raise UserError("not a safetensors file, or cut short", where=str(path))
-            header = msgspec.json.decode(file.read(length), type=dict[str, Any])
-    except FileNotFoundError:
-        pickled = (path.parent / "adapter_model.bin").exists()
-        hint = "adapter_model.bin is a pickle: save the adapter again with PEFT" if pickled else None
-        raise UserError(f"no {path.name}", where=str(path.parent), hint=hint) from None
-    except (OSError, msgspec.MsgspecError) as error:
-        raise UserError(str(error), where=str(path)) from None
-    header.pop("__metadata__", None)
-    try:
-        tensors = msgspec.convert(header, dict[str, Tensor])
-    except msgspec.ValidationError as error:
-        raise UserError(f"not a safetensors header: {error}", where=str(path)) from None
-    end = 8 + length + max((tensor.data_offsets[1] for tensor in tensors.values()), default=0)
-    if end != size:
-        raise UserError(f"{size} bytes instead of {end}: cut short, or still being written", where=str(path))
-    return tensors
-
-
-def _read_layers(tensors: dict[str, Tensor], path: Path) -> dict[str, Layer]:
-    """The adapted layers by name, each from its pair of matrices: A (rank, in) and B (out, rank)."""
+def _read_layers(
+    tensors: dict[str, Tensor], settings: dict[str, Any], path: Path
+) -> tuple[dict[str, Layer], dict[str, Tensor]]:
+    """The adapted layers by name, each from its pair of matrices, A (rank, in) and B (out, rank); and what else."""
     pairs: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
     embeddings = set()
     for key, tensor in tensors.items():
         if key.endswith(BASE_EMBEDDINGS):
             continue
         match = LORA_TENSOR.fullmatch(key)
         if match is None:
-            raise UserError(f"{key} is no lora_A or lora_B, and vLLM knows no other", where=str(path))
+            if not _is_known(key, settings):
+                raise UserError(f"{key} is no lora_A or lora_B, and {CONFIG} names nothing else", where=str(path))
+            others[key] = tensor
+            continue
         pairs.setdefault(match[1], {})[match[2] or match[3]] = tensor
         if match[3]:
             embeddings.add(match[1])
-    if not pairs:
+    if not pairs and not others:
         raise UserError("no LoRA weights in it", where=str(path))
     layers = {}
     for name, pair in pairs.items():
@@ -256,7 +244,20 @@ def _read_layers(tensors: dict[str, Tensor], path: Path) -> dict[str, Layer]:
             raise UserError(f"{name}: lora_A {a} and lora_B {b} are no pair of matrices", where=str(path))
         weight = [b[0], a[1]]  # an embedding's weight is (vocabulary, hidden): in before out
         layers[name] = Layer(a[0], weight[::-1] if name in embeddings else weight)
-    return layers
+    return layers, others
+
+
+def _is_known(key: str, settings: dict[str, Any]) -> bool:
+    """Whether adapter_config.json says that a tensor which is no lora_A or lora_B belongs to the adapter."""
+    modules = settings.get("modules_to_save") or []
+    tied = EMBEDDINGS if settings.get("ensure_weight_tying") else ()
+    return (
+        (bool(settings.get("use_dora")) and ".lora_magnitude_vector" in key)
+        or (bool(settings.get("lora_bias")) and key.endswith(".lora_B.bias"))
+        or (settings.get("bias", "none") != "none" and key.endswith(".bias"))
+        or (bool(settings.get("trainable_token_indices")) and "trainable_tokens" in key)
+        or any(f".{module}." in key for module in (*modules, *tied))
+    )
 
 
 def _is_expert(layer: str) -> bool:
@@ -264,45 +265,80 @@ def _is_expert(layer: str) -> bool:
     return ".experts" in layer
 
 
-def _check_base_layers(layers: dict[str, Layer], base: str, path: Path) -> None:
-    """Refuse layers that the base lacks or has in another shape; vLLM skips the former without a word."""
-    folder = find_base(base)
-    files = sorted(folder.glob("*.safetensors")) if folder else []
-    shapes = {key.removesuffix(".weight"): tensor for file in files for key, tensor in _read_header(file).items()}
+def _check_shapes(
+    layers: dict[str, Layer],
+    tensors: dict[str, Tensor],
+    others: dict[str, Tensor],
+    settings: dict[str, Any],
+    base: Base,
+    named: str,
+    path: Path,
+    resizes: bool,
+) -> None:
+    """Refuse layers that the base lacks or has in another shape, as far as names on disk are those of the adapter."""
+    shapes = {key.removesuffix(".weight"): tensor for key, tensor in base.shapes.items()}
     checked = [name for name in layers if not _is_expert(name) and not name.endswith("lm_head")]  # may be tied
     known = [name for name in checked if name in shapes]
     leaves = {name.rpartition(".")[2] for name in shapes}
     for name in checked if shapes else []:
         # Where no name fits, the base was saved under another prefix, and last names are all there is to compare.
         if name not in shapes if known else name.rpartition(".")[2] not in leaves:
-            raise UserError(f"{base} has no layer {name}", where=str(path))
-    for name in known:
-        weight = shapes[name]
-        is_plain = weight.dtype in FLOATS and len(weight.shape) == 2  # quantised weights have other shapes
-        if is_plain and weight.shape != layers[name].weight:
-            raise UserError(
-                f"{name} is {weight.shape} in {base}, and the adapter is for {layers[name].weight}", where=str(path)
-            )
-
-
-def _check_values(tensors: dict[str, Tensor], path: Path) -> bool:
-    """Refuse weights that are not finite; tell whether any lora_B is other than zero.
-
-    The last byte of a little-endian float holds its sign and the top of its exponent, which is full for NaN and
-    infinity (and, but for F16, for values above 1e38).
-    """
-    changes = False
-    with path.open("rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        for key, tensor in tensors.items():
-            if tensor.dtype not in FLOATS:
+            raise UserError(f"{named} has no layer {name}", where=str(path))
+    swapped = bool(settings.get("fan_in_fan_out")) or base.model_type in CONV1D
+    for name in checked:
+        weight = shapes.get(name) or _only_suffix(name, shapes)
+        if weight is None or weight.dtype not in FLOATS or len(weight.shape) != 2:  # quantised ones have other shapes
+            continue
+        shape = layers[name].weight
+        is_embedding = name.endswith(EMBEDDINGS)
+        if shape == weight.shape or (swapped and not is_embedding and shape[::-1] == weight.shape):
+            continue
+        if is_embedding and shape[1] == weight.shape[1]:
+            if resizes:
                 continue
-            file.seek(start + tensor.data_offsets[0])
-            data = file.read(tensor.data_offsets[1] - tensor.data_offsets[0])
-            width, full = FLOATS[tensor.dtype], 0x7C if tensor.dtype == "F16" else 0x7F
-            finite = bytes(byte for byte in range(256) if byte & full != full)
-            if data[width - 1 :: width].translate(None, finite):
-                raise UserError(f"{key} holds NaN or infinity", where=str(path), hint="train again from a checkpoint")
-            is_b = "lora_B" in key or "lora_embedding_B" in key
-            changes = changes or (is_b and bool(data.strip(b"\0")))
-    return changes
+            raise _resized(name, shape[0], weight.shape[0], named, path)
+        raise UserError(f"{name} is {weight.shape} in {named}, and the adapter is for {shape}", where=str(path))
+    whole = {key: one for key, one in tensors.items() if key in others or key.endswith(BASE_EMBEDDINGS)}
+    for key, tensor in whole.items():
+        name = key.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".base_layer")
+        weight = shapes.get(name) or _only_suffix(name, shapes)
+        if weight is None or not key.endswith(".weight") or weight.shape == tensor.shape:
+            continue
+        if name.endswith(EMBEDDINGS) and len(tensor.shape) == 2:
+            if resizes:
+                continue
+            raise _resized(name, tensor.shape[0], weight.shape[0], named, path)
+        raise UserError(f"{name} is {weight.shape} in {named}, and {tensor.shape} here", where=str(path))
+
+
+def _only_suffix(name: str, shapes: dict[str, Tensor]) -> Tensor | None:
+    """The one weight whose name ends as this one does, its first part aside."""
+    ending = "." + name.partition(".")[2]
+    found = [tensor for other, tensor in shapes.items() if f".{other}".endswith(ending)]
+    return found[0] if len(found) == 1 else None
+
+
+def _resized(name: str, here: int, there: int, named: str, path: Path) -> UserError:
+    return UserError(
+        f"the vocabulary was resized: {name} has {here} rows in the adapter and {there} in {named}",
+        where=str(path),
+        hint=FOLD,
+    )
+
+
+def _check_served_names(path: Path, base: Base, named: str) -> None:
+    """Refuse names under which vLLM would look for layers in vain: it then answers as the base, without a word."""
+    there = {key.removesuffix(".weight") for key in base.shapes}
+    top = {name.partition(".")[0] for name in there}
+    names = [name for name in adapted_layers(path) if not _is_expert(name) and not name.endswith("lm_head")]
+    for name in names:
+        # A base saved without its head has names without the first part.
+        bare = name.partition(".")[2]
+        if name not in there and not (bare in there and name.partition(".")[0] not in top):
+            like = next((one for one in there if one.endswith("." + ".".join(name.split(".")[-4:]))), None)
+            called = f" (there it is {like})" if like else ""
+            raise UserError(
+                f"{named} has no layer {name}{called}: vLLM would answer as the base does",
+                where=str(path),
+                hint="nothing-dpo push adapter FOLDER --merge, or train the adapter on this very base",
+            )

@@ -1,10 +1,15 @@
 """What every test needs: that Ctrl-C is heard; and what training's tests start from."""
 
+import os
 import signal
+import tempfile
 
 import pytest
 from adapters import base_model, save_adapter
 from training import write_data
+
+# What is remembered of model files goes to a folder of the tests.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="nothing-dpo-tests-")
 
 # A shell that starts pytest in the background has it, and all that it starts, ignore Ctrl-C.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -51,7 +51,8 @@ def trainer_of(start, tmp_path):
                     beta=config.train.beta, loss_type=config.train.loss_type,
                 ),
                 train_dataset=dpo._dataset(rows), eval_dataset=dpo._dataset(rows[2:]),
-                processing_class=encoder.tokenizer, peft_config=None if adapter else fresh_lora(config.train),
+                processing_class=encoder.tokenizer,
+                peft_config=None if adapter else fresh_lora(config.train, model, Silent()),
             )  # fmt: skip
 
         yield make
@@ -151,7 +152,7 @@ def test_the_tolerance_of_step_zero_is_a_setting(start, tmp_path, monkeypatch):
 
     places = (f"runs={tmp_path / 'runs'}", f"model.dpo_adapter={tmp_path / 'out'}", "train.max_steps=1")
     config = settings(start, start / "base", *places, "gate.step_zero_tolerance=100")
-    monkeypatch.setattr(dpo, "check_reference", lambda model, adapter: shift(model, "ref", 0.05))
+    monkeypatch.setattr(dpo, "check_reference", lambda model, reference, adapter: shift(model, "ref", 0.05))
     assert train.run(config, Silent()).step_zero.ok
 
 
@@ -162,7 +163,7 @@ def test_a_failed_step_zero_is_reported_and_no_result(start, tmp_path, monkeypat
     from dpo_cli.training import dpo
 
     config = settings(start, start / "base", f"runs={tmp_path / 'runs'}", f"model.dpo_adapter={tmp_path / 'out'}")
-    monkeypatch.setattr(dpo, "check_reference", lambda model, adapter: shift(model, "ref", 0.05))
+    monkeypatch.setattr(dpo, "check_reference", lambda model, reference, adapter: shift(model, "ref", 0.05))
     with pytest.raises(UserError, match="step zero"):
         train.run(config, Silent())
     report = json.loads((tmp_path / "runs/dpo/report.json").read_text())
@@ -174,12 +175,12 @@ def test_the_reference_must_hold_the_sft_adapter(start, trainer_of):
     from dpo_cli.training.reference_check import check_reference
 
     trainer = trainer_of()
-    check_reference(trainer.model, start / "sft")
+    check_reference(trainer.model, None, start / "sft")
     with pytest.raises(UserError, match="does not hold the SFT adapter's weights"):
-        check_reference(trainer.model, start / "other")
+        check_reference(trainer.model, None, start / "other")
     base_as_reference(trainer)
     with pytest.raises(UserError, match="not a frozen copy"):
-        check_reference(trainer.model, start / "sft")
+        check_reference(trainer.model, None, start / "sft")
 
 
 def test_loss_margin_and_kl_of_one_batch_by_hand(trainer_of):

@@ -107,7 +107,7 @@ def test_weights_in_4_bits_come_to_what_trl_comes_to(tmp_path, checkpointing):
     arguments = {"load": load, "gradient_checkpointing": checkpointing}
     theirs, ours = (make(kind, tmp_path, config, **arguments) for kind in (Plain, Packed))
     for trainer in (theirs, ours):
-        restore_precision(trainer.model, None)
+        restore_precision(trainer.model)
         keep_differentiable(trainer.model)
     assert type(ours.model.get_base_model().model.layers[0].mlp.up_proj.base_layer).__name__ == "Linear4bit"
     assert packed.enable(ours) is None  # its forwards take no gradient, as an evaluation's don't

@@ -165,4 +165,4 @@ def test_missing_models_name_the_setting(tmp_path: Path, base: str, adapter: str
     config = Config(model=ModelSection(base=str(tmp_path / base), adapter=str(tmp_path / adapter)))
     with pytest.raises(UserError) as caught:
         sample([], config, lambda _: None, Silent())
-    assert caught.value.where == f"model.{key}" and f"model.{key}=" in str(caught.value.hint)
+    assert caught.value.where == str(tmp_path / "nowhere") and f"model.{key}=" in str(caught.value.hint)

@@ -27,6 +27,7 @@ KlAction = Literal["halve_lr", "raise_beta", "rollback", "stop"]
 MaxUsd = Annotated[
     NonNegative | None, Meta(description="Most dollars that this run may spend on new calls; the next counts anew.")
 ]
+InitLoraWeights: TypeAlias = bool | Literal["gaussian", "orthogonal"]
 LossType = Literal[
     "sigmoid",
     "hinge",
@@ -61,6 +62,13 @@ class ModelSection(Struct, kw_only=True):
     dpo_adapter: Annotated[str, _doc("DPO adapter folder: what train writes.")] = "adapters/nothing-gpt-dpo"
     name: Annotated[str, _doc("Name under which the SFT adapter is served.")] = "seinfeld"
     dpo_name: Annotated[str, _doc("Name under which the DPO adapter is served.")] = "seinfeld-dpo"
+    adapter_into_base: Annotated[
+        bool, _doc("Fold the SFT adapter into a new base; DPO then trains a fresh LoRA on that, its reference.")
+    ] = False
+    same_base: Annotated[bool, _doc("The base is the adapter's own, whatever its adapter_config.json calls it.")] = (
+        False
+    )
+    chat_template: Annotated[str | None, _doc("Chat template file, for all stages; unset: the base's own.")] = None
     chat_template_kwargs: Annotated[
         dict[str, Any], _doc("Variables of the chat template; Llama 3.2's would otherwise insert today's date.")
     ] = msgspec.field(default_factory=lambda: {"date_string": "26 Jul 2024"})
@@ -186,6 +194,11 @@ class TrainingSection(Struct, kw_only=True):
     lora_alpha: Annotated[NonNegative, _doc("LoRA alpha of a fresh adapter.")] = 64
     lora_dropout: Annotated[Share, _doc("LoRA dropout of a fresh adapter.")] = 0.0
     target_modules: Annotated[str | list[str], _doc("LoRA targets of a fresh adapter.")] = "all-linear"
+    use_rslora: Annotated[bool, _doc("Scale a fresh adapter by alpha / sqrt(r) instead of alpha / r.")] = False
+    use_dora: Annotated[bool, _doc("DoRA for a fresh adapter; vLLM serves it merged only (push --merge).")] = False
+    init_lora_weights: Annotated[
+        InitLoraWeights, _doc("How a fresh adapter begins; true: B is zero, so that it changes nothing yet.")
+    ] = True
     load_in_4bit: Annotated[bool, _doc("Base weights in 4 bits: NF4, double quantisation, bfloat16 compute.")] = False
     report_to: Annotated[Tracker | None, _doc("Tracker; unset: wandb where WANDB_API_KEY is set and it is there.")] = (
         None

@@ -5,10 +5,9 @@ completions; a finished sequence leaves the batch at once and another prompt tak
 top-p are vLLM's, in vLLM's order. In float32 a completion depends on its prompt, its index and the seed alone, never
 on what else is in the batch; bfloat16 rounds differently in another batch, so there this holds for most tokens only.
 
-Not covered: several devices, quantised bases, encoder-decoder and linear-attention models.
+Models with linear attention go by `_unpadded.py`. Not covered: several devices, encoder-decoder models.
 """
 
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,16 @@ from typing import Any
 import torch
 from msgspec import Struct
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging
 
-from dpo_cli.config.settings import Config, GenerateSection
+from dpo_cli.adapter import is_model, read_adapter
+from dpo_cli.base_model import check_base
+from dpo_cli.config.settings import Config, GenerateSection, ModelSection
 from dpo_cli.data.records import Message, Tool, Usage, content_id
-from dpo_cli.engines import Request, Sampled
-from dpo_cli.errors import UserError
+from dpo_cli.engines import Request, Sampled, _unpadded
+from dpo_cli.model_loading import attach, load_network, load_tokenizer, merged
 from dpo_cli.progress import Progress
 
 GREEDY = 1e-5  # vLLM's: a lower temperature is zero
@@ -58,55 +59,55 @@ def sample(requests: list[Request], config: Config, deliver: Callable[[Sampled],
     Raises:
         UserError: no base model or no adapter there.
     """
-    model = load(config.model.base, config.model.adapter, config.model.chat_template_kwargs)
+    model = load(config.model.base, config.model.adapter, config.model)
     run(model, requests, config.generate, deliver, progress)
 
 
 def load(
     base: str,
     adapter: str | None,
-    template: dict[str, Any] | None = None,
+    section: ModelSection | None = None,
     device: str | None = None,
     merge: bool | None = None,
 ) -> Model:
-    """Load a base model, with or without a LoRA adapter.
+    """Load a base model, with or without a LoRA adapter, or a whole model in the adapter's place.
 
     Args:
         base: folder or Hub id.
         adapter: folder that PEFT or `train` wrote; unset: the base alone.
-        template: variables of the chat template.
+        section: the chat template and its variables; unset: the base's own.
         device: unset: CUDA where there is one. bfloat16 where CUDA has it, float32 on the CPU.
         merge: add the adapter to the base's weights, which is faster; unset: in float32 only, since rounding the sum
             to bfloat16 would lose the small changes that DPO makes.
 
     Raises:
-        UserError: either is missing, they don't fit each other, or the tokenizer has no chat template.
+        UserError: either is missing or damaged, they don't fit each other, or the tokenizer has no chat template.
     """
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    section = section or ModelSection(base=base, chat_template_kwargs={})
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32
     if device.startswith("cuda"):
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        network = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"no base model at '{base}': {str(error).splitlines()[0]}",
-            where="model.base",
-            hint="--set model.base=FOLDER, or a Hub id that this machine can reach",
-        ) from None
-    if tokenizer.chat_template is None:
-        raise UserError(f"the tokenizer of '{base}' has no chat template", where="model.base", hint="use a chat model")
+    if adapter is not None and is_model(Path(adapter)):
+        base, adapter = adapter, None
+    found = check_base(base)
+    tokenizer = load_tokenizer(base, section)
     if adapter is not None:
-        network = _with_adapter(network, adapter, merge=dtype == torch.float32 if merge is None else merge)
+        read_adapter(Path(adapter), base, section.same_base)
+    network = load_network(base, dtype)
+    if adapter is not None:
+        network = attach(network, Path(adapter))
+        quantised = found is not None and found.quantised is not None
+        if merge if merge is not None else dtype == torch.float32 and not quantised:
+            network = merged(network)
     network.requires_grad_(False).eval().to(device)
 
     ends = network.generation_config.eos_token_id
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
     context = getattr(network.config.get_text_config(), "max_position_embeddings", tokenizer.model_max_length)
-    return Model(network, tokenizer, frozenset(ends), context, template or {})
+    return Model(network, tokenizer, frozenset(ends), context, section.chat_template_kwargs)
 
 
 def run(
@@ -124,6 +125,9 @@ def run(
     waiting = _plan(model, requests, settings, deliver)
     if not waiting:
         return
+    if _unpadded.keeps_states(model.network):
+        _run_unpadded(model, waiting, settings, deliver)
+        return
     batch = _Batch(model, settings, widest=len(waiting[-1][0].answer.prompt))
     with torch.inference_mode():
         while waiting or batch.rows:
@@ -137,6 +141,26 @@ def run(
                     batch.join(joining)
                     progress.update(0, in_flight=len(batch.rows))
             for answer in batch.step():
+                deliver(answer.sampled(model))
+
+
+def _run_unpadded(
+    model: Model, waiting: list[list["_Row"]], settings: GenerateSection, deliver: Callable[[Sampled], None]
+) -> None:
+    """As `run`, a prompt at a time."""
+
+    def draw(logits: Tensor, counts: Tensor, uniforms: Tensor) -> Tensor:
+        return choose(logits - settings.frequency_penalty * counts, uniforms, settings.temperature, settings.top_p)
+
+    with torch.inference_mode():
+        for group in reversed(waiting):
+            answer, limit = group[0].answer, group[0].limit
+            uniforms = torch.stack([_uniforms(row.seed, settings.max_tokens) for row in group])
+            written = _unpadded.complete(model.network, answer.prompt, uniforms, limit, model.ends, draw)
+            for row, tokens in zip(group, written, strict=True):
+                answer.tokens[row.index] = tokens
+                answer.reasons[row.index] = "stop" if tokens[-1] in model.ends else "length"
+            if all(answer.reasons):
                 deliver(answer.sampled(model))
 
 
@@ -386,25 +410,3 @@ class _Batch:
 
 def _uniforms(seed: int, count: int) -> Tensor:
     return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def _with_adapter(network: Any, adapter: str, merge: bool) -> Any:
-    """The network with its LoRA adapter."""
-    from peft import PeftModel
-
-    if not (Path(adapter) / "adapter_config.json").is_file():
-        raise UserError(
-            f"no adapter at '{adapter}' (no adapter_config.json there)",
-            where="model.adapter",
-            hint="nothing-dpo train --stage sft makes one, or --set model.adapter=FOLDER",
-        )
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            network = PeftModel.from_pretrained(network, adapter)
-    except (RuntimeError, ValueError, OSError) as error:
-        raise UserError(
-            f"the adapter at '{adapter}' does not load on this base model: {str(error).splitlines()[0]}",
-            where="model.adapter",
-            hint="its adapter_config.json names its base: --set model.base=...",
-        ) from None
-    return network.merge_and_unload() if merge else network

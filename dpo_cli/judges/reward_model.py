@@ -24,7 +24,7 @@ from msgspec import Struct
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
-from dpo_cli.adapter import find_base, fingerprint
+from dpo_cli.base_model import find_base, fingerprint
 from dpo_cli.config.settings import Config
 from dpo_cli.data.records import Judgment, Message, Tool, said
 from dpo_cli.errors import Exit, UserError

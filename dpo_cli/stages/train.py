@@ -17,7 +17,8 @@ from typing import Any
 import msgspec
 
 from dpo_cli import __version__, errors
-from dpo_cli.adapter import Adapter, check_adapter, fingerprint
+from dpo_cli.adapter import Adapter, read_adapter
+from dpo_cli.base_model import fingerprint
 from dpo_cli.config.resolve import as_dict
 from dpo_cli.config.settings import Config
 from dpo_cli.data import files, jsonl
@@ -319,7 +320,7 @@ def _sft_adapter(config: Config) -> Adapter | None:
             where=str(path),
             hint="nothing-dpo train --stage sft makes one; --set model.adapter=none trains a fresh LoRA instead",
         )
-    return check_adapter(path, config.model.base)
+    return read_adapter(path, config.model.base, config.model.same_base)
 
 
 def _output(config: Config, stage: Stage) -> Path:

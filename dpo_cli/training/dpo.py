@@ -25,16 +25,16 @@ from typing import Any
 import msgspec
 import torch
 from datasets import Dataset
-from peft import PeftModel, set_peft_model_state_dict
-from safetensors.torch import load_file
+from peft import set_peft_model_state_dict
 from torch.utils.data import Sampler
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import use_adapter
 
 from dpo_cli.config.settings import Config, TrainSection
 from dpo_cli.data import jsonl
 from dpo_cli.errors import UserError
+from dpo_cli.model_loading import attach, file_weights, fold, load_network
 from dpo_cli.training import distributed, losses
 from dpo_cli.training.encode import Sequences
 from dpo_cli.training.forward import packed
@@ -43,8 +43,8 @@ from dpo_cli.training.guards import MARGIN, GuardState
 from dpo_cli.training.kl import kl, mean_length, sample
 from dpo_cli.training.loop import fit
 from dpo_cli.training.reference_check import check_reference, check_step_zero, refuse_step_zero
-from dpo_cli.training.run_folder import ADAPTER_FILES, RunContext, event
-from dpo_cli.training.trainer import ResumableTrainer, arguments, fresh_lora, load_base
+from dpo_cli.training.run_folder import RunContext, event
+from dpo_cli.training.trainer import ResumableTrainer, arguments, fresh_lora, is_in_4bit, load_base
 
 BEST = (MARGIN, 1)
 REFERENCES = ".reference"  # beside the runs, which share it
@@ -111,6 +111,7 @@ class DpoTrainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ign
         self.kl_tokens = kl_tokens
         self.step_zero_checked = False
         self._log_probs: list[torch.Tensor] = []
+        self._router_loss: torch.Tensor | None = None
         self._margins: list[torch.Tensor] = []
         self._reference_lengths: float | None = None
         for model in (self.model, self.ref_model):
@@ -126,6 +127,7 @@ class DpoTrainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ign
         log_probs = getattr(outputs, "log_probs", None)
         if log_probs is not None:
             self._log_probs.append(log_probs)
+            self._router_loss = getattr(outputs, "aux_loss", None) if len(self._log_probs) == 1 else self._router_loss
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -141,8 +143,10 @@ class DpoTrainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ign
         result = super()._compute_loss(model, inputs, return_outputs)
         policy, reference = self._log_probs  # in the order in which TRL runs them
         self._log_probs = []
+        router = self._weighted_router_loss()
         if self.pair_loss is not None:
             loss = self.pair_loss(policy, reference, inputs["completion_mask"][:, 1:], self.beta, columns)
+            loss = loss if router is None else loss + router
             result = (loss, result[1]) if return_outputs else loss
         policy = policy.detach()
         differences = (policy - reference).float()  # (2 * pairs, tokens - 1); 0 outside the completions
@@ -154,16 +158,27 @@ class DpoTrainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ign
             k3 = self.accelerator.gather(k3).mean().item()
             if not self.model.training:
                 margins = self.accelerator.gather_for_metrics(margins)
-        self._metrics["train" if self.model.training else "eval"]["kl"].append(k3)
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["kl"].append(k3)
+        if router is not None:
+            self._metrics[mode]["router_loss"].append(router.detach())
         if not self.model.training:
             self._margins.append(margins)
         elif is_first:
             self.step_zero_checked = True
-            self._check_step_zero(result[0] if return_outputs else result, chosen - rejected)
+            added = None if router is None else router.item()
+            loss = (result[0] if return_outputs else result).item() - (added or 0.0)
+            self._check_step_zero(loss, chosen - rejected, added)
         return result
 
-    def _check_step_zero(self, loss: torch.Tensor, margins: torch.Tensor) -> None:
-        found = check_step_zero(self, loss, margins, self.tolerance)
+    def _weighted_router_loss(self) -> torch.Tensor | None:
+        """What TRL adds to the loss of a mixture of experts to balance their load; None: it adds nothing."""
+        if not self.aux_loss_enabled or self._router_loss is None:
+            return None
+        return self._router_loss * self.router_aux_loss_coef
+
+    def _check_step_zero(self, loss: float, margins: torch.Tensor, router_loss: float | None) -> None:
+        found = check_step_zero(self, loss, margins, self.tolerance, router_loss)
         self.events.append(event("step_zero", 0, **msgspec.to_builtins(found)))
         if not found.ok:
             raise refuse_step_zero(self, found, self.tolerance)
@@ -248,13 +263,14 @@ def train(
     pair_loss = losses.make(section, rows)
 
     def make(state: GuardState) -> DpoTrainer:
-        policy, reference = _models(section, base, adapter)
+        policy, reference = _models(section, base, adapter, run)
         asked = arguments(section, run.folder, bool(held_out), *BEST, len(rows), state)
         tokens = state.tokens_per_batch or section.tokens_per_batch
         if tokens is not None:  # then they divide the rows of a step into forwards
             whole = section.per_device_train_batch_size * section.gradient_accumulation_steps
             asked |= dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), whole)
             asked["gradient_accumulation_steps"] = 1
+        lora = None if adapter is not None or section.full else fresh_lora(section, policy, run.progress)
         try:
             trainer = DpoTrainer(
                 events=run.events,
@@ -270,14 +286,16 @@ def train(
                 train_dataset=_dataset(rows, pair_loss),
                 eval_dataset=_dataset(held_out, pair_loss) if held_out else None,
                 processing_class=tokenizer,
-                peft_config=None if adapter is not None or section.full else fresh_lora(section),
+                peft_config=lora,
             )
         except ValueError as error:
             raise UserError(f"TRL refuses this setting: {error}") from None
-        if section.load_in_4bit:
-            restore_precision(trainer.model, adapter)
+        if is_in_4bit(policy):
+            restore_precision(trainer.model)
         if adapter is not None and not section.full:
-            check_reference(trainer.model, adapter)
+            if trainer.ref_model is None:
+                copy_to_reference(trainer.model, adapter)
+            check_reference(trainer.model, trainer.ref_model, adapter)
         if distributed.several():
             run.progress.log("forward: TRL's own, padded, since there are several processes")
             return trainer
@@ -290,29 +308,44 @@ def train(
     fit(make, run, config.gate)
 
 
-def _models(section: TrainSection, base: Path, adapter: Path | None) -> tuple[Any, Any]:
+def _models(section: TrainSection, base: Path, adapter: Path | None, run: RunContext) -> tuple[Any, Any]:
     """The policy, and the reference where it is a model of its own."""
-    if not section.full:
-        model = load_base(base, section)
-        return (PeftModel.from_pretrained(model, adapter, is_trainable=True) if adapter else model), None
-    return _folded(base, adapter).requires_grad_(True), _folded(base, adapter).requires_grad_(False)
+    if section.full:
+        return _folded(base, adapter).requires_grad_(True), _folded(base, adapter).requires_grad_(False)
+    model = load_base(base, section)
+    if adapter is None:
+        return model, None
+    policy = attach(model, adapter, trainable=True, progress=run.progress)
+    if policy.peft_config["default"].bias == "none":
+        return policy, None
+    # Trained biases stand in the base itself, where a second adapter has none of its own.
+    return policy, attach(load_base(base, section), adapter).requires_grad_(False).eval()
 
 
 def _folded(base: Path, adapter: Path | None) -> Any:
     """The base with the adapter folded in, in float32: in bfloat16 small updates of all weights would be lost."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    return PeftModel.from_pretrained(model, adapter).merge_and_unload() if adapter else model
+    return fold(base, adapter, torch.float32) if adapter else load_network(base, torch.float32)
 
 
-def restore_precision(model: Any, adapter: Path | None) -> None:
+def restore_precision(model: Any) -> None:
     """Undo TRL's cast of the adapter over 4-bit weights to bfloat16, which loses small updates and the reference."""
     for name, value in model.named_parameters():
         if "lora_" in name:
             value.data = value.data.float()
-    if adapter is not None:
-        weights = load_file(adapter / ADAPTER_FILES[1])
-        for name in ("default", "ref"):
-            set_peft_model_state_dict(model, weights, adapter_name=name)
+
+
+def copy_to_reference(model: Any, adapter: Path) -> None:
+    """Put the adapter's own weights into both its copies, all of them.
+
+    TRL copies what has the adapter's name in the middle of its own, and so neither the LoRA of an embedding nor
+    trained tokens, whose names end with it; and over 4-bit weights it has rounded them to bfloat16 before.
+    """
+    weights = file_weights(adapter, model)
+    for name in ("default", "ref"):
+        set_peft_model_state_dict(model, weights, adapter_name=name)
+    for name, value in model.named_parameters():
+        if ".ref." in name or name.endswith(".ref"):
+            value.requires_grad_(False)
 
 
 @contextmanager

@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+from dpo_cli.engines._unpadded import complete, keeps_states
+from dpo_cli.engines.transformers import choose
+
 
 @torch.no_grad()
 def sample(
@@ -34,6 +37,8 @@ def sample(
         autocast: the precision of training.
         may_stop: called at every token.
     """
+    if keeps_states(model):
+        return _sample_unpadded(model, prompts, tokens, stops, seed, autocast, may_stop)
     width = max(map(len, prompts))
     padding = [width - len(prompt) for prompt in prompts]
     ids = [[pad] * left + prompt for left, prompt in zip(padding, prompts, strict=True)]
@@ -55,6 +60,29 @@ def sample(
             stopping_criteria=[may_stop],
         )
     return [_until(row, stops) for row in output[:, width:].tolist()]
+
+
+def _sample_unpadded(
+    model: Any,
+    prompts: list[list[int]],
+    tokens: int,
+    stops: set[int],
+    seed: int,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    may_stop: Callable[..., bool],
+) -> list[list[int]]:
+    """As `sample`, a prompt at a time, for models that can't be padded."""
+    draws = torch.rand(len(prompts), 1, tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+    def draw(logits: torch.Tensor, counts: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+        may_stop()
+        return choose(logits, uniforms, 1.0, 1.0)
+
+    with autocast():
+        return [
+            complete(model, prompt, uniforms, tokens, frozenset(stops), draw)[0]
+            for prompt, uniforms in zip(prompts, draws, strict=True)
+        ]
 
 
 @torch.no_grad()

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from dpo_cli.adapter import check_adapter, find_base
+from dpo_cli.adapter import read_adapter
+from dpo_cli.base_model import find_base
 from dpo_cli.config.presets import PRESETS
 from dpo_cli.config.resolve import resolve
 from dpo_cli.config.settings import Config
@@ -95,6 +96,6 @@ def presets(config: Config) -> list[Cost]:
 def _adapter(config: Config) -> tuple[int, str | list[str]]:
     """Rank and target modules of the adapter that is trained."""
     if config.model.adapter and Path(config.model.adapter).exists():
-        adapter = check_adapter(Path(config.model.adapter), config.model.base)
+        adapter = read_adapter(Path(config.model.adapter), config.model.base)
         return adapter.rank, adapter.target_modules
     return config.train.r, config.train.target_modules

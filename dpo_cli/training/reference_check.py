@@ -8,44 +8,51 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict
-from safetensors.torch import load_file
 
 from dpo_cli.errors import Exit, UserError
+from dpo_cli.model_loading import adapter_weights, file_weights
 from dpo_cli.training.guards import LN2
-from dpo_cli.training.run_folder import ADAPTER_FILES
 from dpo_cli.training.run_history import StepZero
 
 
-def check_reference(model: Any, adapter: Path) -> None:
+def check_reference(model: Any, reference: Any, adapter: Path) -> None:
     """See that the reference holds exactly the SFT adapter's weights, and that they are frozen.
+
+    Args:
+        model: the policy, which holds the reference as its adapter `ref` unless that is a model of its own.
+        reference: that model, or None.
+        adapter: folder of the SFT adapter.
 
     Raises:
         UserError: it does not. Resuming could otherwise go on against another reference, at a loss that looks right.
     """
-    frozen = not any(value.requires_grad for name, value in model.named_parameters() if ".ref." in name)
-    if "ref" not in model.peft_config or not frozen:
+    holder, name = (model, "ref") if reference is None else (reference, "default")
+    ours = [value for key, value in holder.named_parameters() if reference is not None or f".{name}" in key]
+    if name not in getattr(holder, "peft_config", {}) or any(value.requires_grad for value in ours):
         raise UserError("the reference is not a frozen copy of the SFT adapter", where=str(adapter), code=Exit.FAILED)
-    if not same_weights(load_file(adapter / ADAPTER_FILES[1]), adapter_weights(model, "ref")):
+    if not same_weights(file_weights(adapter, holder), adapter_weights(holder, name)):
         raise UserError("the reference does not hold the SFT adapter's weights", where=str(adapter), code=Exit.FAILED)
 
 
-def check_step_zero(trainer: Any, loss: torch.Tensor, margins: torch.Tensor, tolerance: float) -> StepZero:
+def check_step_zero(
+    trainer: Any, loss: float, margins: torch.Tensor, tolerance: float, router_loss: float | None = None
+) -> StepZero:
     """Compare the first batch's loss with ln 2 and its margins with 0.
 
     Args:
         trainer: a DPOTrainer, for the cause.
-        loss: of the batch, a scalar.
+        loss: of the batch, by its preferences alone.
         margins: (pairs,), chosen minus rejected rewards.
         tolerance: most that either may be off, in nats.
+        router_loss: what a mixture of experts adds to the loss; it is no matter of preferences.
 
     Returns:
         What was found; `ok` is false for NaN as well.
     """
     margin = margins.abs().max().item()
     expected = expected_loss(trainer)
-    off = margin if expected is None else max(margin, abs(loss.item() - expected))
-    return StepZero(loss.item(), margin, off <= tolerance)
+    off = margin if expected is None else max(margin, abs(loss - expected))
+    return StepZero(loss, margin, off <= tolerance, router_loss)
 
 
 def expected_loss(trainer: Any) -> float | None:
@@ -82,12 +89,6 @@ def likely_cause(trainer: Any, tolerance: float) -> str:
         f"policy and reference agree in their weights, so it is precision ({dtype}): set train.bf16 = false, or "
         f"gate.step_zero_tolerance above {tolerance:g}"
     )
-
-
-def adapter_weights(model: Any, name: str) -> dict[str, torch.Tensor]:
-    """An adapter's tensors in memory, under the names that they have in its file."""
-    weights: dict[str, torch.Tensor] = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    return weights
 
 
 def same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

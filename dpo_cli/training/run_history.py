@@ -12,25 +12,34 @@ from dpo_cli.errors import UserError
 from dpo_cli.training.gates import Gate, GateVerdict
 from dpo_cli.training.inputs import Stage
 
-MAY_LACK = ("ok", "interval", "more")  # of a gate
+MAY_LACK = ("ok", "interval", "more", "router_loss")  # of a gate and of step zero
 
 
-class StepZero(Struct):
-    """The check before the first update: the loss, the largest margin in nats, and whether both are right."""
+class StepZero(Struct, omit_defaults=True):
+    """The check before the first update: the preference loss, the largest margin in nats, and whether both are right.
+
+    `router_loss` is what a mixture of experts adds to the loss, for its experts' balance.
+    """
 
     loss: float
     margin: float
     ok: bool
+    router_loss: float | None = None
 
 
 class Merged(Struct):
-    """A merged model that was written, and how far its log-probabilities are from the adapter's, in nats a token."""
+    """A merged model that was written, and how far its log-probabilities are from the adapter's, in nats a token.
+
+    `effect` is how far the adapter is from the base; `note` is for the user.
+    """
 
     path: str
     dtype: str
     mean_difference: float
     largest_difference: float
     tolerance: float
+    effect: float | None = None
+    note: str | None = None
 
 
 class Trained(Struct, kw_only=True):

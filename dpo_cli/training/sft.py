@@ -51,14 +51,16 @@ def train(
     """
 
     def make(state: GuardState) -> SftTrainer:
+        model = load_base(base, section)
+        lora = fresh_lora(section, model, run.progress)
         try:
             return SftTrainer(
-                model=load_base(base, section),
+                model=model,
                 args=SFTConfig(**arguments(section, run.folder, bool(held_out), *BEST, len(rows), state)),
                 train_dataset=dataset(rows),
                 eval_dataset=dataset(held_out) if held_out else None,
                 processing_class=tokenizer,
-                peft_config=fresh_lora(section),
+                peft_config=lora,
             )
         except ValueError as error:
             raise UserError(f"TRL refuses this setting: {error}") from None

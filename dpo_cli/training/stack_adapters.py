@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from dpo_cli.adapter import read_json_or_empty
 from dpo_cli.data import files
+from dpo_cli.data.files import read_json
 from dpo_cli.errors import UserError
 from dpo_cli.training.run_folder import ADAPTER_FILES, check_replaceable
 

@@ -18,8 +18,6 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
     TrainerState,
@@ -28,8 +26,11 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from dpo_cli import errors
+from dpo_cli.base_model import check_base
 from dpo_cli.config.settings import ModelSection, TrainingSection
 from dpo_cli.data.files import write_json
+from dpo_cli.errors import UserError
+from dpo_cli.model_loading import check_targets, explained, load_network, load_tokenizer, routers
 from dpo_cli.progress import Progress
 from dpo_cli.training import distributed, guards
 from dpo_cli.training.encode import Encoder
@@ -240,20 +241,40 @@ def uses_bf16(section: TrainingSection) -> bool:
 
 
 def load_base(folder: Path, section: TrainingSection) -> Any:
-    """The base model: in 4 bits if asked for, else in bfloat16 if that is what it computes in on this GPU."""
-    if section.load_in_4bit:
-        errors.require("qlora", "load_in_4bit")
+    """The base model: in 4 bits if asked for or stored so, else in bfloat16 if that is what it computes in on this GPU.
+
+    Raises:
+        UserError: it can't be loaded, or its weights are quantised in a way that can't be trained on.
+    """
+    base = check_base(str(folder), tokenizer=False)
+    stored = None if base is None else base.quantised
+    if stored is not None and stored != "bitsandbytes":
+        raise UserError(
+            f"the base's weights are quantised ({stored}), and LoRA is not trained on those here",
+            where=str(folder),
+            hint="use the model as it was before it was quantised; --set train.load_in_4bit=true saves as much memory",
+        )
+    if not (section.load_in_4bit or stored):
+        dtype = torch.bfloat16 if uses_bf16(section) and torch.cuda.is_available() else torch.float32
+        return load_network(folder, dtype)
+    errors.require("qlora", "a base in 4 bits")
+    if stored:
+        model = load_network(folder, torch.bfloat16)
+    else:
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=quantization)
-        keep_differentiable(model)
-        return model
-    dtype = torch.bfloat16 if uses_bf16(section) and torch.cuda.is_available() else torch.float32
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        model = load_network(folder, torch.bfloat16, quantization_config=quantization)
+    keep_differentiable(model)
+    return model
+
+
+def is_in_4bit(model: Any) -> bool:
+    """Whether a base's weights are in 4 bits."""
+    return bool(getattr(model, "is_loaded_in_4bit", False))
 
 
 def keep_differentiable(model: Any) -> None:
@@ -268,24 +289,44 @@ def keep_differentiable(model: Any) -> None:
 
 
 def load_encoder(folder: Path, model: ModelSection, max_length: int) -> Encoder:
-    """The encoder of the base's tokenizer, chat template and stop tokens."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    """The encoder of the base's tokenizer, chat template and stop tokens.
+
+    Raises:
+        UserError: the tokenizer can't be read, or has no chat template.
+    """
+    tokenizer = load_tokenizer(folder, model)
     stops = [tokenizer.eos_token_id]
     if (folder / "generation_config.json").exists():
-        configured = GenerationConfig.from_pretrained(folder).eos_token_id
+        with explained(folder):
+            configured = GenerationConfig.from_pretrained(folder).eos_token_id
         stops += configured if isinstance(configured, list) else [configured]
     return Encoder(tokenizer, {stop for stop in stops if stop is not None}, max_length, model.chat_template_kwargs)
 
 
-def fresh_lora(section: TrainingSection) -> LoraConfig:
-    """A new adapter's configuration."""
+def fresh_lora(section: TrainingSection, network: Any, progress: Progress) -> LoraConfig:
+    """A new adapter's configuration for a network.
+
+    Raises:
+        UserError: no layer has the name of any target module.
+    """
     targets = section.target_modules
+    named = sorted(targets.split(",")) if isinstance(targets, str) and "," in targets else targets
+    named = sorted(named) if isinstance(named, list) else named
+    if lost := check_targets(network, named):
+        progress.log(f"no layer is called {', '.join(lost)}: train.target_modules counts without")
+    skipped = routers(network) if named == "all-linear" else []
+    if skipped:
+        progress.log(f"{len(skipped)} routers of experts are left as they are, {skipped[0]} the first")
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=section.r,
         lora_alpha=section.lora_alpha,
         lora_dropout=section.lora_dropout,
-        target_modules=targets.split(",") if isinstance(targets, str) and "," in targets else targets,
+        target_modules=named,
+        exclude_modules=skipped or None,
+        use_rslora=section.use_rslora,
+        use_dora=section.use_dora,
+        init_lora_weights=section.init_lora_weights,
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.adapter import absolute
+from dpo_cli.base_model import absolute
 from dpo_cli.config.settings import Config
 from dpo_cli.data.files import write_file
 from dpo_cli.data.records import Preference

@@ -5,32 +5,45 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from peft import PeftModel
-
+from dpo_cli.adapter import is_model, read_adapter
 from dpo_cli.config.settings import Config
 from dpo_cli.engines.transformers import Model, load
-from dpo_cli.errors import UserError
+from dpo_cli.model_loading import attach
 
 As: TypeAlias = Callable[[], AbstractContextManager[Any]]
 
 
 def load_both(config: Config) -> tuple[Model, As]:
-    """The base with the policy's adapter, and a context in which it, the value, is the reference.
+    """The policy, and a context whose value is the reference.
 
-    Without an adapter of its own, the reference is the base.
+    Two adapters share one base; where either is a whole model, there are two networks. Without an adapter of its own,
+    the reference is the base.
 
     Raises:
-        UserError: no base, or no LoRA adapter where one is named.
+        UserError: no base, or no adapter or model where one is named.
     """
-    model = load(config.model.base, None, config.model.chat_template_kwargs)
-    network = PeftModel.from_pretrained(model.network, _folder(config.model.dpo_adapter), adapter_name="policy")
-    if config.model.adapter is not None:
-        network.load_adapter(_folder(config.model.adapter), adapter_name="reference")
+    section, policy = config.model, Path(config.model.dpo_adapter)
+    if is_model(policy) or (section.adapter is not None and is_model(Path(section.adapter))):
+        model = load(section.base, section.dpo_adapter, section, merge=False)
+        other = load(section.base, section.adapter, section, merge=False).network
+
+        @contextmanager
+        def as_other() -> Iterator[Any]:
+            yield other
+
+        return model, as_other
+    read_adapter(policy, section.base, section.same_base)
+    model = load(section.base, None, section)
+    network = attach(model.network, policy, "policy")
+    if section.adapter is not None:
+        read_adapter(Path(section.adapter), section.base, section.same_base)
+        attach(network, Path(section.adapter), "reference")
+        network.set_adapter("policy")
     model.network = network.requires_grad_(False).eval()
 
     @contextmanager
     def as_reference() -> Iterator[Any]:
-        if config.model.adapter is None:
+        if section.adapter is None:
             with network.disable_adapter():
                 yield network
         else:
@@ -41,9 +54,3 @@ def load_both(config: Config) -> tuple[Model, As]:
                 network.set_adapter("policy")
 
     return model, as_reference
-
-
-def _folder(adapter: str) -> str:
-    if not (Path(adapter) / "adapter_config.json").is_file():
-        raise UserError(f"no LoRA adapter at '{adapter}' (no adapter_config.json there)")
-    return adapter

@@ -14,7 +14,7 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from dpo_cli import engines
-from dpo_cli.adapter import find_base, fingerprint
+from dpo_cli.base_model import find_base, fingerprint
 from dpo_cli.config.resolve import get
 from dpo_cli.config.settings import Config
 from dpo_cli.data.jsonl import parse_rows

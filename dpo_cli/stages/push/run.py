@@ -14,10 +14,11 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
-from dpo_cli.adapter import Adapter, check_adapter, fingerprint, read_json_or_empty
+from dpo_cli.adapter import Adapter, is_model, read_adapter
 from dpo_cli.analysis.data_stats import pair_stats
+from dpo_cli.base_model import fingerprint
 from dpo_cli.config.settings import Config
-from dpo_cli.data.files import sha256
+from dpo_cli.data.files import read_json, sha256
 from dpo_cli.data.jsonl import parse_rows, read_rows
 from dpo_cli.data.records import Judgment, Preference, read_preference, text_of
 from dpo_cli.errors import Exit, UserError, require
@@ -122,12 +123,12 @@ def _trained(
     made_by, reason = _find_run(runs, name, sha256(weights))
     if reason and not force:
         raise UserError(reason, where=str(folder), hint="--force pushes it all the same", code=Exit.GATE)
-    adapter = check_adapter(folder, config.model.base) if weights.name == ADAPTER_FILES[1] else None
+    adapter = None if is_model(folder) else read_adapter(folder, config.model.base, config.model.same_base)
     pushed = Pushed(what=what, result=_nothing(dest), notes=[reason] if reason else [])
     facts = Facts(name=_last(dest), base=config.model.base, adapter=adapter, served_as=config.model.dpo_name)
     if made_by is not None:
         report = _read_report(made_by)
-        facts.report, facts.config = report, read_json_or_empty(made_by / "config.json")
+        facts.report, facts.config = report, _read_config(made_by)
         facts.judge = _judge_of_run(Path(config.data), facts.config)
         facts.evaluation = _evaluation(Path(config.data), folder)
         pushed.verdict = report.verdict
@@ -166,6 +167,11 @@ def _read_report(folder: Path) -> Trained:
             hint=f"nothing-dpo train --name {folder.name}",
         )
     return read_report(file)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    return read_json(file) if file.is_file() else {}
 
 
 def _merge(config: Config, folder: Path, pushed: Pushed, dry_run: bool) -> Path:
@@ -208,7 +214,8 @@ def _judge_of_run(data: Path, run_config: dict[str, Any]) -> dict[str, Any]:
 
 def _evaluation(data: Path, adapter: Path) -> dict[str, Any]:
     """The result of `evaluate`, if it is this adapter's."""
-    found = read_json_or_empty(data / "evaluation.json")
+    file = data / "evaluation.json"
+    found = read_json(file) if file.is_file() else {}
     policy = found.get("sides", {}).get("policy", {}).get("adapter")
     return found if policy and fingerprint(adapter).startswith(policy) else {}
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from msgspec import Struct
 
-from dpo_cli.adapter import RANKS, Adapter, absolute, chat_template, check_adapter, find_base, read_json_or_empty
+from dpo_cli.adapter import RANKS, Adapter, check_adapter
+from dpo_cli.base_model import absolute, chat_template, check_base, find_base
 from dpo_cli.config.settings import Config
 from dpo_cli.errors import UserError
 
@@ -43,7 +44,7 @@ def plan(config: Config) -> ServePlan:
     adapters: dict[str, Adapter] = {}
     for stage, name, folder in (("SFT", model.name, model.adapter), ("DPO", model.dpo_name, model.dpo_adapter)):
         if folder is not None and absolute(folder).exists():
-            adapters[name] = check_adapter(absolute(folder), model.base)
+            adapters[name] = check_adapter(absolute(folder), model.base, model.same_base)
             notes += [f"{name}: {note}" for note in adapters[name].notes]
         else:
             notes.append(f"no {stage} adapter{f' at {folder}' if folder else ''}: '{name}' is not served")
@@ -108,10 +109,8 @@ def _check_names(config: Config) -> None:
 
 def _context_limit(base: str) -> float:
     """The longest context of the base, in tokens; infinite where it is not known here."""
-    folder = find_base(base)
-    settings = read_json_or_empty(folder / "config.json") if folder else {}
-    limit: float = settings.get("text_config", settings).get("max_position_embeddings", math.inf)
-    return limit
+    found = check_base(base)
+    return math.inf if found is None or found.positions is None else found.positions
 
 
 def _template_notes(adapter: Adapter, base: str) -> list[str]:
