@@ -161,7 +161,7 @@ class DpoTrainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ign
         mode = "train" if self.model.training else "eval"
         self._metrics[mode]["kl"].append(k3)
         if router is not None:
-            self._metrics[mode]["router_loss"].append(router.detach())
+            self._metrics[mode]["router_loss"].append(router.detach())  # type: ignore[arg-type]
         if not self.model.training:
             self._margins.append(margins)
         elif is_first:
@@ -175,7 +175,8 @@ class DpoTrainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ign
         """What TRL adds to the loss of a mixture of experts to balance their load; None: it adds nothing."""
         if not self.aux_loss_enabled or self._router_loss is None:
             return None
-        return self._router_loss * self.router_aux_loss_coef
+        weighted: torch.Tensor = self._router_loss * self.router_aux_loss_coef
+        return weighted
 
     def _check_step_zero(self, loss: float, margins: torch.Tensor, router_loss: float | None) -> None:
         found = check_step_zero(self, loss, margins, self.tolerance, router_loss)

@@ -70,13 +70,13 @@ def check_gates(stage: Stage, rows: Sequence[dict[str, Any]], config: Config, he
     held_out = [row for row in rows if "eval_loss" in row]
     if stage == "sft":
         return {"loss_falls": _below(trained[-1]["loss"], trained[0]["loss"])} if len(trained) > 1 else {}
-    gates = {"loss": _below(mean(row["loss"] for row in trained[-RECENT:]), LN2)}
+    gates = {"loss": _below(mean(row["loss"] - row.get("router_loss", 0.0) for row in trained[-RECENT:]), LN2)}
     if not held_out:
         return gates
     last = held_out[-1]
     before = held_out[0][MARGIN] if len(held_out) > 1 else 0.0  # at step zero it is 0
     reach = 1.96 * last.get(f"{MARGIN}_stderr", float("nan"))
-    gates["held_out_loss"] = _below(last["eval_loss"], LN2)
+    gates["held_out_loss"] = _below(last["eval_loss"] - last.get("eval_router_loss", 0.0), LN2)
     gates["held_out_margin"] = Gate(last[MARGIN], 0.0, last[MARGIN] > 0, (last[MARGIN] - reach, last[MARGIN] + reach))
     gates["margin_rises"] = Gate(last[MARGIN], before, last[MARGIN] > before)
     correct = proportion(last["eval_pairs_correct"], held_out_rows)

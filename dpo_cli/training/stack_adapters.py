@@ -32,7 +32,7 @@ def stack(adapters: Sequence[Path], output: Path, base: str) -> None:
         UserError: one of them is no plain LoRA adapter, or `output` holds something else.
     """
     check_replaceable(output)
-    settings = [read_json_or_empty(adapter / ADAPTER_FILES[0]) for adapter in adapters]
+    settings = [read_json(adapter / ADAPTER_FILES[0]) for adapter in adapters]
     for adapter, own in zip(adapters, settings, strict=True):
         if odd := next((key for key in PLAIN if own.get(key)), None):
             raise UserError(f"adapters with {odd} can't be stacked", where=str(adapter))
