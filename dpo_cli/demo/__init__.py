@@ -65,7 +65,7 @@ class Sizes(Struct):
     steps: int = 300
 
 
-WITH_BASE = Sizes(base=0, demonstrations=256, prompts=128, held_out=64, steps=0)  # a quarter of an hour on two cores
+WITH_BASE = Sizes(base=0, demonstrations=192, prompts=112, held_out=64, steps=0)  # a quarter of an hour on two cores
 
 
 class Demonstrated(Struct, kw_only=True):
