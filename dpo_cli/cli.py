@@ -493,6 +493,12 @@ def evaluate(
         str | None, typer.Option(metavar="TASKS", help="Instead, tasks of lm-evaluation-harness, or their YAML files.")
     ] = None,
     of: Annotated[Literal["reference", "policy", "both"], typer.Option(help="Who takes the quiz.")] = "both",
+    scales: Annotated[
+        str | None, typer.Option(metavar="0.5,1,2", help="Instead, points on the line through both adapters; 1 is DPO.")
+    ] = None,
+    pick: Annotated[
+        bool, typer.Option("--pick", help="Keep the best scale that clears gate and KL limit, as an adapter.")
+    ] = False,
     limit: Limit = None,
     dry_run: DryRun = False,
 ) -> Exit | None:
@@ -502,8 +508,17 @@ def evaluate(
     from dpo_cli.stages.evaluate import quiz as questions
     from dpo_cli.stages.evaluate import run as stage
 
-    if sum((dry_run, quiz is not None, harness is not None)) > 1:
-        raise UserError("--dry-run is of the comparison, --quiz and --harness are in its place", hint="one of them")
+    if sum((dry_run, quiz is not None, harness is not None, scales is not None)) > 1:
+        message = "--dry-run is of the comparison, --quiz, --harness and --scales are in its place"
+        raise UserError(message, hint="one of them")
+    if pick and scales is None:
+        raise UserError("--pick picks one of several scales", hint="--scales 0.5,1,1.5,2 --pick")
+    if scales is not None:
+        from dpo_cli.stages.evaluate import scales as line
+
+        points = line.run(session.config, session.progress(), line.read_scales(scales), pick, limit)
+        session.show(points, view.scaled)
+        return Exit.GATE if points.verdict == "fail" else None
     if harness is not None:
         measured = harness_tasks.harness(session.config, session.progress(), harness.split(","), limit)
         session.show(measured, view.harnessed)

@@ -10,9 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import worlds
+from msgspec.structs import replace
 from worlds import Sizes, best_of_rate, zest
 
 from dpo_cli.data.row_index import read_pairs
+from dpo_cli.progress import Silent
+from dpo_cli.stages.evaluate import scales
 
 SMALL = Sizes(base=1500, hidden=64, steps=200, demonstrations=256, prompts=384, measured=64)
 BETAS = (0.05, 1.0)
@@ -61,6 +64,29 @@ def test_what_the_run_reports_is_true_of_its_adapters(world, beta):
     for side, nats in moved.items():
         assert trained.metrics[f"eval_rewards/{side}"] / beta == pytest.approx(nats, abs=2e-3)
     assert all(zest([], pair.chosen[0]["content"]) > zest([], pair.rejected[0]["content"]) for pair in pairs)
+
+
+def test_scales_are_points_on_the_line_and_the_best_within_the_limit_is_kept(world, tmp_path):
+    """Win rate and KL of each, by the stage's own counting, rise with the scale; the picked adapter is that scale's."""
+    mine, _ = world.runs[1.0]
+    limit = {}
+    for name, most in (("wide", 100.0), ("narrow", 0.0)):
+        config = replace(
+            mine, data=str(tmp_path / name), gate=replace(mine.gate, kl_limit=most),
+            evaluate=replace(mine.evaluate, prompts=str(Path(mine.generate.prompts) / "measured.jsonl"), samples=2),
+        )  # fmt: skip
+        limit[name] = scales.run(config, Silent(), [0.5, 1.0, 2.0], pick=True)
+    half, whole, double = limit["wide"].points
+    assert half.kl.nats_per_sequence < 0.6 * whole.kl.nats_per_sequence < 0.3 * double.kl.nats_per_sequence
+    assert half.win_rate.value < double.win_rate.value
+    assert whole.kl.nats_per_sequence == pytest.approx(world.points[1.0].kl, rel=0.5)  # of other samples
+    assert limit["wide"].verdict == "pass" and limit["wide"].picked == 2.0
+    assert [half.chosen_on.n + half.reported_on.n, half.chosen_on.n > 0] == [SMALL.measured, True]
+    assert limit["narrow"].verdict == "fail" and limit["narrow"].adapter is None
+
+    kept, measured = (Path(folder) / "adapter_model.safetensors" for folder in (limit["wide"].adapter, double.adapter))
+    assert kept.read_bytes() == measured.read_bytes()
+    assert kept.parent.name == f"{Path(mine.model.dpo_adapter).name}-x2"
 
 
 def liked(eyes, policy, prompt, answer):

@@ -82,6 +82,12 @@ def scale_adapter(
     return result
 
 
+def rank_of(adapter: Path) -> int:
+    """The rank of a plain LoRA adapter."""
+    rank: int = files.read_json(adapter / ADAPTER_FILES[0])["r"]
+    return rank
+
+
 class Line:
     """All points between two adapters, and beyond.
 

@@ -16,6 +16,7 @@ from dpo_cli.view.lint import lint
 from dpo_cli.view.pairs import exported, pair, pair_list, pair_stats, paired
 from dpo_cli.view.plan import explain, plan, presets, settings
 from dpo_cli.view.progress import LineProgress, RichProgress, make_progress
+from dpo_cli.view.scales import scaled
 from dpo_cli.view.serving import checked, pushed
 from dpo_cli.view.text import safe, safe_line
 from dpo_cli.view.training import run, trained
@@ -63,6 +64,7 @@ __all__ = [
     "run",
     "safe",
     "safe_line",
+    "scaled",
     "settings",
     "stdout_console",
     "steps",
