@@ -147,9 +147,7 @@ def run(
     return result
 
 
-def _point(
-    made: "Scaled", wins: dict[str, float], kl: Divergence | None, gate: float, config: Config
-) -> Point:
+def _point(made: "Scaled", wins: dict[str, float], kl: Divergence | None, gate: float, config: Config) -> Point:
     halves: dict[bool, list[float]] = {True: [], False: []}
     for key, win in wins.items():
         halves[split_side(key, config.evaluate.seed, 0.5)].append(win)
