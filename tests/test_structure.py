@@ -27,7 +27,8 @@ ROOMS = [
 HEAVY = frozenset({
     "model_loading",
     "training/dpo", "training/kl", "training/loop", "training/losses", "training/merge_adapter",
-    "training/reference_check", "training/scale_adapter", "training/sft", "training/stack_adapters", "training/trainer",
+    "training/reference_check", "training/retreat", "training/scale_adapter", "training/sft",
+    "training/stack_adapters", "training/trainer",
     "training/forward/attention", "training/forward/collator", "training/forward/deferred_metrics",
     "training/forward/fused_lora", "training/forward/log_probs", "training/forward/packed",
     "training/forward/reference_cache", "engines/transformers", "engines/_unpadded",

@@ -248,6 +248,9 @@ class GateSection(Struct, kw_only=True):
     kl_actions: Annotated[
         list[KlAction], _doc("What each evaluation over the limit sets off, the first one first; then the run stops.")
     ] = msgspec.field(default_factory=lambda: ["halve_lr", "raise_beta", "rollback", "stop"])
+    retreat: Annotated[
+        bool, _doc("Stop at the first evaluation over the limit, and scale the adapter back to exactly the limit.")
+    ] = False
     adaptive_beta: Annotated[bool, _doc("Steer beta towards kl_target at each evaluation.")] = False
     kl_target: Annotated[Positive, _doc("KL that adaptive_beta aims at, in nats a token.")] = 0.05
     patience: Annotated[

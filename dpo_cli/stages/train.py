@@ -28,7 +28,7 @@ from dpo_cli.progress import Progress, Silent
 from dpo_cli.training import distributed, plan
 from dpo_cli.training.encode import Encoded
 from dpo_cli.training.gates import check_gates, describe
-from dpo_cli.training.guards import best_step
+from dpo_cli.training.guards import KL, best_step
 from dpo_cli.training.inputs import Inputs, Stage, TrainingRow, download_base, read_inputs
 from dpo_cli.training.preflight import of_encoded
 from dpo_cli.training.run_folder import (
@@ -41,11 +41,12 @@ from dpo_cli.training.run_folder import (
     publish,
     weights_file,
 )
-from dpo_cli.training.run_history import Merged, StepZero, Trained, read_finished
+from dpo_cli.training.run_history import Merged, Retreat, StepZero, Trained, read_finished
 from dpo_cli.training.template_check import check_tokens
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 WITHOUT_EFFECT = ("report_to", "merge")  # on what is trained: a run may go on with others
+RETREAT = "retreat"  # the scaled adapter, in the run's folder
 BEST = {"dpo": ("eval_rewards/margins", 1), "sft": ("eval_loss", -1)}
 
 
@@ -147,7 +148,7 @@ def run(
                 raise
             finally:
                 progress.end()
-        return _finish(result, folder, output, config, base, inputs, identity)
+        return _finish(result, folder, output, config, base, inputs, identity, progress)
 
 
 def _assist(
@@ -236,12 +237,19 @@ def _finish(
     base: Path,
     inputs: Inputs,
     identity: dict[str, Any],
+    progress: Progress,
 ) -> Trained:
     """Judge the run by its best checkpoint, put its adapter in its place, write the report."""
     state = folder.trainer_state()
     checkpoints = folder.complete_checkpoints()
     rows = metric_rows(state["log_history"])
     best = best_step(checkpoints, rows, *BEST[result.stage], config.gate.kl_limit)
+    chosen = checkpoints[best]
+    retreat = _retreat(config, base, inputs, folder, checkpoints, rows, progress) if result.stage == "dpo" else None
+    if retreat is not None:
+        result.retreat, row = retreat
+        best, chosen = row["step"], folder.path / RETREAT
+        rows = [other for other in rows if other["step"] < best or "loss" in other] + [row]
     encoded = folder.last_event("encoded") or {}
     result.step, result.steps = state["global_step"], state["max_steps"]
     result.shortened, result.refused = encoded["shortened"], encoded["refused"]
@@ -255,13 +263,41 @@ def _finish(
         result.reasons.append("no checkpoint is within the KL limit: this is the one of least KL; keep the SFT adapter")
     result.ended = folder.guard_state().ended
     result.best_checkpoint = checkpoints[best].name
-    result.policy_sha256 = sha256(weights_file(checkpoints[best]))
+    result.policy_sha256 = sha256(weights_file(chosen))
     result.reference_sha256 = _models(identity)["reference_sha256"]
-    publish(checkpoints[best], output, config.model.base, base)
+    publish(chosen, output, config.model.base, base)
     if result.stage == "dpo" and config.train.merge and not config.train.full:
         result.merged = _merge(config, base, output, inputs)
     files.write_json(folder.report, result)
     return result
+
+
+def _retreat(
+    config: Config,
+    base: Path,
+    inputs: Inputs,
+    folder: RunFolder,
+    checkpoints: dict[int, Path],
+    rows: list[dict[str, Any]],
+    progress: Progress,
+) -> tuple[Retreat, dict[str, Any]] | None:
+    """The checkpoint of the best margin, scaled back to the KL limit, and its evaluation; None where it is within."""
+    if not config.gate.retreat or config.train.full or config.train.load_in_4bit:
+        return None
+    furthest = best_step(checkpoints, rows, *BEST["dpo"], math.inf)
+    kl = next((row[KL] for row in reversed(rows) if row["step"] == furthest and row.get(KL) is not None), 0.0)
+    if not kl > config.gate.kl_limit:
+        return None
+    from dpo_cli.training import trainer
+    from dpo_cli.training.retreat import retreat
+
+    with trainer.redirect_logs(progress):
+        encoder = trainer.load_encoder(base, config.model, config.train.max_length)
+        held_out = encoder.encode([row[:2] for row in inputs.held_out]).rows
+        start = Path(config.model.adapter) if config.model.adapter else None
+        output = folder.path / RETREAT
+        found, metrics = retreat(config, base, start, checkpoints[furthest], kl, output, encoder, held_out, progress)
+    return found, {"step": furthest, **metrics}
 
 
 def _step_zero(folder: RunFolder) -> StepZero | None:
@@ -285,7 +321,7 @@ def _finished_before(result: Trained, folder: RunFolder, output: Path, base: str
     """The result of a run that has nothing left to do; its adapter is put back if it is gone."""
     result.finished_before, result.adapter = True, str(output)
     if not output.exists():
-        checkpoint = folder.checkpoints / str(result.best_checkpoint)
+        checkpoint = folder.path / RETREAT if result.retreat else folder.checkpoints / str(result.best_checkpoint)
         if not checkpoint.exists():
             raise UserError(
                 "this run is finished, but its adapter and its checkpoints are gone",

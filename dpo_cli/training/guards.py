@@ -171,7 +171,8 @@ def _on_kl(state: GuardState, kl: float | None, gate: GateSection, beta: float) 
     if kl is None:
         return []
     if not kl <= gate.kl_limit:
-        action = gate.kl_actions[state.violations] if state.violations < len(gate.kl_actions) else "stop"
+        left = [] if gate.retreat else gate.kl_actions[state.violations :]
+        action = left[0] if left else "stop"
         state.violations += 1
         details: dict[str, float | str] = {"kl_nats_per_token": kl, "limit": gate.kl_limit}
         if action in ("halve_lr", "rollback"):  # the same steps at the same rate would lead to the same place

@@ -42,6 +42,20 @@ class Merged(Struct):
     note: str | None = None
 
 
+class Retreat(Struct, kw_only=True):
+    """A checkpoint that was scaled back to the KL limit: the scale, KL in nats a token before and after.
+
+    `rank` is that of the scaled adapter, `error` what reducing it to that left out, as a share of what DPO changed.
+    """
+
+    checkpoint: str
+    scale: float
+    kl_before: float
+    kl: float
+    rank: int
+    error: float
+
+
 class Trained(Struct, kw_only=True):
     """What became of a run.
 
@@ -68,6 +82,7 @@ class Trained(Struct, kw_only=True):
     reasons: list[str] = msgspec.field(default_factory=list)
     ended: str | None = None
     merged: Merged | None = None
+    retreat: Retreat | None = None
     best_checkpoint: str | None = None
     policy_sha256: str | None = None
     reference_sha256: str | None = None
