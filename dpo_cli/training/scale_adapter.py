@@ -37,7 +37,7 @@ class Scaled(Struct, kw_only=True):
     error: float
 
 
-class Low(Struct):
+class LowRank(Struct):
     """A change of one weight as a product: `b` (out, rank) times `a` (rank, in), float64."""
 
     b: Tensor
@@ -61,7 +61,7 @@ def scale_adapter(
         UserError: one of the two is no plain LoRA adapter, or `output` holds something else.
     """
     check_replaceable(output)
-    ends = Line(reference, policy)
+    ends = AdapterLine(reference, policy)
     made = dict(ends.at(scale))
     most = max(low.a.shape[0] for low in made.values())
     change = ends.change()
@@ -88,7 +88,7 @@ def rank_of(adapter: Path) -> int:
     return rank
 
 
-class Line:
+class AdapterLine:
     """All points between two adapters, and beyond.
 
     Args:
@@ -104,14 +104,16 @@ class Line:
         self._reference = _read(reference)[1] if reference is not None else {}
         self.rank: int = self.settings["r"]
 
-    def at(self, scale: float) -> Iterator[tuple[str, Low]]:
+    def at(self, scale: float) -> Iterator[tuple[str, LowRank]]:
         """(layer, change of its weight) at a scale, the two adapters side by side."""
         for name in sorted(self._policy.keys() | self._reference.keys()):
             ends = ((self._reference.get(name), 1 - scale), (self._policy.get(name), scale))
             parts = [(low, factor) for low, factor in ends if low is not None]
             yield (
                 name,
-                Low(torch.cat([factor * low.b for low, factor in parts], 1), torch.cat([low.a for low, _ in parts])),
+                LowRank(
+                    torch.cat([factor * low.b for low, factor in parts], 1), torch.cat([low.a for low, _ in parts])
+                ),
             )
 
     def change(self) -> float:
@@ -122,11 +124,11 @@ class Line:
             parts = [(own[name], sign) for own, sign in ends if name in own]
             b = torch.cat([sign * low.b for low, sign in parts], 1)
             a = torch.cat([low.a for low, _ in parts])
-            norms.append(_singular(Low(b, a))[1].norm().item())
+            norms.append(_singular(LowRank(b, a))[1].norm().item())
         return _norm(norms)
 
 
-def reduce_rank(low: Low, rank: int) -> tuple[Low, float]:
+def reduce_rank(low: LowRank, rank: int) -> tuple[LowRank, float]:
     """The nearest product of a rank (Eckart and Young), and how far it is off (Frobenius norm).
 
     A smaller product is filled up with zeros, since an adapter has one rank.
@@ -137,10 +139,10 @@ def reduce_rank(low: Low, rank: int) -> tuple[Low, float]:
     b = torch.zeros(u.shape[0], rank, dtype=u.dtype)
     a = torch.zeros(rank, v.shape[1], dtype=v.dtype)
     b[:, :kept], a[:kept] = u[:, :kept] * root, v[:kept] * root[:, None]
-    return Low(b, a), values[kept:].norm().item()
+    return LowRank(b, a), values[kept:].norm().item()
 
 
-def _singular(low: Low) -> tuple[Tensor, Tensor, Tensor]:
+def _singular(low: LowRank) -> tuple[Tensor, Tensor, Tensor]:
     """SVD of the product, from QR of its factors: what is decomposed has the size of the rank."""
     q_b, r_b = torch.linalg.qr(low.b)
     q_a, r_a = torch.linalg.qr(low.a.T)
@@ -152,7 +154,7 @@ def _norm(parts: Any) -> float:
     return float(sum(part**2 for part in parts) ** 0.5)
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Low], torch.dtype]:
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, LowRank], torch.dtype]:
     """Settings of an adapter, its changes by layer, its scale in them, and the type of its weights."""
     settings = files.read_json(folder / ADAPTER_FILES[0])
     if odd := next((key for key in PLAIN if settings.get(key)), None):
@@ -163,14 +165,14 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Low], torch.dtype]:
     for name, a in weights.items():
         if ".lora_A." in name:
             b = weights[name.replace(".lora_A.", ".lora_B.")]
-            lows[name.partition(".lora_A.")[0]] = Low(b.double() * factor, a.double())
+            lows[name.partition(".lora_A.")[0]] = LowRank(b.double() * factor, a.double())
     if 2 * len(lows) != len(weights):
         raise UserError("an adapter with more than LoRA weights can't be scaled", where=str(folder))
     return settings, lows, next(iter(weights.values())).dtype
 
 
 def _write(
-    output: Path, settings: dict[str, Any], lows: Mapping[str, Low], rank: int, base: str, dtype: torch.dtype
+    output: Path, settings: dict[str, Any], lows: Mapping[str, LowRank], rank: int, base: str, dtype: torch.dtype
 ) -> None:
     tensors = {}
     for name, low in lows.items():

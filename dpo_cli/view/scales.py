@@ -10,7 +10,7 @@ from dpo_cli.view.braille import interval
 from dpo_cli.view.text import number, percent, safe
 
 if TYPE_CHECKING:
-    from dpo_cli.stages.evaluate.scales import Point, Scales
+    from dpo_cli.stages.evaluate.scales import ScalePoint, Scales
     from dpo_cli.statistics import Interval
 
 WIDTH = 24
@@ -36,7 +36,7 @@ def scaled(console: Console, result: "Scales") -> None:
         console.print(safe(f"adapter  {result.adapter}"))
 
 
-def _cells(point: "Point", result: "Scales") -> list[str | Text]:
+def _cells(point: "ScalePoint", result: "Scales") -> list[str | Text]:
     kl = point.kl
     mark = {True: Text("✓", "green"), False: Text("✗", "red"), None: Text("?", "yellow")}[point.ok]
     rate = point.win_rate

@@ -41,7 +41,7 @@ RESULT = "scales.json"
 MOST = 100.0
 
 
-class Point(Struct, kw_only=True):
+class ScalePoint(Struct, kw_only=True):
     """The adapter at one scale against the SFT adapter.
 
     `win_rate` is on all prompts; `chosen_on` and `reported_on` on either half. `rank` is that of the adapter, `error`
@@ -63,7 +63,7 @@ class Point(Struct, kw_only=True):
 class Scales(Struct, kw_only=True):
     """Every point, in the order of the scales; `picked` is the one that was chosen, and where it is now."""
 
-    points: list[Point]
+    points: list[ScalePoint]
     gate: float
     kl_limit: float
     n: int
@@ -147,13 +147,13 @@ def run(
     return result
 
 
-def _point(made: "Scaled", wins: dict[str, float], kl: Divergence | None, gate: float, config: Config) -> Point:
+def _point(made: "Scaled", wins: dict[str, float], kl: Divergence | None, gate: float, config: Config) -> ScalePoint:
     halves: dict[bool, list[float]] = {True: [], False: []}
     for key, win in wins.items():
         halves[split_side(key, config.evaluate.seed, 0.5)].append(win)
     chosen, reported = _rate(halves[True], config), _rate(halves[False], config)
     clears = chosen.low > gate
-    return Point(
+    return ScalePoint(
         scale=made.scale,
         adapter=made.path,
         rank=made.rank,
@@ -166,7 +166,7 @@ def _point(made: "Scaled", wins: dict[str, float], kl: Divergence | None, gate: 
     )
 
 
-def best(points: list[Point]) -> Point | None:
+def best(points: list[ScalePoint]) -> ScalePoint | None:
     """Of the points that are `ok` the one that wins most on the prompts that choose; of equals the nearest."""
     good = [point for point in points if point.ok]
     return max(good, key=lambda point: (point.chosen_on.value, -point.scale), default=None)
