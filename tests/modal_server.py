@@ -147,6 +147,20 @@ class ModalServer(api_grpc.ModalClientBase):
         await self.server.wait_closed()
         await self.runner.cleanup()
 
+    def refuse_connections(self, seconds: float) -> None:
+        """Break every connection, and take none for so long."""
+        asyncio.run_coroutine_threadsafe(self._refuse(seconds), self.loop)
+
+    async def _refuse(self, seconds: float) -> None:
+        port = self.server._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
+        handlers = list(self.server._handlers)
+        self.server.close()
+        for handler in handlers:
+            handler.connection._transport.abort()  # type: ignore[union-attr]
+        await asyncio.sleep(seconds)
+        self.server = Server([self], loop=None)
+        await self.server.start("127.0.0.1", port)
+
     def _next(self, prefix: str) -> str:
         self._count += 1
         return f"{prefix}-{self._count}"
@@ -178,8 +192,20 @@ class ModalServer(api_grpc.ModalClientBase):
             raise GRPCError(Status.NOT_FOUND, f"no app {name}")
         await stream.send_message(api_pb2.AppGetOrCreateResponse(app_id=name))
 
+    async def AppList(self, stream: Any) -> None:
+        await stream.recv_message()
+        if self.silent:
+            await asyncio.sleep(60)
+        live = api_pb2.APP_STATE_DETACHED
+        states = {app: api_pb2.APP_STATE_STOPPED if app in self.stopped else live for app in self.apps}
+        items = [api_pb2.AppListResponse.AppListItem(app_id=app, state=state) for app, state in states.items()]
+        await stream.send_message(api_pb2.AppListResponse(apps=items))
+
     async def AppStop(self, stream: Any) -> None:
-        self.stopped.append((await stream.recv_message()).app_id)
+        request = await stream.recv_message()
+        if self.silent:
+            await asyncio.sleep(60)
+        self.stopped.append(request.app_id)
         for call in self.calls.values():
             await self._end(call)
         await stream.send_message(Empty())
@@ -482,6 +508,7 @@ class ModalServer(api_grpc.ModalClientBase):
             **self.environment, **{key: value for secret in secrets for key, value in secret.items()},
             "MODAL_CONTAINER_ARGUMENTS_PATH": str(root / "arguments"), "MODAL_TASK_ID": task,
             "PYTHONPATH": str(root / "root"), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1",
+            "NOTHING_DPO_LEASE_SECONDS": "0",
         }  # fmt: skip
         call.process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "modal._container_entrypoint", cwd=root / "root", env=environment,

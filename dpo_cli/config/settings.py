@@ -375,6 +375,7 @@ class ModalSection(Struct, kw_only=True):
     app: Annotated[str, _doc("Name of the app.")] = "nothing-gpt-dpo-train"
     gpu: Annotated[str, _doc("Card to train on; --gpus says how many.")] = "L4"
     timeout: Annotated[int, Meta(ge=1, le=86400), _doc("Seconds that one attempt may take.")] = 86400
+    startup_timeout: Annotated[int, Meta(ge=1, le=86400), _doc("Seconds that a container may take to start.")] = 1800
     retries: Annotated[int, Meta(ge=0, le=10), _doc("Further attempts after a failure or a timeout.")] = 10
     volume: Annotated[str, _doc("Volume that is mounted at /vol; created if missing.")] = "nothing-gpt-vol"
     cache_volume: Annotated[str, _doc("Volume of downloaded models; created if missing.")] = "nothing-gpt-hf-cache"

@@ -173,19 +173,32 @@ def listed(config: Config, warn: Callable[[str], None] = lambda text: None) -> l
 
 
 def cancel(job: Job, config: Config) -> Launched:
-    """End a job.
+    """End a job; it is cancelled once the backend says so.
+
+    Who may end a job need not be allowed to see its pods: where its state can't be asked for, it is ended all the same.
 
     Raises:
-        UserError: as the backend.
+        UserError: as the backend; nothing has been noted as cancelled then.
     """
     backend = backends.load(job.backend)
-    status = backend.status(job, config)
-    if not status.ended:
-        job.cancelled = True
-        jobs.save(job, config)  # before it is: that it was cancelled is known here alone
-        backend.cancel(job, config)
-        status = Status("cancelled", None, "it was asked to end")
+    before = _status_or_none(backend, job, config)
+    if before is not None and before.ended:
+        return Launched(job=job, status=before)
+    backend.cancel(job, config)
+    job.cancelled = True  # how its end is to be understood: the backend may only know that it failed
+    jobs.save(job, config)
+    status = _status_or_none(backend, job, config)
+    if status is None or not status.ended:
+        state = status.state if status else "running"
+        status = Status(state, None, "it was asked to end; nothing-dpo jobs tells when it has")
     return Launched(job=job, status=status)
+
+
+def _status_or_none(backend: Backend, job: Job, config: Config) -> Status | None:
+    try:
+        return backend.status(job, config)
+    except UserError:
+        return None
 
 
 def suspend(job: Job, config: Config, suspended: bool) -> Launched:

@@ -22,12 +22,16 @@ EVERY_SECONDS = 1.0  # between two updates: a log is paid by the line
 
 
 class Outcome(Struct, kw_only=True):
-    """How a command ended: its exit code, what it returned, or what failed and what to do."""
+    """How a command ended: its exit code, what it returned, or what failed and what to do.
+
+    `unforeseen`: no part of this package raised it on purpose, so a further attempt may end otherwise.
+    """
 
     exit_code: int
     result: Any = None
     error: str | None = None
     hint: str | None = None
+    unforeseen: bool = False
 
 
 class Line(Struct, omit_defaults=True):

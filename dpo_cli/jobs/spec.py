@@ -7,6 +7,7 @@ what is not here is looked for there, at the path that it has in the settings. N
 import hashlib
 import os
 import re
+import socket
 from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -47,9 +48,10 @@ class Spec(Struct, kw_only=True):
 
     `config` is the resolved configuration and `data` the data given, both with paths as they are there; `results`
     says where what comes of it belongs here (path there -> path here), `base` the base model's name here; `needs` are
-    inputs that are not here, by their paths there, where they must be already. `seeds` are
-    uploaded rows that the work goes on with (path there -> the file that they are added to). `fresh` is unique to the
-    submission that asked to start over, so that a second attempt of it does not start over again.
+    inputs that are not here, by their paths there, where they must be already. `seeds` are uploaded rows that the work
+    goes on with (path there -> the file that they are added to). `fresh` is unique to the submission that asked to
+    start over, so that a second attempt of it does not start over again; `submission` is unique to each, and `owner`
+    says where it came from. `seconds` caps how long it may hold its cards, attempts added up.
     """
 
     command: Command
@@ -59,6 +61,9 @@ class Spec(Struct, kw_only=True):
     data: str | None = None
     limit: int | None = None
     fresh: str | None = None
+    submission: str = ""
+    owner: str = ""
+    seconds: float | None = None
     gpu: str | None = None
     gpus: int = 1
     nodes: int = 1
@@ -71,7 +76,7 @@ class Spec(Struct, kw_only=True):
     def identity(self) -> dict[str, Any]:
         """What makes it another piece of work: neither where files are here, nor whether it starts over."""
         plain: dict[str, Any] = msgspec.to_builtins(self)
-        for key in ("fresh", "results", "base", "needs"):
+        for key in ("fresh", "results", "base", "needs", "submission", "owner", "seconds"):
             plain.pop(key)
         plain["uploads"] = {upload.there: upload.sha256 for upload in self.uploads}
         return plain
@@ -94,6 +99,7 @@ def make(
     gpu: str | None = None,
     gpus: int = 1,
     nodes: int = 1,
+    seconds: float | None = None,
     volume: str | None = VOLUME,
 ) -> Spec:
     """The spec of a command.
@@ -109,6 +115,7 @@ def make(
         gpu: type of the card, as the backend names it.
         gpus: cards a node.
         nodes: machines.
+        seconds: how long it may hold its cards, all attempts together; None: no cap.
         volume: where the volume is mounted there; None: the work runs on this machine, with its paths.
     """
     name = name or (stage if command == "train" else command)
@@ -126,6 +133,9 @@ def make(
         nodes=nodes,
         data=str(data.absolute()) if data else None,
         fresh=os.urandom(8).hex() if fresh else None,
+        submission=os.urandom(8).hex(),
+        owner=f"{os.environ.get('USER', 'somebody')}@{socket.gethostname()}:{Path.cwd()}",
+        seconds=seconds,
         base=config.model.base,
     )
     if volume is not None:
@@ -170,7 +180,8 @@ class _Places:
             names: files of the folder that are the input, the first of which must be there; None: all of them.
         """
         here = Path(path).resolve()
-        files = [here] if here.is_file() else [file for file in _files(here) if names is None or file.name in names]
+        below = [file for file in _files(here) if names is None or _is_named(file, here, names)]
+        files = [here] if here.is_file() else below
         if not files:
             place = self.same(path)
             lacks = next(iter(names)) if names and not PurePosixPath(place).suffix else None
@@ -226,6 +237,11 @@ def _move_training(spec: Spec, config: Config, data: Path | None, places: _Place
     elif model.adapter:
         made, model.adapter = model.adapter, places.same(model.adapter)
         spec.results[model.adapter] = made
+
+
+def _is_named(file: Path, folder: Path, names: Collection[str]) -> bool:
+    """Whether a file lies at the top of a folder under one of the names: those further down are not read."""
+    return file.parent == folder and file.name in names
 
 
 def _files(folder: Path) -> list[Path]:

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,15 @@ from dpo_cli.data import jsonl
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.interrupts import forwarding_sigterm
 from dpo_cli.jobs import progress_lines
+from dpo_cli.jobs.cap import Cap
 from dpo_cli.jobs.progress_lines import Outcome, Relay
 from dpo_cli.jobs.spec import Spec
 from dpo_cli.progress import Progress, Silent
 
 SPEC = "NOTHING_DPO_SPEC"
+# What a container ends with where an attempt saved a checkpoint and then failed as nobody foresaw: another may go on
+# from there. One that saved nothing ends with 1, and is not tried again.
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 PORT = 29500  # of torchrun's rendezvous, between machines
 
 
@@ -88,8 +93,30 @@ def serve(spec: Spec, after_save: Callable[[], None] | None = None) -> Outcome:
     Raises:
         KeyboardInterrupt: this process was interrupted; a checkpoint is saved.
     """
-    if spec.gpus * spec.nodes > 1 and "LOCAL_RANK" not in os.environ:
-        return _in_processes(spec, after_save)
+    if "LOCAL_RANK" in os.environ:  # a process of torchrun's: whoever started it counts the time
+        return _serve_here(spec, after_save)
+    several = spec.gpus * spec.nodes > 1
+    with Cap(spec, Path(msgspec.convert(spec.config, Config).runs)) as cap:
+        if cap.reached():
+            return _told(cap.outcome())
+        work = _in_processes if several else _serve_here
+        try:
+            ended = work(spec, after_save)
+        except KeyboardInterrupt:
+            if not cap.reached():
+                raise
+            ended = Outcome(exit_code=Exit.INTERRUPTED)
+    return _told(cap.outcome(ended)) if cap.reached() else ended
+
+
+def _told(ended: Outcome) -> Outcome:
+    """An end, said on stdout as the last of the lines."""
+    Relay().outcome(ended)
+    return ended
+
+
+def _serve_here(spec: Spec, after_save: Callable[[], None] | None) -> Outcome:
+    """Do the work in this process, which may be one of several."""
     first = int(os.environ.get("RANK", "0")) == 0
     told = Relay() if first else None
 
@@ -103,7 +130,8 @@ def serve(spec: Spec, after_save: Callable[[], None] | None = None) -> Outcome:
         ended = outcome(spec, told or Silent(), saved)
     except Exception as error:
         if told:
-            told.outcome(Outcome(exit_code=Exit.FAILED, error=f"{type(error).__name__}: {error}"))
+            said = f"{type(error).__name__}: {error}"
+            told.outcome(Outcome(exit_code=Exit.FAILED, error=said, unforeseen=True))
         raise
     except KeyboardInterrupt:
         if told:
@@ -124,17 +152,27 @@ def failed_json(error: str) -> str:
     return msgspec.json.encode(Outcome(exit_code=Exit.FAILED, error=error)).decode()
 
 
+def refused_json(error: str) -> str:
+    """The outcome of a job whose folder another call of Modal's writes, as JSON."""
+    hint = "wait for it, nothing-dpo jobs cancel where it was submitted, or --name OTHER"
+    return msgspec.json.encode(_told(Outcome(exit_code=Exit.USAGE, error=error, hint=hint))).decode()
+
+
 def main() -> None:
     """Entry point of a container or a detached process."""
     spec = msgspec.json.decode(os.environ[SPEC], type=Spec)
     # The first process of a container gets no signal that it does not handle.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(Exit.PREEMPTED))
+    saves: list[bool] = []
     try:
-        code = serve(spec).exit_code
+        code = serve(spec, lambda: saves.append(True)).exit_code
         # To torchrun any other code is a failure of the process; what the first one has told is what counts.
         sys.exit(Exit.OK if "LOCAL_RANK" in os.environ and code == Exit.GATE else code)
     except KeyboardInterrupt:
         sys.exit(Exit.INTERRUPTED)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(TRY_AGAIN if saves else Exit.FAILED)
 
 
 def torchrun(spec: Spec) -> list[str]:
@@ -179,11 +217,15 @@ def _in_processes(spec: Spec, after_save: Callable[[], None] | None) -> Outcome:
             process.terminate()
             pass_on(process)
             raise
-    if ended:
+    if ended and not ended[-1].unforeseen:
         return ended[-1]
+    if ended:
+        raise RuntimeError(ended[-1].error)
     if process.returncode == 0:  # the first process, which tells, is on another machine
         return Outcome(exit_code=Exit.OK)
-    return Outcome(exit_code=Exit.FAILED, error=f"torchrun ended with exit code {process.returncode}")
+    if spec.nodes > 1:  # a machine that lost the others: what they say counts, and this one starts again with them
+        return Outcome(exit_code=Exit.PREEMPTED, error=f"torchrun ended with exit code {process.returncode}")
+    raise RuntimeError(f"torchrun ended with exit code {process.returncode}")
 
 
 def _exit_code(spec: Spec, result: Any) -> Exit:

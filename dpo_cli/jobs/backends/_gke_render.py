@@ -22,6 +22,7 @@ CACHE = "/cache"
 USER = 1000  # of the image; the bucket's files are shown as its own
 WAIT_SECONDS = 600  # for the data; the GPU is paid for meanwhile
 KEEP_SECONDS = 7 * 24 * 3600  # a finished Job
+ATTEMPTS = 10  # failures after a checkpoint was saved; what saved nothing is not tried again
 SPOT_GRACE, GRACE = 25, 120  # seconds from SIGTERM to SIGKILL; a spot node is gone sooner whatever is asked for
 SYNC_SECONDS = "5"  # an object may be replaced once a second, and a sync of a mounted file replaces its object
 SHARED_MEMORY = "2Gi"  # counts against the memory limit
@@ -84,7 +85,7 @@ def job(name: str, spec: Spec, gke: GkeSection) -> k8s.V1Job:
             annotations={HASH: spec.hash},
         ),
         spec=k8s.V1JobSpec(
-            backoff_limit=2 * spec.nodes,  # one node's fault ends the others too
+            backoff_limit=ATTEMPTS * spec.nodes,  # one node's fault ends the others too
             pod_failure_policy=_failure_policy(spec),
             pod_replacement_policy="Failed",
             ttl_seconds_after_finished=KEEP_SECONDS,
@@ -120,7 +121,7 @@ def sent(spec: Spec, gke: GkeSection) -> Spec:
     if spec.command == "generate" and settings.generate.url is None:
         settings.generate.url = gke.serve_url
     uploads = [msgspec.structs.replace(upload, here="") for upload in spec.uploads]
-    return msgspec.structs.replace(spec, config=as_dict(settings), results={}, uploads=uploads)
+    return msgspec.structs.replace(spec, config=as_dict(settings), results={}, uploads=uploads, owner="")
 
 
 def needs(spec: Spec) -> list[str]:
@@ -179,17 +180,19 @@ def _failure_policy(spec: Spec) -> k8s.V1PodFailurePolicy:
     return k8s.V1PodFailurePolicy(
         rules=[
             k8s.V1PodFailurePolicyRule(action="Ignore", on_pod_conditions=[disrupted]),
-            _fails_on(spec.command, "In", [Exit.USAGE, Exit.GATE, Exit.BUDGET]),
-            _fails_on("wait-for-data", "NotIn", [0]),
+            # Of several machines those that are left are ended by SIGTERM, without a disruption of their own.
+            _on_exit("Ignore", spec.command, "In", [Exit.PREEMPTED]),
+            _on_exit("FailJob", spec.command, "In", [Exit.FAILED, Exit.USAGE, Exit.GATE, Exit.BUDGET]),
+            _on_exit("FailJob", "wait-for-data", "NotIn", [0]),
         ]
     )
 
 
-def _fails_on(container: str, operator: str, codes: list[int]) -> k8s.V1PodFailurePolicyRule:
+def _on_exit(action: str, container: str, operator: str, codes: list[int]) -> k8s.V1PodFailurePolicyRule:
     requirement = k8s.V1PodFailurePolicyOnExitCodesRequirement(
         container_name=container, operator=operator, values=[int(code) for code in codes]
     )
-    return k8s.V1PodFailurePolicyRule(action="FailJob", on_exit_codes=requirement)
+    return k8s.V1PodFailurePolicyRule(action=action, on_exit_codes=requirement)
 
 
 def _pod(name: str, spec: Spec, gke: GkeSection) -> k8s.V1PodSpec:
@@ -277,11 +280,8 @@ def _container(name: str, spec: Spec, gke: GkeSection) -> k8s.V1Container:
     return k8s.V1Container(
         name=spec.command,
         image=image(gke),
-        command=[
-            "python",
-            "-m",
-            "dpo_cli.jobs.worker",
-        ],  # no shell, which would hide its exit code and keep SIGTERM from it
+        # No shell, which would hide its exit code and keep SIGTERM from it.
+        command=["python", "-m", "dpo_cli.jobs.worker"],
         env=[
             *(k8s.V1EnvVar(name=key, value=value) for key, value in _environment(name, spec, gke).items()),
             *(_from_secret(variable, secret) for variable, secret in secrets(spec, gke).items()),

@@ -10,12 +10,14 @@ import json
 import os
 import re
 from importlib.metadata import PackageNotFoundError, metadata, requires
+from pathlib import Path
 from typing import Any
 
 import modal
 
 SETTINGS = "NOTHING_DPO_MODAL"
 CACHE = "/cache"
+MOUNT = "/vol"
 
 settings: dict[str, Any] = json.loads(os.environ.get(SETTINGS, "{}"))
 
@@ -56,12 +58,24 @@ secrets = [secret(settings.get("first_secret")), secret(settings.get("second_sec
 app = modal.App(settings.get("app", "app"))
 
 
+def runs(call: str) -> bool:
+    """Whether a function call still runs, by Modal's word; where it gives none, it does."""
+    try:
+        modal.FunctionCall.from_id(call).get(timeout=0)
+    except (TimeoutError, modal.exception.ConnectionError):
+        return True
+    except Exception:  # whatever it raised, or that it is no longer known
+        return False
+    return False
+
+
 @app.function(
     image=image,
     gpu=settings.get("gpu"),
     timeout=settings.get("timeout", 86400),
+    startup_timeout=settings.get("startup_timeout", 1800),  # unset, it would be the timeout: a card for a day
     retries=modal.Retries(max_retries=settings.get("retries", 0), initial_delay=0.0),
-    volumes={settings.get("mount", "/vol"): volume, CACHE: cache},
+    volumes={settings.get("mount", MOUNT): volume, CACHE: cache},
     secrets=secrets,
     single_use_containers=True,
 )
@@ -72,16 +86,24 @@ def run(spec_json: str) -> str:
     since ten of those would cost ten cards. Raises RuntimeError for any other, so that Modal tries again from the last
     checkpoint, and lets KeyboardInterrupt through, which is how Modal preempts.
     """
-    from dpo_cli.jobs import worker
+    from dpo_cli.jobs import lease, worker
 
-    saves = []
+    saves: list[bool] = []
+    call = modal.current_function_call_id()
 
     def saved() -> None:
         volume.commit()
         saves.append(True)
 
     try:
-        return worker.serve_json(spec_json, saved)
+        if call is None:  # not in a container
+            return worker.serve_json(spec_json, saved)
+        spec = json.loads(spec_json)
+        folder = Path(spec["config"]["runs"]) / ".leases" / lease.name_of(spec["results"])
+        with lease.hold(folder, call, spec["owner"], runs, volume.reload, volume.commit):
+            return worker.serve_json(spec_json, saved)
+    except lease.Held as held:
+        return worker.refused_json(f"run '{spec['name']}' is being written: {held}")
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
         if saves:

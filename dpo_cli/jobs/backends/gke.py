@@ -23,7 +23,7 @@ from dpo_cli.jobs.backends._gke_render import HASH, QUEUE, job_name
 from dpo_cli.jobs.registry import Job, Status, ended, refuse_another
 from dpo_cli.jobs.spec import VOLUME as VOLUME
 from dpo_cli.jobs.spec import Spec, identity
-from dpo_cli.jobs.worker import SPEC
+from dpo_cli.jobs.worker import SPEC, TRY_AGAIN
 from dpo_cli.progress import Progress
 
 POLL_SECONDS = 2.0
@@ -205,6 +205,8 @@ def _failed(condition: Any, pods: list[Any]) -> Status:
         return ended(Exit.USAGE, "its data did not appear in the bucket")
     if end.reason == "OOMKilled":
         return ended(Exit.FAILED, "out of memory: raise gke.memory")
+    if end.code == TRY_AGAIN:
+        return ended(Exit.FAILED, condition.message)
     if end.code in list(Exit):
         return ended(end.code, None if end.code == Exit.GATE else condition.message)
     return ended(Exit.FAILED, f"exit code {end.code}")

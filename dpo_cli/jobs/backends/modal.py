@@ -9,6 +9,7 @@ import os
 import queue
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -36,6 +37,9 @@ CARDS = {
     "H100!": (0.001097, 8), "H200": (0.001261, 8), "B200": (0.001736, 8), "B200+": (0.001736, 8),
 }  # fmt: skip
 HALF = "its submission was cut short, and it may be running"
+GRACE_SECONDS = 1800.0  # beyond the cap, to load the model and to save: the worker itself ends at the cap
+PATIENCE_SECONDS = 600.0  # how long Modal may not answer before a log is given up
+RECONNECT_SECONDS = 2.0
 
 
 def gpu(config: Config) -> str | None:
@@ -52,6 +56,7 @@ def settings(spec: Spec, config: Config) -> dict[str, Any]:
     if spec.nodes > 1:
         raise UserError("one machine at a time on Modal", where="--nodes", hint="--gpus, or --backend gke")
     section, trains = config.modal, spec.command == "train"
+    capped = None if spec.seconds is None else round(spec.seconds + GRACE_SECONDS)
     extras = ["train"] * trains
     extras += ["qlora"] * (trains and bool(spec.config[_section(spec)].get("load_in_4bit")))
     extras += ["trackers"] * (trains and section.wandb_secret is not None)
@@ -59,7 +64,8 @@ def settings(spec: Spec, config: Config) -> dict[str, Any]:
     return {
         "app": section.app if trains else f"{section.app}-{spec.command}",
         "gpu": card(spec.gpu, spec.gpus) if spec.gpu else None,
-        "timeout": section.timeout,
+        "timeout": min(section.timeout, capped or section.timeout),
+        "startup_timeout": section.startup_timeout,
         "retries": section.retries,
         "mount": VOLUME,
         "volume": section.volume,
@@ -99,6 +105,7 @@ def render(spec: Spec, config: Config) -> str:
         "image": {"python": app.python(), "uv_pip_install": app.pins(made["extras"])},
         "gpu": made["gpu"],
         "timeout": info.timeout,
+        "startup_timeout": made["startup_timeout"],
         "retries": info.max_retries,
         "single_use_containers": info.single_use_containers,
         "volumes": {path: volume.name for path, volume in info.volumes.items()},
@@ -129,7 +136,7 @@ def submit(spec: Spec, config: Config, progress: Progress) -> Job:
         submitted = Job(id=identity("modal", spec), backend="modal", spec=spec)
         with app.app.run(detach=True):
             submitted.handle = {"app_id": str(app.app.app_id), "gpu": made["gpu"] or ""}
-            jobs.save(submitted, config)  # before the call: a card must not run of which nobody knows
+            jobs.save(submitted, config)  # before the call: where its answer is lost, the app is known still
             submitted.handle["call_id"] = app.run.spawn(msgspec.json.encode(spec).decode()).object_id
     return submitted
 
@@ -163,7 +170,10 @@ def status(job: Job, config: Config) -> Status:
     from modal import exception
 
     if "call_id" not in job.handle:
-        return Status("cancelled") if job.cancelled else Status("pending", None, HALF)
+        with translate_errors(config):
+            if _app_lives(job):
+                return Status("pending", None, HALF)
+            return Status("cancelled", Exit.INTERRUPTED, "its submission was cut short, and Modal has ended its app")
     with translate_errors(config):
         call = modal.FunctionCall.from_id(job.handle["call_id"])
         try:
@@ -184,6 +194,14 @@ def status(job: Job, config: Config) -> Status:
     return ended(outcome.exit_code, outcome.error)
 
 
+def _app_lives(job: Job) -> bool:
+    """Whether Modal still runs the job's app: its own word, since here the answer to the submission is missing."""
+    import modal
+
+    live = within(CONNECT_SECONDS, lambda: modal.Environment.from_context().apps.list())
+    return any(app.app_id == job.handle["app_id"] for app in live)
+
+
 def _returned(call: Any) -> str | None:
     """What the call returned; None: it goes on."""
     try:
@@ -199,24 +217,61 @@ def logs(job: Job, config: Config, follow: bool) -> Iterator[str]:
         raise UserError(HALF, where=job.id, hint=f"nothing-dpo jobs cancel {job.id}, then the same command")
     with translate_errors(config):
         lines = _Lines(job)
-        for entry in _apart(_entries(job, config, follow)):
-            yield from lines.of(entry)
+        for entry in _reconnected(job, config, follow):
+            if isinstance(entry, str):
+                yield entry
+            else:
+                yield from lines.of(entry)
         yield from lines.rest()
 
 
-def _entries(job: Job, config: Config, follow: bool) -> Iterator[Any]:
-    """The call's log entries, each once."""
+def _reconnected(job: Job, config: Config, follow: bool) -> Iterator[Any]:
+    """The call's log entries, each once, over lost connections; a text is a line about the connection itself."""
+    from modal import exception
+
+    seen: set[tuple[Any, str]] = set()
+    answered, said = time.monotonic(), False
+    while True:
+        try:
+            for entry in _apart(_entries(job, config, follow, seen)):
+                answered, said = time.monotonic(), False
+                yield entry
+            return
+        except (OSError, exception.ConnectionError) as error:
+            if not follow or time.monotonic() - answered > PATIENCE_SECONDS:
+                raise
+            if not said:
+                yield f"waiting: Modal does not answer ({_line(error)}); the job runs on"
+            said = True
+            time.sleep(RECONNECT_SECONDS)
+
+
+def _entries(job: Job, config: Config, follow: bool, seen: set[tuple[Any, str]]) -> Iterator[Any]:
+    """The call's log entries that are not among those seen, which are added."""
     import modal
 
     call = modal.FunctionCall.from_id(job.handle["call_id"])
-    seen = set()
-    for entry in call.logs.fetch(since=datetime.fromisoformat(job.submitted)):
-        seen.add((entry.timestamp, entry.message))
-        yield entry
-    if follow and not status(job, config).ended:
-        for entry in call.logs.stream():  # which begins somewhere in what was fetched
-            if (entry.timestamp, entry.message) not in seen:
+    fetched = call.logs.fetch(since=datetime.fromisoformat(job.submitted))
+    # A stream begins somewhere in what was fetched.
+    sources = [fetched, call.logs.stream()] if follow and not _has_ended(call) else [fetched]
+    for source in sources:
+        for entry in source:
+            key = entry.timestamp, entry.message
+            if key not in seen:
+                seen.add(key)
                 yield entry
+
+
+def _has_ended(call: Any) -> bool:
+    """Whether a call has returned or raised; a lost connection is raised on."""
+    from modal import exception
+
+    try:
+        return within(CONNECT_SECONDS, lambda: _returned(call)) is not None
+    except (OSError, TimeoutError, exception.ConnectionError):
+        raise
+    except Exception:  # what the function raised
+        return True
 
 
 def _apart(entries: Iterator[Any]) -> Iterator[Any]:
@@ -331,8 +386,9 @@ def translate_errors(config: Config) -> Iterator[None]:
         raise UserError(_line(error), where="Modal", hint="modal app list; modal environment list") from None
     except exception.PermissionDeniedError as error:
         raise UserError(_line(error), where="Modal", hint="modal profile activate OTHER") from None
-    except (exception.Error, TimeoutError) as error:
-        raise UserError(_line(error), where="Modal", hint="the same command again", code=Exit.FAILED) from None
+    except (exception.Error, OSError) as error:
+        hint = "nothing-dpo jobs lists what runs; the same command attaches to it"
+        raise UserError(f"Modal does not answer: {_line(error)}", where="Modal", hint=hint, code=Exit.FAILED) from None
 
 
 def _line(error: BaseException) -> str:
