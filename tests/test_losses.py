@@ -42,7 +42,7 @@ def loss_of(start, tmp_path):
             pairs = [pair(number) for number in range(4)]
             rows = encoder.encode([(row["prompt"], [row["chosen"], row["rejected"]]) for row in pairs]).rows
             for row, gap, weight in zip(rows, gaps, weights, strict=True):
-                row.gap, row.weight = gap, weight
+                row.gap, row.weight, row.scores = gap, weight, None if gap is None else (gap, 0.0)
             ours = losses.make(config.train, rows)
             dataset = dpo._dataset(rows, losses.PairLoss(config.train, 0.0, rows) if ours is None else ours)
             model = PeftModel.from_pretrained(load_base(start / "base", config.train), start / "sft", is_trainable=True)
@@ -111,17 +111,29 @@ def log_sigmoid(value):
     return -math.log1p(math.exp(-value))
 
 
+SCORES = "train.gap_by=score"
+
+
 def test_a_score_gap_offsets_the_margin(loss_of):
     """ODPO, Eq. 6 of arXiv:2402.10571; a gap counts in units of the mean gap, which is 2."""
-    trainer, loss, _ = loss_of("train.offset_alpha=0.5")
+    trainer, loss, _ = loss_of("train.offset_alpha=0.5", SCORES)
     by_hand = [-log_sigmoid(margin - 0.5 * gap / 2) for margin, gap in zip(margins(trainer), GAPS, strict=True)]
     assert loss().item() == pytest.approx(sum(by_hand) / 4, rel=1e-5)
 
 
 def test_rebel_is_the_squared_distance_from_the_gap(loss_of):
     """Eq. 3 of arXiv:2404.16767."""
-    trainer, loss, _ = loss_of("train.loss_type=rebel")
+    trainer, loss, _ = loss_of("train.loss_type=rebel", SCORES)
     by_hand = [(margin - gap / 2) ** 2 for margin, gap in zip(margins(trainer), GAPS, strict=True)]
+    assert loss().item() == pytest.approx(sum(by_hand) / 4, rel=1e-5)
+
+
+def test_a_gap_can_be_of_places(loss_of):
+    """Eight completions score 0 0 0 0 1 1 2 4: a 0 is above none and beside four, so its place is 2/8, and so on."""
+    trainer, loss, _ = loss_of("train.loss_type=rebel", "train.gap_by=rank")
+    place = {0.0: 2 / 8, 1.0: 5 / 8, 2.0: 6.5 / 8, 4.0: 7.5 / 8}
+    gaps = [place[gap] - place[0.0] for gap in GAPS]
+    by_hand = [(margin - gap / (sum(gaps) / 4)) ** 2 for margin, gap in zip(margins(trainer), gaps, strict=True)]
     assert loss().item() == pytest.approx(sum(by_hand) / 4, rel=1e-5)
 
 
@@ -150,8 +162,9 @@ def test_a_pair_counts_what_its_weight_says(loss_of, budget):
     [
         (["train.loss_weights=[1, 2]"], {}, "2 weights for 1 losses"),
         (["train.loss_type=[]"], {}, "no loss"),
-        (["train.offset_alpha=1"], {"gaps": (1.0, None, 2.0, None)}, "2 of 4 pairs have no score_gap"),
-        (["train.loss_type=rebel"], {"gaps": (0.0,) * 4}, "mean score gap"),
+        (["train.offset_alpha=1", SCORES], {"gaps": (1.0, None, 2.0, None)}, "2 of 4 pairs have no score_gap"),
+        (["train.offset_alpha=1"], {"gaps": (1.0, None, 2.0, None)}, "2 of 4 pairs have no chosen_score"),
+        (["train.loss_type=rebel"], {"gaps": (0.0,) * 4}, "mean gap is not above 0"),
         (["train.loss_type=rebel", "train.offset_alpha=0"], {}, "rebel needs scores"),
         (["train.loss_type=ipo", "train.offset_alpha=1"], {}, "ipo takes no offset"),
         (["train.loss_type=apo_zero"], {"weights": (1.0, 2.0, 1.0, 1.0)}, "apo_zero does not take pairs with weights"),
@@ -172,7 +185,7 @@ def test_weights_and_gaps_of_a_file_reach_the_loss(start, tmp_path):
     write_rows(data / "train.jsonl", rows)
     write_rows(data / "val.jsonl", [pair(number) | {"score_gap": 2.0, "weight": 1.0} for number in range(20, 23)])
     config = config_of(
-        start, tmp_path, f"data={data}", "train.offset_alpha=0.8", "train.max_steps=1",
+        start, tmp_path, f"data={data}", "train.offset_alpha=0.8", "train.max_steps=1", SCORES,
         "train.per_device_train_batch_size=8", "train.gradient_accumulation_steps=1",
     )  # fmt: skip
     result = train.run(config, Lines())

@@ -215,8 +215,11 @@ class TrainSection(TrainingSection, kw_only=True):
     loss_weights: Annotated[list[float] | None, _doc("Weight of each loss, where there are several; unset: 1.")] = None
     offset_alpha: Annotated[
         NonNegative | None,
-        _doc("Reward that a pair of the mean score gap must gain (ODPO, rebel); unset: 0, with rebel 1."),
+        _doc("Reward that a pair of the mean gap must gain (ODPO, rebel); unset: 0, with rebel 1."),
     ] = None
+    gap_by: Annotated[
+        Literal["rank", "score"], _doc("What that gap is of: places among all completions, or scores as they stand.")
+    ] = "rank"
     ld_alpha: Annotated[Share | None, _doc("Weight of tokens beyond the shorter side's length (LD-DPO); unset: 1.")] = (
         None
     )

@@ -198,7 +198,8 @@ def _train(
 def _attach_scores(encoded: Encoded, rows: list[TrainingRow]) -> None:
     """Give encoded pairs what the loss may read beside their tokens."""
     for sequences, index in zip(encoded.rows, encoded.kept, strict=True):
-        sequences.gap, sequences.weight = rows[index].gap, rows[index].weight
+        row = rows[index]
+        sequences.gap, sequences.weight, sequences.scores = row.gap, row.weight, row.scores
 
 
 def _say_plan(config: Config, base: Path, rows: Encoded, held_out: Encoded, progress: Progress) -> None:

@@ -21,12 +21,13 @@ NOT_A_PREFIX = "the prompt's last token changes when a completion follows"
 
 
 class Sequences(Struct):
-    """Token ids of one prompt and of its completions, without padding; a pair's score gap and what it counts."""
+    """Token ids of one prompt and of its completions, without padding; a pair's gap, scores and weight."""
 
     prompt: list[int]
     completions: list[list[int]]
     gap: float | None = None
     weight: float = 1.0
+    scores: tuple[float, float] | None = None
 
 
 class Encoded(Struct):

@@ -27,6 +27,7 @@ class TrainingRow(NamedTuple):
     completions: list[list[Message]]
     gap: float | None = None
     weight: float = 1.0
+    scores: tuple[float, float] | None = None
 
 
 class Inputs(Struct):
@@ -70,11 +71,12 @@ def read_inputs(config: Config, stage: Stage, data: Path | None, limit: int | No
 
 def _pair(row: dict[str, Any]) -> TrainingRow:
     preference = read_preference(row)
-    gap = preference.score_gap
-    if gap is None and preference.chosen_score is not None and preference.rejected_score is not None:
-        gap = preference.chosen_score - preference.rejected_score
+    gap, scores = preference.score_gap, None
+    if preference.chosen_score is not None and preference.rejected_score is not None:
+        scores = preference.chosen_score, preference.rejected_score
+        gap = scores[0] - scores[1] if gap is None else gap
     weight = 1.0 if preference.weight is None else preference.weight
-    return TrainingRow(preference.prompt, [preference.chosen, preference.rejected], gap, weight)
+    return TrainingRow(preference.prompt, [preference.chosen, preference.rejected], gap, weight, scores)
 
 
 def _demonstration(row: dict[str, Any]) -> TrainingRow:

@@ -5,10 +5,13 @@ Reads the log-probabilities that TRL's own forward has left, so that a part more
 no loss asks for scores, TRL computes the loss itself. Of its losses those in `PAIRED` are here again, since a weight
 belongs to a pair and TRL returns their mean.
 
-A score gap counts in units of the mean gap of the pairs that are trained on: judges' scales differ. Not covered: WPO
-weights (`use_weighting`) together with these.
+A gap counts in units of the mean gap of the pairs that are trained on: judges' scales differ. It is a difference of
+scores, or of places: the share of all completions that a score is above. Places are what a win rate is made of: of all
+policies at a KL, the one whose log-ratio is linear in the place wins most often (arXiv:2406.00832).
+Not covered: WPO weights (`use_weighting`) together with these.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
@@ -28,7 +31,7 @@ class Margins(Struct):
     """What the loss of a pair is made of, each of shape (pairs,).
 
     `reward` is beta times the difference of the log-ratios, `chosen` and `rejected` are log-ratios in nats; the lengths
-    are of completions, in tokens; `target` is `offset_alpha` times the score gap.
+    are of completions, in tokens; `target` is `offset_alpha` times the gap.
     """
 
     beta: float
@@ -102,7 +105,10 @@ class PairLoss:
     Args:
         section: settings; `check` has passed them.
         offset_alpha: what a pair of the mean gap must gain, in reward.
-        rows: the pairs that are trained on; those with gaps, if there is an offset.
+        rows: the pairs that are trained on.
+
+    Raises:
+        UserError: there is an offset, and a pair has no gap, or none has one above 0.
     """
 
     def __init__(self, section: TrainSection, offset_alpha: float, rows: Sequence[Sequences]) -> None:
@@ -110,7 +116,8 @@ class PairLoss:
         self.type_weights = section.loss_weights or [1.0] * len(self.types)
         self.smoothing, self.ld_alpha = section.label_smoothing, section.ld_alpha
         self.mean_weight = fmean(row.weight for row in rows)
-        self.offset = offset_alpha / fmean(row.gap or 0.0 for row in rows) if offset_alpha else 0.0
+        self.places = places(rows) if section.gap_by == "rank" else None
+        self.offset = offset_alpha / self._mean_gap(rows) if offset_alpha else 0.0
 
     def __call__(
         self, policy: Tensor, reference: Tensor, mask: Tensor, beta: float, columns: Mapping[str, Tensor]
@@ -154,8 +161,44 @@ class PairLoss:
         """The columns of a dataset that the loss reads; weights of the pairs that are trained on have a mean of 1."""
         found = {WEIGHTS: [row.weight / self.mean_weight for row in rows]}
         if self.offset:
-            found[GAPS] = [row.gap or 0.0 for row in rows]
+            found[GAPS] = [self.gap(row) or 0.0 for row in rows]
         return found
+
+    def gap(self, row: Sequences) -> float | None:
+        """How much better the chosen side is: by score, or by place from 0 to 1; None where that is not known."""
+        if self.places is None:
+            return row.gap
+        if row.scores is None:
+            return None
+        chosen, rejected = (_place(score, self.places) for score in row.scores)
+        return chosen - rejected
+
+    def _mean_gap(self, rows: Sequence[Sequences]) -> float:
+        gaps = [gap for gap in map(self.gap, rows) if gap is not None]
+        if len(gaps) < len(rows):
+            what = "score_gap" if self.places is None else "chosen_score and rejected_score"
+            raise UserError(
+                f"{len(rows) - len(gaps)} of {len(rows)} pairs have no {what}, which the offset needs",
+                where="train.offset_alpha",
+                hint="pairs made by nothing-dpo pair have them; --set train.offset_alpha=0 does without",
+            )
+        if not fmean(gaps) > 0:
+            raise UserError("the pairs' mean gap is not above 0", where="train.offset_alpha", hint=_PLAIN)
+        return fmean(gaps)
+
+
+def places(rows: Sequence[Sequences]) -> list[float]:
+    """The scores of all completions that are in pairs, each completion once, ascending."""
+    scores = {}
+    for row in rows:
+        for completion, score in zip(row.completions, row.scores or (), strict=False):
+            scores[tuple(row.prompt), tuple(completion)] = score
+    return sorted(scores.values())
+
+
+def _place(score: float, among: Sequence[float]) -> float:
+    """The share of scores that one is above, its equals counted half."""
+    return (bisect_left(among, score) + bisect_right(among, score)) / (2 * len(among))
 
 
 def length_desensitised(mask: Tensor, ld_alpha: float) -> Tensor:
@@ -205,16 +248,6 @@ def make(section: TrainSection, rows: Sequence[Sequences]) -> PairLoss | None:
     if other := next((name for name in types if name not in PAIRED and name != SFT), None):
         what = "an offset" if alpha else "pairs with weights"
         raise UserError(f"{other} does not take {what}", where="train.loss_type", hint=f"one of: {', '.join(PAIRED)}")
-    if alpha:
-        without = sum(row.gap is None for row in rows)
-        if without:
-            raise UserError(
-                f"{without} of {len(rows)} pairs have no score_gap, which the offset needs",
-                where="train.offset_alpha",
-                hint="pairs made by nothing-dpo pair have one; --set train.offset_alpha=0 does without",
-            )
-        if not sum(row.gap or 0.0 for row in rows) > 0:
-            raise UserError("the pairs' mean score gap is not above 0", where="train.offset_alpha", hint=_PLAIN)
     return PairLoss(section, alpha, rows)
 
 
