@@ -47,13 +47,18 @@ CHOICES = {
 
 # Flags whose name is not the setting's own.
 FLAGS = {"model.name": "--model", "judge.model": "--model"}
+METAVARS = {"generate.extra_body": "JSON", "judge.extra_body": "JSON"}
 
 
 def _help(key: str) -> str:
     """Description and default of a setting."""
     value = resolve.default(key)
     text = resolve.describe(key)
-    return text if value is None else f"{text} [default: {str(value).lower() if value in (True, False) else value}]"
+    return (
+        text
+        if value is None or value == {}
+        else f"{text} [default: {str(value).lower() if value in (True, False) else value}]"
+    )
 
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="Settings file, TOML or YAML.")]
@@ -180,7 +185,9 @@ def _flag(key: str, name: str | None = None) -> Any:
     kind = resolve.plain_type(key)
     name = name or FLAGS.get(key, "--" + key.rpartition(".")[2].replace("_", "-"))
     names = (f"{name}/--no-{name[2:]}",) if kind is bool else (name,)
-    choices = "|".join(CHOICES[key]) if key in CHOICES else "<str>" if kind == list[str] else None
+    choices = "|".join(CHOICES[key]) if key in CHOICES else "<str>" if kind == list[str] else METAVARS.get(key)
+    if kind in (int, float) and resolve.takes_none(key) and resolve.default(key) is not None:
+        kind, choices = str, {int: "INTEGER|none", float: "FLOAT|none"}[kind]
     return Annotated[kind | None, typer.Option(*names, help=_help(key), show_default=False, metavar=choices)]
 
 
@@ -226,7 +233,7 @@ def _root(
 @command(
     "generate", "generate.n", "generate.prompts", "generate.engine", "generate.url", "model.name", "model.base",
     "model.adapter", "generate.temperature", "generate.top_p", "generate.max_tokens", "generate.frequency_penalty",
-    "generate.seed", "generate.keep_lines", "generate.concurrency", "generate.batch_size",
+    "generate.seed", "generate.extra_body", "generate.keep_lines", "generate.concurrency", "generate.batch_size",
     "generate.price", "generate.max_usd",
     "generate.contrast", "generate.contrast_url", "generate.contrast_model",
 )  # fmt: skip
@@ -259,6 +266,7 @@ def generate(
 @command(
     "judge", "judge.judge", "judge.model", "judge.url", "judge.function", "judge.reward_model", "judge.batch_size",
     "judge.against", "judge.rubric", "judge.orders", "judge.votes", "judge.reasoning_effort", "judge.max_tokens",
+    "judge.extra_body",
     "judge.price", "judge.max_usd", "judge.flex", "judge.batch", "judge.wait",
     "judge.concurrency", "judge.seed", "pair.min_gap", "pair.length_control",
 )  # fmt: skip
@@ -478,8 +486,8 @@ def jobs(
     "evaluate.match", "evaluate.seed", "judge.judge", "judge.model", "judge.url", "judge.function",
     "judge.reward_model", "judge.rubric", "judge.price", "judge.flex", "judge.batch", "judge.wait", "generate.engine",
     "generate.url", "model.base", "model.adapter", "model.dpo_adapter", "model.name", "model.dpo_name",
-    "generate.temperature", "generate.max_tokens",
-    names={"judge.model": "--judge-model", "judge.url": "--judge-url"},
+    "generate.temperature", "generate.max_tokens", "generate.extra_body", "judge.extra_body",
+    names={"judge.model": "--judge-model", "judge.url": "--judge-url", "judge.extra_body": "--judge-extra-body"},
 )  # fmt: skip
 def evaluate(
     session: Session,

@@ -7,10 +7,12 @@ import json
 
 import pytest
 from openai_server import Server
-from test_generate import Lines, folder, messages, rows, run, texts, write_prompts  # noqa: F401
+from test_generate import Lines, command, folder, messages, rows, run, texts, write_prompts  # noqa: F401
 
+from dpo_cli.config.settings import GenerateSection
 from dpo_cli.endpoint.dialect import FORMATS, OUTPUT_LIMIT, SYSTEM, forget, is_about_fields, transform
 from dpo_cli.endpoint.http import Rejected
+from dpo_cli.engines import sampling
 from dpo_cli.errors import UserError
 
 
@@ -224,3 +226,37 @@ def test_forms_of_a_request():
 def test_which_refusals_are_about_fields(refusal, about):
     body = {"messages": [], "max_tokens": 1, "response_format": {}, "service_tier": "flex"}
     assert is_about_fields(refusal, body) is about
+
+
+def test_a_user_leaves_fields_out_and_adds_others(folder):  # noqa: F811
+    extra = {"top_k": 20, "stop": ["\n\n"], "temperature": 0.3}
+    with Server(fault=lambda call: "400:temperature") as server:
+        run(server, limit=1, generate__top_p="none", generate__seed="none", generate__max_tokens="none",
+            generate__extra_body=json.dumps(extra))  # fmt: skip
+        for sent in server.bodies:
+            assert {name: sent[name] for name in extra} == extra  # never left out, refused or not
+            assert not {"top_p", "seed", "max_tokens", "max_completion_tokens"} & set(sent)
+        server.fault = None
+        run(server, limit=1, generate__top_p="none", generate__extra_body=json.dumps(extra), data="again")
+    (row,) = rows(folder, "again").values()
+    assert row.sampling["extra_body"] == extra
+    assert row.sampling["top_p"] is None
+
+
+def test_an_engine_in_this_process_needs_every_value(folder):  # noqa: F811
+    with pytest.raises(UserError, match="temperature: none"):
+        sampling(GenerateSection(temperature=None))
+
+
+def test_the_command_takes_none_and_json(folder):  # noqa: F811
+    with Server() as server:
+        flags = ["--temperature", "none", "--top-p", "0.5", "--extra-body", '{"min_p": 0.1}', "--limit", "1"]
+        process = command(server, *flags)
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+        (sent,) = server.bodies
+    assert (sent["top_p"], sent["min_p"], "temperature" in sent) == (0.5, 0.1, False)
+    process = command(server, "--extra-body", "{")
+    _, errors = process.communicate()
+    assert process.returncode == 2
+    assert "generate.extra_body" in errors

@@ -75,6 +75,12 @@ def plain_type(key: str) -> type[Any]:
     return parts.pop() if len(parts) == 1 and parts <= {bool, int, float} else str
 
 
+def takes_none(key: str) -> bool:
+    """Whether `none` unsets a setting: it has no value of that name."""
+    kinds = get_args(get_args(fields()[key])[0])
+    return type(None) in kinds and "none" not in [value for kind in kinds for value in get_args(kind)]
+
+
 def default(key: str) -> Any:
     """The default of a setting."""
     return get(Config(), key)
@@ -147,9 +153,13 @@ def _build(values: dict[str, Any]) -> Config:
 
 
 def _convert(key: str, value: Any, kind: Any, source: str) -> Any:
+    if isinstance(value, str) and value.lower() == "none" and takes_none(key):
+        return None
     try:
+        if isinstance(value, str) and get_origin(get_args(kind)[0]) is dict:
+            return msgspec.json.decode(value, type=kind)
         return msgspec.convert(value, kind, strict=False)
-    except msgspec.ValidationError as error:
+    except msgspec.MsgspecError as error:
         raise UserError(f"{key} = {value!r} (from {source}): {error}", hint=describe(key)) from None
 
 

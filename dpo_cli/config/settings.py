@@ -81,11 +81,16 @@ class GenerateSection(Struct, kw_only=True):
     engine: Annotated[str, _doc("Where completions come from.")] = "endpoint"
     url: Annotated[str | None, _doc("OpenAI-compatible endpoint that serves the adapters.")] = None
     n: Annotated[Count, _doc("Completions a prompt.")] = 3
-    temperature: Annotated[NonNegative, _doc("Sampling temperature.")] = 0.9
-    top_p: Annotated[Share, _doc("Nucleus mass; always sent, since servers have other defaults.")] = 1.0
-    max_tokens: Annotated[Count, _doc("Longest completion, in tokens.")] = 256
-    frequency_penalty: Annotated[float, _doc("Penalty for tokens that already stand in the completion.")] = 0.5
-    seed: Annotated[int, _doc("Seed; completion i of a prompt is the same on every run.")] = SEED
+    temperature: Annotated[NonNegative | None, _doc("Sampling temperature; none: not sent.")] = 0.9
+    top_p: Annotated[Share | None, _doc("Nucleus mass; sent, since servers have other defaults; none: not sent.")] = 1.0
+    max_tokens: Annotated[Count | None, _doc("Longest completion, in tokens; none: not sent.")] = 256
+    frequency_penalty: Annotated[
+        float | None, _doc("Penalty for tokens that already stand in the completion; none: not sent.")
+    ] = 0.5
+    seed: Annotated[int | None, _doc("Seed; completion i of a prompt is the same on every run; none: not sent.")] = SEED
+    extra_body: Annotated[
+        dict[str, Any], _doc("JSON of more fields of each request: top_k, min_p, stop, provider routing.")
+    ] = msgspec.field(default_factory=dict)
     keep_lines: Annotated[str | None, _doc("Keep only the lines that match this pattern.")] = None
     concurrency: Annotated[Count, _doc("Most requests in flight; it adapts below that.")] = 256
     timeout: Annotated[Seconds, _doc("Seconds to wait for one reply.")] = 300.0
@@ -119,7 +124,10 @@ class JudgeSection(Struct, kw_only=True):
         Count | None, _doc("Votes of each model, in place of judge.orders: shifted orders, their reversals, repeats.")
     ] = None
     seed: Annotated[int, _doc("Seed of the orders.")] = SEED
-    reasoning_effort: Annotated[str | None, _doc("Reasoning effort, for judges that reason.")] = "low"
+    reasoning_effort: Annotated[str | None, _doc("Reasoning effort, for judges that reason; none: not sent.")] = "low"
+    extra_body: Annotated[
+        dict[str, Any], _doc("JSON of more fields of each request: chat_template_kwargs, provider routing.")
+    ] = msgspec.field(default_factory=dict)
     max_tokens: Annotated[Count, _doc("Longest reply, reasoning included, in tokens.")] = 2048
     price: Annotated[str | None, _doc("IN,CACHED,OUT in dollars per million tokens, of the tier that is used.")] = None
     max_usd: MaxUsd = None

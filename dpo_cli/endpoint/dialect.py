@@ -2,13 +2,13 @@
 
 A refused request is sent again without its optional fields, one by one, those first that the refusal names or that
 servers refuse most often. Words decide only where to begin: what counts is the form that is taken. It is remembered for
-the endpoint and the model as long as the process lives. Refusals cost nothing. Fields that the user has set by hand
-(`extra_body`) are never left out.
+the endpoint and the model as long as the process lives. Refusals cost nothing. What a user adds to a request by hand
+(`extra_body`: `top_k`, `stop`) is never left out.
 """
 
 import asyncio
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import combinations
 from typing import Any, Protocol
 
@@ -88,15 +88,17 @@ class Dialect:
         endpoint: that is asked.
         model: every request's.
         log: told in a line about each thing that is refused.
+        kept: fields that are sent whatever happens.
 
     `send` is what sends a request.
     """
 
-    def __init__(self, endpoint: Endpoint, model: str, log: Callable[[str], None]) -> None:
+    def __init__(self, endpoint: Endpoint, model: str, log: Callable[[str], None], kept: Collection[str] = ()) -> None:
         self.send: Send = endpoint.chat
         self._endpoint = endpoint
         self._model = model
         self._log = log
+        self._kept = kept
         self._known = _known.setdefault((endpoint.url, model), _Known())
         self._gate = asyncio.Lock()
 
@@ -212,7 +214,8 @@ class Dialect:
         sent = transform(body, forms)
         new = {name for name, form in _features(sent, forms) - self._known.taken}
         named = _named(refusal, sent)
-        unnamed = [name for name in FORMS if name in new and name not in named]
+        named = [name for name in named if name not in self._kept]
+        unnamed = [name for name in FORMS if name in new and name not in named and name not in self._kept]
         if self._known.searches >= MOST_SEARCHES:
             unnamed = []
         deepest = []

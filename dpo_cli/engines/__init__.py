@@ -4,6 +4,17 @@ An engine is a function `sample(requests, config, deliver, progress)` that calls
 soon as that request is finished, in any order, and returns the receipt of its paid calls, if it has any.
 """
 
-from dpo_cli.engines._engine import Request, Sample, Sampled, choose, estimate, load, names
+from dpo_cli.engines._engine import (
+    UNLIMITED,
+    Request,
+    Sample,
+    Sampled,
+    Sampling,
+    choose,
+    estimate,
+    load,
+    names,
+    sampling,
+)
 
-__all__ = ["Request", "Sample", "Sampled", "choose", "estimate", "load", "names"]
+__all__ = ["UNLIMITED", "Request", "Sample", "Sampled", "Sampling", "choose", "estimate", "load", "names", "sampling"]

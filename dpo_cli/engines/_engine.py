@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import msgspec
 from msgspec import Struct, field
 
-from dpo_cli.config.settings import Config
+from dpo_cli.config.settings import Config, GenerateSection
 from dpo_cli.data.records import Message, Tool, Usage
 from dpo_cli.errors import UserError, require
 from dpo_cli.progress import Progress
 
 if TYPE_CHECKING:  # the names of engines and judges are wanted for --help, asyncio is not
     from dpo_cli.endpoint.costs import Estimate, Receipt
+
+UNLIMITED = 1024  # tokens that a completion without a limit is thought to have
 
 
 class Request(Struct, kw_only=True):
@@ -57,6 +59,31 @@ class Sampled(Struct, kw_only=True):
         return (
             sampling | {name: value for name, value in self.changes.items() if name in sampling} | {"refused": refused}
         )
+
+
+class Sampling(Struct):
+    """`[generate]` for an engine in this process, to which no server has defaults of its own to add."""
+
+    temperature: float
+    top_p: float
+    max_tokens: int
+    frequency_penalty: float
+    seed: int
+    batch_size: int
+
+
+def sampling(settings: GenerateSection) -> Sampling:
+    """The settings of an engine in this process.
+
+    Raises:
+        UserError: one of them is `none`, which leaves it to a server.
+    """
+    values = {name: getattr(settings, name) for name in Sampling.__struct_fields__}
+    unset = [name for name, value in values.items() if value is None]
+    if unset:
+        hint = "give a value: none leaves it to a server's default"
+        raise UserError(f"{' and '.join(unset)}: none", where="generate.engine = transformers", hint=hint)
+    return Sampling(**values)
 
 
 Sample: TypeAlias = "Callable[[list[Request], Config, Callable[[Sampled], None], Progress], Receipt | None]"
@@ -103,7 +130,7 @@ def estimate(requests: list[Request], config: Config) -> "Estimate":
 
     settings = config.generate
     size = sum(len(msgspec.json.encode(request.prompt)) for request in requests)
-    worst = sum(request.need for request in requests) * settings.max_tokens
+    worst = sum(request.need for request in requests) * (settings.max_tokens or UNLIMITED)
     price = price_of(settings.url or "", config.model.name, settings.price)
     return estimate(
         len(requests), size, worst // 2, worst, price, given=settings.price is not None, typical="half of max_tokens"

@@ -88,18 +88,16 @@ class _Sampler:
     """Asks for completions, in the form that this server takes."""
 
     def __init__(self, endpoint: Endpoint, config: Config, progress: Progress) -> None:
-        self._dialect = Dialect(endpoint, config.model.name, progress.log)
+        self._dialect = Dialect(endpoint, config.model.name, progress.log, config.generate.extra_body)
         self._seed = config.generate.seed
-        self._body: dict[str, Any] = {
-            "model": config.model.name,
-            "max_tokens": config.generate.max_tokens,
-            "temperature": config.generate.temperature,
-            "top_p": config.generate.top_p,
-            "frequency_penalty": config.generate.frequency_penalty,
-        }
+        names = ("max_tokens", "temperature", "top_p", "frequency_penalty")
+        given = {name: getattr(config.generate, name) for name in names}
+        self._body: dict[str, Any] = {"model": config.model.name}
+        self._body |= {name: value for name, value in given.items() if value is not None}
         self._answered = self._unanswered = 0
         if config.model.chat_template_kwargs:  # vLLM's own field
             self._body["chat_template_kwargs"] = config.model.chat_template_kwargs
+        self._extra = config.generate.extra_body
 
     async def complete(self, request: Request) -> Sampled:
         """All completions of one prompt, in as few requests as the server allows; what is no answer, once more."""
@@ -151,10 +149,11 @@ class _Sampler:
             "messages": wire(request.prompt),
             **({"tools": request.tools} if request.tools else {}),
             "n": missing,
-            # vLLM gives child i the seed + i: completion i is the same, however many are asked for at once.
-            "seed": int(content_id(self._seed, request.id), 16) % 2**31 + first,
         }
-        reply = await self._dialect.chat(body, replicate=first)
+        if self._seed is not None:
+            # vLLM gives child i the seed + i: completion i is the same, however many are asked for at once.
+            body["seed"] = int(content_id(self._seed, request.id), 16) % 2**31 + first
+        reply = await self._dialect.chat(body | self._extra, replicate=first)
         result.usage += reply.usage
         result.changes = {name: value for name, value in self._dialect.changes(body).items() if name != "n"}
         return reply

@@ -23,7 +23,7 @@ from dpo_cli.adapter import is_model, read_adapter
 from dpo_cli.base_model import check_base
 from dpo_cli.config.settings import Config, GenerateSection, ModelSection
 from dpo_cli.data.records import Message, Tool, Usage, content_id
-from dpo_cli.engines import Request, Sampled, _unpadded
+from dpo_cli.engines import Request, Sampled, Sampling, _unpadded, sampling
 from dpo_cli.model_loading import attach, load_network, load_tokenizer, merged
 from dpo_cli.progress import Progress
 
@@ -122,17 +122,18 @@ def run(
     `deliver` gets each request once, when its last sequence is finished: longest prompts first. A prompt that leaves
     no room in the model's context is delivered with an error; one that leaves less than max_tokens gets what is left.
     """
-    waiting = _plan(model, requests, settings, deliver)
+    chosen = sampling(settings)
+    waiting = _plan(model, requests, chosen, deliver)
     if not waiting:
         return
     if _unpadded.keeps_states(model.network):
-        _run_unpadded(model, waiting, settings, deliver)
+        _run_unpadded(model, waiting, chosen, deliver)
         return
-    batch = _Batch(model, settings, widest=len(waiting[-1][0].answer.prompt))
+    batch = _Batch(model, chosen, widest=len(waiting[-1][0].answer.prompt))
     with torch.inference_mode():
         while waiting or batch.rows:
-            free = settings.batch_size - len(batch.rows)
-            if free * REFILL >= settings.batch_size:
+            free = chosen.batch_size - len(batch.rows)
+            if free * REFILL >= chosen.batch_size:
                 joining = []
                 while waiting and len(waiting[-1]) <= free:
                     joining.append(waiting.pop())
@@ -145,7 +146,7 @@ def run(
 
 
 def _run_unpadded(
-    model: Model, waiting: list[list["_Row"]], settings: GenerateSection, deliver: Callable[[Sampled], None]
+    model: Model, waiting: list[list["_Row"]], settings: Sampling, deliver: Callable[[Sampled], None]
 ) -> None:
     """As `run`, a prompt at a time."""
 
@@ -221,7 +222,7 @@ class _Row(Struct):
 
 
 def _plan(
-    model: Model, requests: list[Request], settings: GenerateSection, deliver: Callable[[Sampled], None]
+    model: Model, requests: list[Request], settings: Sampling, deliver: Callable[[Sampled], None]
 ) -> list[list[_Row]]:
     """Rows that are prefilled together, the longest prompt last; what can't be sampled is delivered with its error."""
     groups = []
@@ -275,7 +276,7 @@ class _Batch:
     (vocabulary) of the tokens in its completion, `uniforms` (max_tokens) its own randomness.
     """
 
-    def __init__(self, model: Model, settings: GenerateSection, widest: int) -> None:
+    def __init__(self, model: Model, settings: Sampling, widest: int) -> None:
         self.model = model
         self.settings = settings
         self.device = model.network.device

@@ -41,7 +41,9 @@ class LlmJudge:
         self.form = form
         self.settings = config.judge
         self.criteria = criteria_for(form, config.judge.rubric)
-        self.dialects = {model: Dialect(endpoint, model, log) for model in self.settings.models}
+        self.dialects = {
+            model: Dialect(endpoint, model, log, config.judge.extra_body) for model in self.settings.models
+        }
         here = is_local(self.settings.url)
         self.tokens = {model: tokens_of(model) if here else frozenset() for model in self.settings.models}
 

@@ -29,7 +29,7 @@ def request(
             # Each message is sent once: writing it to the cache would cost a quarter more and never pay.
             extra["prompt_cache_options"] = {"mode": "explicit"}
         body |= {name: value for name, value in extra.items() if value is not None}
-    return body
+    return body | settings.extra_body
 
 
 def is_openai(url: str) -> bool:

@@ -60,7 +60,7 @@ def identity(config: Config) -> dict[str, Any]:
     model = models[0] if len(models) == 1 else models
     who: dict[str, Any] = {"judge": "llm", "model": model, "rubric": content_id(read_rubric(settings.rubric))}
     who |= {"orders": settings.orders} if settings.votes is None else {"votes": settings.votes}
-    who |= {"seed": settings.seed}
+    who |= {"seed": settings.seed} | ({"extra_body": settings.extra_body} if settings.extra_body else {})
     criteria = [one.name for one in criteria_for(RANKING, settings.rubric)]
     who |= {"criteria": criteria} if len(criteria) > 1 else {}
     return who | ({"reasoning_effort": settings.reasoning_effort} if is_openai(settings.url) else {})

@@ -134,7 +134,9 @@ def made_with(config: Config, engine: str) -> dict[str, Any]:
     if engine != "endpoint":
         keys += ["model.base", "model.adapter"]
     contrast = {"good": config.generate.good_system, "bad": config.generate.bad_system}
-    made = {"contrast": contrast} if config.generate.contrast else {}
+    made: dict[str, Any] = {"contrast": contrast} if config.generate.contrast else {}
+    if config.generate.extra_body and engine == "endpoint":
+        made["extra_body"] = config.generate.extra_body
     return {"engine": engine, **made, **{key.partition(".")[2]: get(config, key) for key in keys}}
 
 

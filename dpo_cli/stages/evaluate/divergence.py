@@ -26,6 +26,7 @@ from dpo_cli.endpoint.client import Endpoint
 from dpo_cli.endpoint.http import COMPLETIONS, Rejected
 from dpo_cli.endpoint.prices import price_of
 from dpo_cli.endpoint.responses import Reply
+from dpo_cli.engines import UNLIMITED
 from dpo_cli.engines.endpoint import KEY_VARIABLE
 from dpo_cli.progress import Progress
 from dpo_cli.stages.evaluate.sampling import FOLDER, RunBudget, Side
@@ -114,7 +115,8 @@ def _compute(
     with redirect_logs(progress):
         model, as_reference = load_both(config)
         pad = min(model.ends) if model.tokenizer.pad_token_id is None else model.tokenizer.pad_token_id
-        most, how = config.generate.max_tokens, (nullcontext, lambda *_: False)  # no autocast, and no stop on the way
+        most = config.generate.max_tokens or UNLIMITED
+        how = nullcontext, lambda *_: False  # no autocast, and no stop on the way
         for group in groups:
             encoded = {key: model.encode(*prompt) for key, prompt in group.items()}
             fitting = {key: ids for key, ids in encoded.items() if len(ids) + most <= model.context}
@@ -178,7 +180,7 @@ def _writing(policy: Side, key: str, prompt: Prompt) -> dict[str, Any]:
         "model": policy.config.model.name,
         "messages": wire(prompt.messages),
         **({"tools": prompt.tools} if prompt.tools else {}),
-        "max_tokens": settings.max_tokens,
+        "max_tokens": settings.max_tokens or UNLIMITED,
         "temperature": 1.0,
         "top_p": 1.0,
         "seed": int(content_id("kl", settings.seed, key), 16) % 2**31,

@@ -275,7 +275,7 @@ def _expected(side: Side, prompts: dict[str, Prompt]) -> dict[str, Completions]:
     rows = {}
     for key, prompt in prompts.items():
         texts = have[key].completions if key in have else []
-        length = CHARACTERS_A_TOKEN * settings.max_tokens // 2
+        length = CHARACTERS_A_TOKEN * (settings.max_tokens or engines.UNLIMITED) // 2
         texts = texts + [f"{side.name} {index}".ljust(length, ".") for index in range(len(texts), settings.n)]
         rows[key] = Completions(
             id=key, prompt=prompt.messages, completions=texts, finish_reasons=[], model="", sampling={}

@@ -209,5 +209,6 @@ def _made_with(config: Config) -> dict[str, Any]:
     if adapter is not None:
         made["adapter"] = fingerprint(Path(adapter))[:DIGITS] if Path(adapter).is_dir() else adapter
     if config.generate.engine == "endpoint":
-        return made | {"url": config.generate.url, "model": config.model.name}
+        extra = {"extra_body": config.generate.extra_body} if config.generate.extra_body else {}
+        return made | {"url": config.generate.url, "model": config.model.name} | extra
     return made | {"base": config.model.base if base is None else fingerprint(base)[:DIGITS]}
