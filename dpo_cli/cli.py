@@ -422,7 +422,7 @@ def train(
     )
     session.show(result, view.trained)
     session.suggest("nothing-dpo generate" if stage == "sft" else f"nothing-dpo inspect run {name or stage}")
-    return Exit.GATE if result.verdict == "fail" else None
+    return Exit.GATE if result.verdict in ("fail", "not shown") else None
 
 
 def _launch(session: Session, backend: str, spec: Any, detach: bool, no_fetch: bool, dry_run: bool) -> Exit | None:
@@ -848,11 +848,18 @@ def inspect_run(
     "plan", "model.base", "model.adapter", "train.per_device_train_batch_size", "train.max_length",
     "train.num_train_epochs", parent=inspector,
 )  # fmt: skip
-def inspect_plan(session: Session, limit: Limit = None) -> None:
+def inspect_plan(
+    session: Session,
+    limit: Limit = None,
+    guide: Annotated[bool, typer.Option("--guide", help="Tables of rates, betas, batches, symptoms; no run.")] = False,
+) -> None:
     """What a training run will need: steps, memory, hours, dollars."""
     from dpo_cli import view
-    from dpo_cli.training import preflight
+    from dpo_cli.training import preflight, remedies
 
+    if guide:
+        session.show({"guide": remedies.GUIDE, "remedies": remedies.REMEDIES}, view.guide)
+        return
     given = session.data if session.resolved.sources["data"] == "flag" else None
     session.show(preflight.run(session.config, given, limit), view.plan)
 

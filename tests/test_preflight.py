@@ -48,14 +48,16 @@ def test_the_memory_of_a_3b_model_is_what_its_sizes_say():
 def test_steps_tokens_and_warnings_by_hand():
     result = made([TokenLengths(600, [200, 100])] * 320)
     assert (result.steps, result.evaluations, result.longest, result.too_long) == (20, 1, 800, 0)
-    assert result.tokens == 320 * 900 and result.largest == 4 * 900 and result.warmup_share == 1.0
+    assert result.tokens == 320 * 900 and result.largest == 4 * 900 and result.warmup_share == 0.1
     assert result.forward == "packed, each prompt once"
     assert math.isclose(result.memory_gb["logits"], 4 * 300 * 32768 * 4 / 1e9)
-    assert [warning.split()[0] for warning in result.warnings] == ["warmup", "320", "chosen"]
-    for warning, number in zip(
-        result.warnings, ("train.warmup_steps = 2", "generate.n", "pair.length_control"), strict=True
-    ):
+    assert [warning.split()[0] for warning in result.warnings] == ["320", "chosen"]
+    for warning, number in zip(result.warnings, ("generate.n", "pair.length_control"), strict=True):
         assert number in warning
+    [longer] = [
+        text for text in made([TokenLengths(600, [9, 9])] * 4000, warmup_steps=300).warnings if "warmup" in text
+    ]
+    assert "warmup is 120% of 250 steps: set train.warmup_ratio = 0.1, now 300 steps" in longer
     [ratio] = [text for text in made([TokenLengths(600, [9, 9])] * 4000, warmup_ratio=0.2).warnings if "warmup" in text]
     assert "set train.warmup_ratio = 0.1, now 0.2" in ratio
     calm = made([TokenLengths(600, [100, 100])] * 4000)

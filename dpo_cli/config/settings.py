@@ -10,6 +10,7 @@ from msgspec import Meta, Struct
 
 SEED = 42
 MIN_GAP = 1.0  # of a judge's ten points
+WARMUP = 0.1  # of a run's steps, where nothing is set
 MIN_REWARD_GAP = 0.2  # of a rollout's reward, which goes from 0 to 1; as in the NeMo Gym guide to DPO
 
 Count = Annotated[int, Meta(ge=1)]
@@ -189,7 +190,9 @@ class TrainingSection(Struct, kw_only=True):
         None
     )
     lr_scheduler_type: Annotated[str, _doc("Learning rate schedule.")] = "cosine"
-    warmup_steps: Annotated[int, Meta(ge=0), _doc("Warmup, in optimizer steps.")] = 20
+    warmup_steps: Annotated[
+        Annotated[int, Meta(ge=0)] | None, _doc(f"Warmup, in optimizer steps; unset: {WARMUP:.0%} of the run's.")
+    ] = None
     warmup_ratio: Annotated[Share | None, _doc("Warmup as a share of the steps; wins over the steps.")] = None
     weight_decay: Annotated[NonNegative, _doc("Weight decay.")] = 0.0
     max_grad_norm: Annotated[NonNegative, _doc("Gradient clipping norm.")] = 1.0
@@ -255,6 +258,9 @@ class SftSection(TrainingSection, kw_only=True):
 class GateSection(Struct, kw_only=True):
     """What a DPO run must not do, and what is done about it."""
 
+    confidence: Annotated[
+        float, Meta(gt=0.5, lt=1), _doc("Level of the intervals that gates ask for, of training and evaluation.")
+    ] = 0.95
     kl_limit: Annotated[Positive, _doc("Most KL(policy || reference) of the policy's own text, in nats a token.")] = 0.1
     kl_actions: Annotated[
         list[KlAction], _doc("What each evaluation over the limit sets off, the first one first; then the run stops.")

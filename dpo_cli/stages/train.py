@@ -27,7 +27,7 @@ from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Progress, Silent
 from dpo_cli.training import distributed, plan
 from dpo_cli.training.encode import Encoded
-from dpo_cli.training.gates import check_gates, describe
+from dpo_cli.training.gates import check_gates, describe, has_moved, open_gates, why_unmoved, worst
 from dpo_cli.training.guards import KL, best_step
 from dpo_cli.training.inputs import Inputs, Stage, TrainingRow, download_base, read_inputs
 from dpo_cli.training.preflight import of_encoded
@@ -257,8 +257,10 @@ def _finish(
     result.step_zero = _step_zero(folder)
     result.metrics = {key: value for row in rows if row["step"] <= best for key, value in row.items()}
     result.gates = check_gates(result.stage, [row for row in rows if row["step"] <= best], config, encoded["held_out"])
-    result.verdict = "fail" if any(gate.ok is False for gate in result.gates.values()) else "pass"
-    result.reasons = [describe(name, gate) for name, gate in result.gates.items() if not gate.ok]
+    result.verdict = worst(gate.verdict for gate in result.gates.values())
+    result.reasons = [describe(name, result.gates[name]) for name in open_gates(result.gates)]
+    if not has_moved(result.gates):
+        result.reasons.insert(0, why_unmoved(result.gates, config.train, result.steps, config.gate.kl_limit))
     kl = result.gates.get("kl_nats_per_token")
     if kl is not None and not kl.ok:
         result.reasons.append("no checkpoint is within the KL limit: this is the one of least KL; keep the SFT adapter")

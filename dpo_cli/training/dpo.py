@@ -20,6 +20,7 @@ import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import msgspec
@@ -39,10 +40,10 @@ from dpo_cli.training import distributed, losses
 from dpo_cli.training.encode import Sequences
 from dpo_cli.training.forward import packed
 from dpo_cli.training.forward.reference_cache import keep_reference
-from dpo_cli.training.guards import MARGIN, GuardState
-from dpo_cli.training.kl import kl, mean_length, sample
+from dpo_cli.training.guards import KL, MARGIN, GuardState
+from dpo_cli.training.kl import kl, mean_length, per_token, sample
 from dpo_cli.training.loop import fit
-from dpo_cli.training.reference_check import check_reference, check_step_zero, refuse_step_zero
+from dpo_cli.training.reference_check import check_reference, check_step_zero, expected_loss, refuse_step_zero
 from dpo_cli.training.run_folder import RunContext, event
 from dpo_cli.training.trainer import ResumableTrainer, arguments, fresh_lora, is_in_4bit, load_base
 
@@ -112,7 +113,7 @@ class DpoTrainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ign
         self.step_zero_checked = False
         self._log_probs: list[torch.Tensor] = []
         self._router_loss: torch.Tensor | None = None
-        self._margins: list[torch.Tensor] = []
+        self._rewards: list[torch.Tensor] = []
         self._reference_lengths: float | None = None
         for model in (self.model, self.ref_model):
             if model is not None:
@@ -153,17 +154,17 @@ class DpoTrainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ign
         tokens = inputs["completion_mask"][:, 1:].sum()
         chosen, rejected = (self.beta * differences.sum(dim=1)).chunk(2)  # rewards: Section 4 of the paper
         k3 = (differences.expm1() - differences).sum() / tokens
-        margins = chosen - rejected
+        rewards = torch.stack((chosen, rejected), dim=1)  # (pairs, 2)
         if distributed.several():
             k3 = self.accelerator.gather(k3).mean().item()
             if not self.model.training:
-                margins = self.accelerator.gather_for_metrics(margins)
+                rewards = self.accelerator.gather_for_metrics(rewards)
         mode = "train" if self.model.training else "eval"
         self._metrics[mode]["kl"].append(k3)
         if router is not None:
             self._metrics[mode]["router_loss"].append(router.detach())  # type: ignore[arg-type]
         if not self.model.training:
-            self._margins.append(margins)
+            self._rewards.append(rewards)
         elif is_first:
             self.step_zero_checked = True
             added = None if router is None else router.item()
@@ -186,17 +187,28 @@ class DpoTrainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ign
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's evaluation, with the standard error of the margin, KL on held-out prompts, and the beta of it all."""
-        self._margins.clear()
+        self._rewards.clear()
         output = super().evaluation_loop(*args, **kwargs)
-        margins = torch.cat(self._margins)
-        if len(margins) > 1:
-            output.metrics["eval_rewards/margins_stderr"] = margins.std().item() / math.sqrt(len(margins))
+        rewards = torch.cat(self._rewards).double().cpu()
+        margins = rewards[:, 0] - rewards[:, 1]
+        if expected_loss(self) is not None:
+            losses_of_pairs = losses.of_margins(margins, self.args.label_smoothing)
+            output.metrics.update(_mean_and_error("eval_loss", losses_of_pairs))
+        output.metrics.update(_mean_and_error(MARGIN, margins))
+        # TRL's own are means of batches' means, which the last, smaller batch bends.
+        exact = {"chosen": rewards[:, 0], "rejected": rewards[:, 1], "margins": margins, "accuracies": margins > 0}
+        for name, values in exact.items():
+            self._metrics["eval"][f"rewards/{name}"] = [values.double().mean().item()]
         output.metrics["eval_beta"] = self.beta
-        output.metrics["eval_pairs_correct"] = int((margins > 0).sum())  # TRL's accuracy is a mean of batches' means
+        output.metrics["eval_pairs"] = len(margins)
+        output.metrics["eval_pairs_correct"] = int((margins > 0).sum())
         if self.kl_prompts:
             completions = self._sample(self.model)
-            per_token, per_sequence = self._kl(completions)
-            output.metrics.update(eval_kl_nats_per_token=per_token, eval_kl_nats_per_sequence=per_sequence)
+            nats = self._kl(completions)
+            kl_per_token, error = per_token(nats, completions)
+            output.metrics.update({KL: kl_per_token, "eval_kl_nats_per_sequence": fmean(nats)})
+            if error is not None:
+                output.metrics[f"{KL}_stderr"] = error
             if self._reference_lengths is None:
                 with self._reference() as reference:
                     self._reference_lengths = mean_length(self._sample(reference))
@@ -210,8 +222,8 @@ class DpoTrainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ign
             return nullcontext(self.ref_model)
         return reference_of(self.model)
 
-    def _kl(self, completions: list[list[int]]) -> tuple[float, float]:
-        """KL(policy || reference) on the policy's own completions: nats a token, nats a sequence."""
+    def _kl(self, completions: list[list[int]]) -> list[float]:
+        """KL(policy || reference) on each of the policy's own completions, in nats."""
         return kl(self.model, self._reference, self.kl_prompts, completions, self.accelerator.autocast, self._may_stop)
 
     def _sample(self, model: Any) -> list[list[int]]:
@@ -354,6 +366,14 @@ def reference_of(model: Any) -> Iterator[Any]:
     """Context in which the model, its value, is the reference: the adapter `ref`, or no adapter at all."""
     with use_adapter(model, "ref" if "ref" in model.peft_config else None):
         yield model
+
+
+def _mean_and_error(name: str, values: torch.Tensor) -> dict[str, float]:
+    """A metric of the held-out pairs, (pairs,), and its standard error, where there are two of them."""
+    found = {name: values.mean().item()}
+    if len(values) > 1:
+        found[f"{name}_stderr"] = values.std().item() / math.sqrt(len(values))
+    return found
 
 
 def _dataset(rows: list[Sequences], pair_loss: losses.PairLoss | None = None) -> Dataset:

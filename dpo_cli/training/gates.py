@@ -6,19 +6,22 @@ measured value, as the guards compare it: it is a limit that somebody chose, not
 """
 
 import math
-from collections.abc import Iterable, Sequence
-from statistics import mean
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import mean, stdev
 from typing import Any, Literal
 
 from msgspec import Struct
 
-from dpo_cli.config.settings import Config
-from dpo_cli.statistics import Interval, proportion
+from dpo_cli.config.settings import WARMUP, Config, TrainSection
+from dpo_cli.statistics import Interval, of_mean, proportion, quantile
 from dpo_cli.training.guards import KL, LN2, MARGIN, RECENT
 from dpo_cli.training.inputs import Stage
+from dpo_cli.training.plan import high_rate, warmup_steps
 
 GateVerdict = Literal["pass", "fail", "not shown"]
 WORDS: dict[bool | None, GateVerdict] = {True: "pass", False: "fail", None: "not shown"}
+STILL = 0.01  # of the KL limit: less than that nobody would see in the text
+AIM = 0.25  # of the KL limit
 MOST_ROWS = 1e6  # an effect that would need more is none
 MARKS: dict[GateVerdict, str] = {"pass": "✓", "fail": "✗", "not shown": "?"}
 
@@ -55,9 +58,14 @@ def compared(found: Interval, limit: float, above: bool = True) -> Gate:
 
 
 def _more(found: Interval, limit: float, above: bool) -> int | None:
-    """Rows beyond `found.n` whose interval would clear the limit, if the value stayed: its width falls with 1/√n."""
+    """Rows beyond `found.n` whose interval would clear the limit, if the value stayed: its width falls with 1/√n.
+
+    Wilson's interval clears a limit where the score test rejects it, whose width is that of the limit, not the value.
+    """
     distance = (found.value - limit) * (1 if above else -1)
     reach = (found.high - found.low) / 2
+    if found.count is not None:
+        reach = quantile(found.confidence) * math.sqrt(limit * (1 - limit) / found.n)
     if not found.n or not distance > 0 or not math.isfinite(reach):
         return None
     rows = found.n * (reach / distance) ** 2
@@ -65,30 +73,87 @@ def _more(found: Interval, limit: float, above: bool) -> int | None:
 
 
 def check_gates(stage: Stage, rows: Sequence[dict[str, Any]], config: Config, held_out_rows: int) -> dict[str, Gate]:
-    """The conditions that a result must meet, by what was measured up to its checkpoint."""
+    """The conditions that a result must meet, by what was measured up to its checkpoint.
+
+    Where something is held out, the training loss is no gate: it is measured on what was learnt from.
+
+    Args:
+        stage: dpo or sft.
+        rows: lines of metrics.jsonl up to the checkpoint.
+        config: `[gate]` holds the level of the intervals and the KL limit.
+        held_out_rows: pairs that were held out.
+    """
     trained = [row for row in rows if "loss" in row]
     held_out = [row for row in rows if "eval_loss" in row]
+    confidence = config.gate.confidence
     if stage == "sft":
         return {"loss_falls": _below(trained[-1]["loss"], trained[0]["loss"])} if len(trained) > 1 else {}
-    gates = {"loss": _below(mean(row["loss"] - row.get("router_loss", 0.0) for row in trained[-RECENT:]), LN2)}
     if not held_out:
-        return gates
+        return _training_loss([row["loss"] - row.get("router_loss", 0.0) for row in trained], confidence)
     last = held_out[-1]
-    before = held_out[0][MARGIN] if len(held_out) > 1 else 0.0  # at step zero it is 0
-    reach = 1.96 * last.get(f"{MARGIN}_stderr", float("nan"))
-    gates["held_out_loss"] = _below(last["eval_loss"] - last.get("eval_router_loss", 0.0), LN2)
-    gates["held_out_margin"] = Gate(last[MARGIN], 0.0, last[MARGIN] > 0, (last[MARGIN] - reach, last[MARGIN] + reach))
-    gates["margin_rises"] = Gate(last[MARGIN], before, last[MARGIN] > before)
-    correct = proportion(last["eval_pairs_correct"], held_out_rows)
+    gates = {}
+    if "eval_loss_stderr" in last:  # of other losses than DPO's, ln 2 is no limit
+        gates["held_out_loss"] = compared(_interval(last, "eval_loss", held_out_rows, confidence), LN2, above=False)
+    gates["held_out_margin"] = compared(_interval(last, MARGIN, held_out_rows, confidence), 0.0)
+    correct = proportion(last["eval_pairs_correct"], held_out_rows, confidence)
     if correct is not None:
         gates["held_out_accuracy"] = compared(correct, 0.5)
     if KL in last:
-        gates["kl_nats_per_token"] = Gate(last[KL], config.gate.kl_limit, last[KL] <= config.gate.kl_limit)
+        kl = _interval(last, KL, config.train.kl_prompts, confidence)
+        gates["kl_nats_per_token"] = Gate(
+            kl.value, config.gate.kl_limit, kl.value <= config.gate.kl_limit, (max(0.0, kl.low), kl.high)
+        )
     return gates
+
+
+def _interval(row: dict[str, Any], name: str, n: int, confidence: float) -> Interval:
+    """A metric of the held-out pairs with its standard error; of a single pair anything may be true."""
+    error = row.get(f"{name}_stderr")
+    return of_mean(row[name], math.inf if error is None else error, n, confidence)
+
+
+def _training_loss(losses: Sequence[float], confidence: float) -> dict[str, Gate]:
+    """The last logged losses against ln 2; the first one, from before any update, is ln 2 itself."""
+    last = losses[1:][-RECENT:]
+    error = stdev(last) / math.sqrt(len(last)) if len(last) > 1 else math.inf
+    return {"loss": compared(of_mean(mean(last or losses), error, len(last), confidence), LN2, above=False)}
+
+
+def has_moved(gates: Mapping[str, Gate]) -> bool:
+    """Whether held-out margin or KL can be told from 0; true where neither was measured."""
+    margin, kl = gates.get("held_out_margin"), gates.get("kl_nats_per_token")
+    if margin is None or kl is None or margin.interval is None or kl.interval is None:
+        return True
+    still = margin.interval[0] <= 0 <= margin.interval[1]
+    return not (still and (kl.interval[0] <= 0 or kl.value < STILL * kl.limit))
+
+
+def why_unmoved(gates: Mapping[str, Gate], section: TrainSection, steps: int, kl_limit: float) -> str:
+    """What to raise, and to what, for a policy that has not moved.
+
+    Early in a run KL grows with the square of the learning rate, since the change of the weights grows with the rate
+    itself: a rate that is so many times higher aims at a quarter of the limit. No more is advised than what
+    `inspect plan` would accept.
+    """
+    said = "the policy has not moved: neither its margin nor its KL can be told from 0"
+    warmup = warmup_steps(section, steps)
+    if warmup >= steps:
+        return f"{said}; warmup takes {warmup} of {steps} steps: set train.warmup_ratio = {WARMUP:g}"
+    kl, high = gates["kl_nats_per_token"].value, high_rate(section)
+    factor = math.sqrt(AIM * kl_limit / kl) if kl > 0 else math.inf
+    wanted = min(section.learning_rate * factor, high)
+    if wanted > section.learning_rate * 1.5:
+        return f"{said}; raise train.learning_rate from {section.learning_rate:.2g} to {wanted:.1g}"
+    return f"{said}; raise train.num_train_epochs from {section.num_train_epochs:g} to {4 * section.num_train_epochs:g}"
 
 
 def _below(value: float, limit: float) -> Gate:
     return Gate(value, limit, value < limit)
+
+
+def open_gates(gates: Mapping[str, Gate]) -> list[str]:
+    """Names of the gates that did not pass."""
+    return [name for name, gate in gates.items() if not gate.ok]
 
 
 def numbers(gate: Gate) -> str:

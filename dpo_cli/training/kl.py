@@ -4,6 +4,7 @@ At each position of a sampled completion the sum goes over the whole vocabulary,
 choice of prompts and samples. Reads and writes nothing. Not covered: completions beyond the length asked for.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -93,8 +94,8 @@ def kl(
     completions: list[list[int]],
     autocast: Callable[[], AbstractContextManager[Any]],
     may_stop: Callable[..., bool],
-) -> tuple[float, float]:
-    """KL of the two on these completions of the prompts: nats a token, nats a sequence.
+) -> list[float]:
+    """KL of the two on each of these completions of the prompts, in nats.
 
     Args:
         model: the policy.
@@ -104,15 +105,25 @@ def kl(
         autocast: the precision of training.
         may_stop: called at every prompt.
     """
-    total = torch.zeros((), dtype=torch.float64)
+    found = []
     for prompt, completion in zip(prompts, completions, strict=True):
         may_stop()
         ids = torch.tensor([prompt + completion], device=model.device)
         policy = _next_token_log_probs(model, ids, len(completion), autocast)
         with reference() as other:
             held_against = _next_token_log_probs(other, ids, len(completion), autocast)
-        total += (policy.exp() * (policy - held_against)).sum().double().cpu()
-    return total.item() / sum(map(len, completions)), total.item() / len(completions)
+        found.append((policy.exp() * (policy - held_against)).sum().double().item())
+    return found
+
+
+def per_token(nats: list[float], completions: list[list[int]]) -> tuple[float, float | None]:
+    """Nats a token over all completions and its standard error (None for a single one), as a ratio of two means."""
+    tokens, count = sum(map(len, completions)), len(nats)
+    ratio = sum(nats) / tokens
+    if count < 2:
+        return ratio, None
+    off = sum((own - ratio * len(completion)) ** 2 for own, completion in zip(nats, completions, strict=True))
+    return ratio, math.sqrt(off * count / (count - 1)) / tokens
 
 
 def mean_length(sequences: list[list[int]]) -> float:

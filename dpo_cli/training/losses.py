@@ -272,3 +272,8 @@ def check(section: TrainSection, types: Sequence[str], alpha: float) -> None:
         raise UserError(f"{'+'.join(types)} takes no offset", where="train.offset_alpha", hint="--loss-type sigmoid")
     if not alpha and "rebel" in types:
         raise UserError("rebel needs scores", where="train.offset_alpha", hint="--set train.offset_alpha=1")
+
+
+def of_margins(margins: Tensor, smoothing: float = 0.0) -> Tensor:
+    """The sigmoid loss of each pair from its reward margin, (pairs,): Eq. 7 of arXiv:2305.18290, labels smoothed."""
+    return -(1 - smoothing) * functional.logsigmoid(margins) - smoothing * functional.logsigmoid(-margins)

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from dpo_cli.config.settings import PlanSection, TrainingSection, TrainSection
+from dpo_cli.config.settings import WARMUP, PlanSection, TrainingSection, TrainSection
 from dpo_cli.errors import UserError
 
 CHARACTERS_A_TOKEN = 3.5  # English, where there is no tokenizer to ask
@@ -161,6 +161,18 @@ def capped_steps(section: TrainingSection, rows: int) -> int:
     return steps(section, rows) if capped else section.max_steps
 
 
+def warmup_steps(section: TrainingSection, steps: int) -> int:
+    """Steps until the learning rate is at its peak, of a run of so many."""
+    if section.warmup_ratio is None and section.warmup_steps is not None:
+        return section.warmup_steps
+    return math.ceil(steps * (WARMUP if section.warmup_ratio is None else section.warmup_ratio))
+
+
+def high_rate(section: TrainSection) -> float:
+    """The learning rate above which `inspect plan` warns; a lower beta bears less."""
+    return HIGH_RATE["full" if section.full else "lora"] * section.beta / 0.1
+
+
 def read_shape(folder: Path) -> Shape:
     """Sizes from config.json.
 
@@ -217,7 +229,7 @@ def make(
     why = shape.why_padded(max([longest, *(row.longest() for row in held)]))
     largest, scored = largest_forward(section, cut, why is None)
     made = steps(section, len(lengths))
-    warmup = section.warmup_steps if section.warmup_ratio is None else math.ceil(made * section.warmup_ratio)
+    warmup = warmup_steps(section, made)
     passes = made * section.per_device_train_batch_size * section.gradient_accumulation_steps / max(len(lengths), 1)
     evaluations = math.ceil(made / section.eval_steps) if held_out else 0
     memory = memory_gb(section, shape, adapter, largest, scored)
@@ -324,12 +336,9 @@ def memory_gb(
 def _warnings(plan: Plan, section: TrainSection, warmup: int, lengths: Sequence[TokenLengths]) -> Any:
     """Each names the number to change."""
     if plan.warmup_share > WARMUP_SHARE:
-        if section.warmup_ratio is None:
-            change = f"set train.warmup_steps = {max(1, round(plan.steps * 0.1))}, now {warmup}"
-        else:
-            change = f"set train.warmup_ratio = 0.1, now {section.warmup_ratio:g}"
-        yield f"warmup is {plan.warmup_share:.0%} of {plan.steps} steps: {change}"
-    high = HIGH_RATE["full" if section.full else "lora"] * section.beta / 0.1
+        now = f"now {section.warmup_ratio:g}" if section.warmup_ratio is not None else f"now {warmup} steps"
+        yield f"warmup is {plan.warmup_share:.0%} of {plan.steps} steps: set train.warmup_ratio = {WARMUP:g}, {now}"
+    high = high_rate(section)
     if section.learning_rate > high:
         yield (
             f"learning rate is high for beta {section.beta:g}: "

@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from dpo_cli.adapter import read_adapter
 from dpo_cli.base_model import find_base
-from dpo_cli.config.presets import PRESETS
+from dpo_cli.config.presets import NOTES, PRESETS
 from dpo_cli.config.resolve import resolve
 from dpo_cli.config.settings import Config
 from dpo_cli.errors import UserError
@@ -29,9 +29,10 @@ USUAL_LENGTHS = [TokenLengths(600, [150, 150])] * 1000
 
 
 class Cost(Struct):
-    """A preset: what it sets, and what a run with it needs."""
+    """A preset: where it is from and what came of it, what it sets, and what a run with it needs."""
 
     name: str
+    note: str
     settings: dict[str, object]
     memory_gb: float
     fits: bool
@@ -89,7 +90,9 @@ def presets(config: Config) -> list[Cost]:
         chosen = resolve(preset=name, environment={}, file=Path("/dev/null")).config
         rank = (chosen.train.r, chosen.train.target_modules)
         made = plan.make(chosen.train, config.plan, shape, rank, USUAL_LENGTHS, [], "assumed")
-        costs.append(Cost(name, dict(settings), made.total_gb, made.fits, made.hours, made.usd["modal"], made.steps))
+        costs.append(
+            Cost(name, NOTES[name], dict(settings), made.total_gb, made.fits, made.hours, made.usd["modal"], made.steps)
+        )
     return costs
 
 

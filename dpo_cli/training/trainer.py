@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from dpo_cli import errors
 from dpo_cli.base_model import check_base
-from dpo_cli.config.settings import ModelSection, TrainingSection
+from dpo_cli.config.settings import WARMUP, ModelSection, TrainingSection
 from dpo_cli.data.files import write_json
 from dpo_cli.errors import UserError
 from dpo_cli.model_loading import check_targets, explained, load_network, load_tokenizer, routers
@@ -40,6 +40,7 @@ from dpo_cli.training.run_folder import GUARDS, RunFolder, mark_complete, metric
 from dpo_cli.training.trackers import PROJECT, tracker
 
 METERS = "meters.json"
+WHOLE = 1 - 1e-9  # transformers takes 1 as one step
 LIBRARIES = ("transformers", "trl", "peft", "accelerate", "datasets", "torch")
 
 
@@ -193,7 +194,7 @@ def arguments(
         "per_device_eval_batch_size": state.eval_batch or section.per_device_eval_batch_size,
         "gradient_accumulation_steps": accumulation,
         "lr_scheduler_type": section.lr_scheduler_type,
-        "warmup_steps": section.warmup_steps if section.warmup_ratio is None else section.warmup_ratio,
+        **_warmup(section),
         "weight_decay": section.weight_decay,
         "max_grad_norm": section.max_grad_norm,
         "logging_steps": section.logging_steps,
@@ -221,6 +222,14 @@ def arguments(
         "report_to": tracker(section),
         "project": PROJECT,  # trackio's; wandb's is given where its run begins
     }
+
+
+def _warmup(section: TrainingSection) -> dict[str, float]:
+    """Transformers' `warmup_steps`: steps, or below 1 a share of them."""
+    if section.warmup_ratio is None and section.warmup_steps is not None:
+        return {"warmup_steps": section.warmup_steps}
+    share = WARMUP if section.warmup_ratio is None else section.warmup_ratio
+    return {"warmup_steps": min(share, WHOLE)}
 
 
 def fully_sharded(section: TrainingSection) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from dpo_cli.view.jobs import jobs, launched
 from dpo_cli.view.judgments import judged, judged_and_paired, judgment, judgments_list
 from dpo_cli.view.lint import lint
 from dpo_cli.view.pairs import exported, pair, pair_list, pair_stats, paired
-from dpo_cli.view.plan import explain, plan, presets, settings
+from dpo_cli.view.plan import explain, guide, plan, presets, settings
 from dpo_cli.view.progress import LineProgress, RichProgress, make_progress
 from dpo_cli.view.scales import scaled
 from dpo_cli.view.serving import checked, pushed
@@ -40,6 +40,7 @@ __all__ = [
     "exported",
     "followed",
     "generated",
+    "guide",
     "harnessed",
     "jobs",
     "judged",

@@ -50,7 +50,7 @@ def presets(console: Console, costs: "Sequence[Cost]") -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
     for header, side in (("preset", "left"), ("GB", "right"), ("steps", "right"), ("hours", "right"), ("$", "right")):
         table.add_column(header, justify=side, no_wrap=True)  # type: ignore[arg-type]
-    table.add_column("sets")
+    table.add_column("sets, and where it is from")
     for cost in costs:
         sets = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in cost.settings.items())
         table.add_row(
@@ -59,7 +59,7 @@ def presets(console: Console, costs: "Sequence[Cost]") -> None:
             f"{cost.steps:,}",
             f"{cost.hours:.2f}",
             f"{cost.usd:.2f}",
-            safe(sets or "the defaults", "dim"),
+            safe(sets or "the defaults", "cyan").append_text(safe(f"\n{cost.note}\n", "dim")),
         )
     console.print(table)
     console.print(
@@ -71,19 +71,34 @@ def presets(console: Console, costs: "Sequence[Cost]") -> None:
 
 def explain(console: Console, names: Sequence[str]) -> None:
     """The faults that a run has shown and what mends them; all of them, and the guide, if there are none."""
-    for name in names or REMEDIES:
+    remedies(console, names or list(REMEDIES))
+    if not names:
+        console.print()
+        console.print(_guide())
+
+
+def guide(console: Console, _: Any) -> None:
+    """Learning rates, betas and batch sizes, and what mends a run by its symptoms."""
+    console.print(_guide())
+    console.print()
+    remedies(console, list(REMEDIES))
+
+
+def remedies(console: Console, names: Sequence[str]) -> None:
+    """Faults, and what mends them."""
+    for name in names:
         remedy = REMEDIES[name]
         console.print(Text.assemble((name, "bold cyan"), (f"  {remedy.symptom}", "")))
         console.print(Text(f"  because  {'; '.join(remedy.causes)}", "dim"))
         for step, action in enumerate(remedy.remedies, 1):
             console.print(Text(f"  {step}. {action}"))
-    if names:
-        return
+
+
+def _guide() -> Table:
     table = _table("setting", "values", "effect", "use", styles=("cyan", "", "", "dim"))
     for rule in GUIDE:
         table.add_row(rule.setting, rule.values, rule.effect, rule.use)
-    console.print()
-    console.print(table)
+    return table
 
 
 def accuracy_of(point: "SweepPoint", width: int) -> Text:

@@ -7,7 +7,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dpo_cli.training.gates import WORDS
+from dpo_cli.training.gates import WORDS, open_gates
 from dpo_cli.training.run_history import Run
 from dpo_cli.view.braille import Frame, braille, frame
 from dpo_cli.view.console import NARROW
@@ -109,6 +109,8 @@ def _title(run: Run) -> Text:
         text.append(f" · step {number(max(steps))}", "not bold")
     if run.report is not None and run.report.verdict is not None:
         text.append(" · ", "dim").append_text(verdict(run.report.verdict))
+        if names := open_gates(run.report.gates):
+            text.append_text(safe_line(f": {', '.join(names)}", "not bold"))
     text.append("   ").append("── ", TRAIN_STYLE).append("train  ", "not bold dim")
     text.append(f"{EVAL_MARK} ", EVAL_STYLE).append("evaluation", "not bold dim")
     return text.append(f"  {ACT_MARK} ", ACT_STYLE).append("guards", "not bold dim") if run.acts() else text

@@ -126,7 +126,7 @@ def _compute(
             seed = int(content_id("kl", config.evaluate.seed, list(group)), 16)  # draws shared by groups share errors
             completions = sample(model.network, prompts, most, pad, set(model.ends), seed, *how)
             for (key, ids), completion in zip(fitting.items(), completions, strict=True):
-                _, nats = kl(model.network, as_reference, [ids], [completion], *how)
+                [nats] = kl(model.network, as_reference, [ids], [completion], *how)
                 deliver(key, nats, len(completion))
 
 

@@ -21,7 +21,7 @@ from dpo_cli.training.run_history import Merged, Trained
 TAG = "nothing-dpo"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 SETTINGS = (
-    "learning_rate", "beta", "loss_type", "label_smoothing", "lr_scheduler_type", "warmup_steps",
+    "learning_rate", "beta", "loss_type", "label_smoothing", "lr_scheduler_type", "warmup_steps", "warmup_ratio",
     "per_device_train_batch_size", "gradient_accumulation_steps", "max_length", "seed",
 )  # fmt: skip
 
@@ -129,7 +129,7 @@ def _merging(merged: Merged | None) -> str:
 def _gates(report: Trained | None) -> str:
     if report is None:
         return "**No report**: no run of nothing-dpo is known to have made these weights."
-    verdict = {"pass": "**Gates: pass.**", "fail": "**Gates: fail.**"}.get(str(report.verdict), "**No verdict.**")
+    verdict = f"**Gates: {report.verdict}.**" if report.verdict else "**No verdict.**"
     rows = [(f"`{name}`", *_gate(gate)) for name, gate in report.gates.items()]
     return f"{verdict}\n\n" + _table(("gate", "value", "95% interval", "limit", ""), rows)
 
@@ -158,7 +158,7 @@ def _training(facts: Facts) -> str:
     unit = "preference pairs" if report.stage == "dpo" else "demonstrations"
     rows = f"{report.rows:,} {unit}, {report.held_out:,} held out."
     used = _identity(facts)["train" if report.stage == "dpo" else "sft"]
-    settings = [(f"`{key}`", _code(used[key])) for key in SETTINGS if key in used]
+    settings = [(f"`{key}`", _code(used[key])) for key in SETTINGS if used.get(key) is not None]
     settings.append(("steps", f"{report.step} of {report.steps}, best: {_code(report.best_checkpoint)}"))
     return "\n\n".join(
         filter(None, ["## Training", f"{rows} {_judged_by(facts.judge)}".rstrip(), _table(("setting", ""), settings)])
