@@ -191,7 +191,7 @@ class DpoTrainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ign
         output = super().evaluation_loop(*args, **kwargs)
         rewards = torch.cat(self._rewards).double().cpu()
         margins = rewards[:, 0] - rewards[:, 1]
-        if expected_loss(self) is not None:
+        if expected_loss(self) is not None and self.args.ld_alpha is None:
             losses_of_pairs = losses.of_margins(margins, self.args.label_smoothing)
             output.metrics.update(_mean_and_error("eval_loss", losses_of_pairs))
         output.metrics.update(_mean_and_error(MARGIN, margins))
