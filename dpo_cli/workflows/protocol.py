@@ -19,7 +19,8 @@ import msgspec
 from msgspec import Meta, Struct, field
 from msgspec.structs import replace
 
-from dpo_cli.config.settings import Config, Share
+from dpo_cli.config.field_types import Share
+from dpo_cli.config.settings import Config
 from dpo_cli.data.files import sha256, write_json
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Progress

@@ -15,7 +15,7 @@ from kubernetes import client as k8s
 from kubernetes import config as kubeconfig
 from kubernetes.client.exceptions import ApiException
 
-from dpo_cli.config.settings import GkeSection
+from dpo_cli.config.remote_settings import GkeSection
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.jobs.backends._gke_render import INDEX_OF_POD, JOB_OF_POD
 
