@@ -11,8 +11,9 @@ from typing import Any
 import msgspec
 from kubernetes import client as k8s
 
+from dpo_cli.config.remote_settings import GkeSection
 from dpo_cli.config.resolve import as_dict
-from dpo_cli.config.settings import Config, GkeSection
+from dpo_cli.config.settings import Config
 from dpo_cli.data.jsonl import SYNC
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.jobs.spec import VOLUME, Spec
