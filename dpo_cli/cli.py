@@ -231,7 +231,8 @@ def _root(
 
 
 @command(
-    "generate", "generate.n", "generate.prompts", "generate.engine", "generate.url", "model.name", "model.base",
+    "generate", "generate.n", "generate.prompts", "generate.columns", "generate.skip_bad",
+    "generate.engine", "generate.url", "model.name", "model.base",
     "model.adapter", "generate.temperature", "generate.top_p", "generate.max_tokens", "generate.frequency_penalty",
     "generate.seed", "generate.extra_body", "generate.keep_lines", "generate.concurrency", "generate.batch_size",
     "generate.price", "generate.max_usd",
@@ -312,6 +313,7 @@ def judge(
 @command(
     "pair", "pair.strategy", "pair.min_gap", "pair.max_pairs_per_prompt", "pair.max_pairs", "pair.high", "pair.low",
     "pair.require_consistent", "pair.length_control", "pair.margin_column", "pair.val_share", "pair.seed",
+    "pair.columns", "pair.skip_bad",
 )  # fmt: skip
 def pair(
     session: Session,
@@ -319,10 +321,13 @@ def pair(
         Path | None, typer.Option(metavar="FILE", help="Pair scored NeMo Gym rollouts: same-prompt or stratified.")
     ] = None,
     other: Annotated[
-        Path | None, typer.Option("--import", metavar="FILE", help="Take in the pairs of another tool's file.")
+        list[Path] | None,
+        typer.Option(
+            "--import", metavar="FILE", help="Take in the pairs of another tool's file or folder; repeatable."
+        ),
     ] = None,
     to: Annotated[
-        Literal["trl", "parquet", "nemo-rl"] | None,
+        Literal["trl", "parquet", "nemo-rl", "llama-factory", "axolotl", "ms-swift", "openai"] | None,
         typer.Option(help="Make no pairs, but export those that there are for another trainer."),
     ] = None,
     out: Annotated[
@@ -334,7 +339,7 @@ def pair(
     from dpo_cli import view
     from dpo_cli.stages.pair import run as stage
 
-    if sum(given is not None for given in (rollouts, other, to)) > 1:
+    if sum(bool(given) for given in (rollouts, other, to)) > 1:
         raise UserError("--rollouts, --import and --to are different commands", hint="one after the other")
     if to:
         from dpo_cli.data.formats.export import export_split
@@ -482,7 +487,8 @@ def jobs(
 
 
 @command(
-    "evaluate", "evaluate.prompts", "evaluate.samples", "evaluate.gate", "evaluate.rate", "evaluate.max_usd",
+    "evaluate", "evaluate.prompts", "evaluate.columns", "evaluate.skip_bad",
+    "evaluate.samples", "evaluate.gate", "evaluate.rate", "evaluate.max_usd",
     "evaluate.match", "evaluate.seed", "judge.judge", "judge.model", "judge.url", "judge.function",
     "judge.reward_model", "judge.rubric", "judge.price", "judge.flex", "judge.batch", "judge.wait", "generate.engine",
     "generate.url", "model.base", "model.adapter", "model.dpo_adapter", "model.name", "model.dpo_name",

@@ -9,12 +9,12 @@ import nemo_rl as schema
 import pytest
 import yaml
 
-from dpo_cli.config.settings import Config
+from dpo_cli.config.settings import Config, PairSection
 from dpo_cli.data.formats.export import export
 from dpo_cli.data.formats.nemo_rl import batches, launch_lines
-from dpo_cli.data.formats.preferences import read_preferences
 from dpo_cli.data.records import Preference, preference_id
 from dpo_cli.errors import UserError
+from dpo_cli.stages.pair import imports
 
 
 def user(text):
@@ -37,8 +37,8 @@ def write(path, rows):
 
 
 def read(path):
-    name, rows = read_preferences(path)
-    return name, list(rows)
+    found = imports.read([path], PairSection(), 0.0)
+    return ", ".join(found.formats), found.pairs
 
 
 TALK = [{"role": "system", "content": "Be brief."}, user("Hi"), answer("Hello."), user("Name a tree.")]
@@ -127,7 +127,7 @@ GOOD = {"prompt": "Tree?", "chosen": "Oak", "rejected": "Fox"}
         ("a.jsonl", f'{json.dumps(GOOD)}\n\n{{"prompt": "x"}}\n', "a.jsonl:3", 'no "chosen"'),
         ("a.jsonl", f"{json.dumps(GOOD)}\n{{torn", "a.jsonl:2", "not a JSON object"),
         ("a.jsonl", '{"text": "x"}\n', "a.jsonl:1", "no known preference format"),
-        ("a.jsonl", '{"chosen": "x", "rejected": "y"}\n', "a.jsonl:1", "no known preference format"),
+        ("a.jsonl", '{"chosen": "x", "rejected": "y"}\n', "a.jsonl:1", "have no beginning in common"),
         ("a.jsonl", "\n", "a.jsonl", "no rows"),
         ("a.csv", "prompt,good,bad\na,b,c\na,b\n", "a.csv:3", "2 columns"),
         ("a.csv", "q,a,b\nTree or not?,Oak,Fox\n", "a.csv", "unknown columns: q, a, b"),
@@ -151,8 +151,8 @@ GOOD = {"prompt": "Tree?", "chosen": "Oak", "rejected": "Fox"}
         ),
         (
             "a.jsonl",
-            json.dumps({"chosen": [user("a"), answer("b")], "rejected": [user("a"), answer("d")], "score_chosen": None,
-                        "score_rejected": 1}),
+            json.dumps({"chosen": [user("a"), answer("b")], "rejected": [user("a"), answer("d")],
+                        "score_chosen": "high", "score_rejected": 1}),
             "a.jsonl:1",
             "is not a number",
         ),
@@ -216,7 +216,7 @@ def test_export_to_parquet_and_back(tmp_path):
 )
 def test_export_to_nemo_rl_is_what_it_documents(tmp_path, rows, val, dataset):
     files = export(rows, val, tmp_path, "nemo-rl", without_adapter())
-    names = ["train.jsonl", *(["val.jsonl"] if val else []), "nemo_rl.yaml", "launch.sh"]
+    names = ["train.jsonl", *(["val.jsonl"] if val else []), "nemo_rl.yaml", "launch.sh"]  # no SFT adapter to merge
     assert [file.name for file in files] == names
     config = yaml.safe_load((tmp_path / "nemo_rl.yaml").read_text())
     schema.check_config(config)
@@ -246,6 +246,14 @@ def test_the_nemo_rl_recipe_is_ours(tmp_path):
     assert (lora["dim"], lora["target_modules"], lora["match_all_linear"]) == (8, ["q_proj"], False)
 
 
+def test_a_full_recipe_has_no_lora(tmp_path):
+    config = without_adapter()
+    config.train.full = True
+    export(TRAIN, VAL, tmp_path, "nemo-rl", config)
+    recipe = yaml.safe_load((tmp_path / "nemo_rl.yaml").read_text())
+    assert recipe["policy"]["dtensor_cfg"]["lora_cfg"]["enabled"] is False
+
+
 def test_launch_lines_keep_the_batch_and_fit_the_gpus(tmp_path):
     one, eight, many = launch_lines(tmp_path, 40, without_adapter()).values()
     assert schema.overrides(one) == {}
@@ -271,7 +279,9 @@ def test_the_launch_script_merges_the_sft_adapter_first(tmp_path):
     export(TRAIN, VAL, out, "nemo-rl", config)
     assert yaml.safe_load((out / "nemo_rl.yaml").read_text())["policy"]["model_name"] == str(out / "sft")
     script = (out / "launch.sh").read_text()
-    assert f"'{tmp_path}/sft 1'" in script and "merge_and_unload" in script
+    assert f"'{tmp_path}/sft 1'" in script and "merge_and_unload" in (out / "merge_sft.py").read_text()
+    first = next(iter(launch_lines(out, len(TRAIN), config).values()))
+    assert first in script and f"'{tmp_path}/sft 1'" in first, "what is printed needs the merged model as well"
     subprocess.run(["bash", "-n", str(out / "launch.sh")], check=True)
 
 

@@ -270,7 +270,7 @@ def test_forms_of_prompts_are_one_prompt(folder):
         ),
         ('{"text": "a"}\n', "val.jsonl:1", 'no "prompt"'),
         ('{"prompt": " "}\n', "val.jsonl:1", "no text"),
-        ("[]\n", "val.jsonl:1", "not a JSON object"),
+        ("[]\n", "val.jsonl", "empty"),
         ("", "val.jsonl", "empty"),
         (None, "val.jsonl", "no prompts there"),
     ],

@@ -132,18 +132,20 @@ def test_imported_rows_are_filtered_and_counted(tmp_path):
         {"prompt": ask, "chosen": "r", "rejected": "s", "score_gap": 2.0},
     ]
     write_rows(tmp_path / "other.jsonl", rows)
-    result = run.run_import(tmp_path / "other.jsonl", config(tmp_path))
+    result = run.run_import([tmp_path / "other.jsonl"], config(tmp_path))
     assert result.format == "trl-plain"
     assert texts(tmp_path) == [("good", "bad"), ("p", "q"), ("r", "s")]
     assert result.skipped == {"a copy of another pair": 1, "both sides say the same": 1, "a tie": 1}
     settings = PairSection(min_gap=1.0, margin_column=True)
-    assert run.run_import(tmp_path / "other.jsonl", config(tmp_path, pair=settings)).skipped["the gap is below min_gap"]
+    assert run.run_import([tmp_path / "other.jsonl"], config(tmp_path, pair=settings)).skipped[
+        "the gap is below min_gap"
+    ]
     assert texts(tmp_path) == [("good", "bad"), ("r", "s")]
-    run.run_import(tmp_path / "other.jsonl", config(tmp_path, pair=PairSection(max_pairs_per_prompt=1)))
+    run.run_import([tmp_path / "other.jsonl"], config(tmp_path, pair=PairSection(max_pairs_per_prompt=1)))
     assert texts(tmp_path) == [("r", "s")], "the largest gap, not the first row"
     write_rows(tmp_path / "other.jsonl", rows[2:4])
     with pytest.raises(UserError, match="no row is a pair: 1 x both sides say the same, 1 x a tie"):
-        run.run_import(tmp_path / "other.jsonl", config(tmp_path))
+        run.run_import([tmp_path / "other.jsonl"], config(tmp_path))
 
 
 def test_the_split_of_an_import_is_the_split_of_judgments(tmp_path):
@@ -151,5 +153,5 @@ def test_the_split_of_an_import_is_the_split_of_judgments(tmp_path):
     make(tmp_path / "a", pairs)
     rows = [{"prompt": c.prompt, "chosen": c.completions[0], "rejected": c.completions[1]} for c, _ in pairs]
     write_rows(tmp_path / "b.jsonl", rows)
-    run.run_import(tmp_path / "b.jsonl", config(tmp_path / "b"))
+    run.run_import([tmp_path / "b.jsonl"], config(tmp_path / "b"))
     assert [set(side) for side in made(tmp_path / "a")] == [set(side) for side in made(tmp_path / "b")]

@@ -96,9 +96,12 @@ def test_the_whole_conversation_is_the_prompt():
     assert read.prompt == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "", "tool_calls": [
+            {"type": "function", "function": {"name": "f", "arguments": {}}, "id": "1"}]},
+        {"role": "tool", "content": "x", "tool_call_id": "1"},
         {"role": "assistant", "content": "Hello."},
         {"role": "user", "content": "Bye"},
-    ]
+    ]  # fmt: skip
 
 
 def test_the_answer_is_the_last_message_and_its_end_is_known():
@@ -137,7 +140,6 @@ def test_what_can_be_no_side_is_counted(tmp_path, change, reason):
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"reward": None}, '"reward" is not a number'),
         ({"reward": "0.5"}, '"reward" is not a number'),
         ({"output": "text"}, "that is a list"),
         ({"responses_create_params": {}}, "responses_create_params"),

@@ -10,7 +10,8 @@ import time
 import msgspec
 import pytest
 
-from dpo_cli.data.jsonl import BLOCK_BYTES, Journal, parse_rows, read_latest, read_rows, write_rows
+from dpo_cli.data.jsonl import BLOCK_BYTES, Journal, read_latest, read_rows, write_rows
+from dpo_cli.data.reader import parse_rows
 from dpo_cli.errors import Exit, UserError
 
 

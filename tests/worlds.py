@@ -20,7 +20,8 @@ from msgspec.structs import replace
 
 from dpo_cli.config.resolve import resolve
 from dpo_cli.config.settings import Config
-from dpo_cli.data.jsonl import parse_rows, write_rows
+from dpo_cli.data.jsonl import write_rows
+from dpo_cli.data.reader import parse_rows
 from dpo_cli.progress import Silent
 from dpo_cli.stages import generate, judge, train
 from dpo_cli.stages.evaluate.win_rate import win_rate

@@ -19,6 +19,12 @@ MIN_REWARD_GAP = 0.2  # of a rollout's reward, which goes from 0 to 1; as in the
 
 Orders: TypeAlias = Annotated[int, Meta(ge=1, le=8)] | Literal["full", "auto"]
 Tracker = Literal["none", "wandb", "trackio", "tensorboard"]
+SkipBad = Annotated[
+    bool, Meta(description="Leave out rows that can't be read, and write them to rejected-rows.jsonl in the data.")
+]
+Columns = Annotated[
+    str | None, Meta(description="What columns mean, ROLE=COLUMN,…: prompt=question,chosen=good,system=…,ignore=note.")
+]
 Strategy = Literal["auto", "best-worst", "all", "adjacent", "mu-2sigma", "same-prompt", "stratified"]
 PairWeights = Literal["none", "prompt", "gap"]
 Match = Literal["exact", "judge"]
@@ -72,7 +78,9 @@ class ModelSection(Struct, kw_only=True):
 class GenerateSection(Struct, kw_only=True):
     """Prompts to completions."""
 
-    prompts: Annotated[str, _doc("Prompts: a JSONL file, or a folder that holds val.jsonl.")] = "data"
+    prompts: Annotated[str, _doc("Prompts: a file (JSON, CSV, parquet …), or a folder that holds val.jsonl.")] = "data"
+    skip_bad: SkipBad = False
+    columns: Columns = None
     engine: Annotated[str, _doc("Where completions come from.")] = "endpoint"
     url: Annotated[str | None, _doc("OpenAI-compatible endpoint that serves the adapters.")] = None
     n: Annotated[Count, _doc("Completions a prompt.")] = 3
@@ -165,6 +173,8 @@ class PairSection(Struct, kw_only=True):
     require_consistent: Annotated[bool, _doc("Drop a pair that any order inverts.")] = True
     length_control: Annotated[bool, _doc("Pair by scores without the part that is linear in length.")] = False
     val_share: Annotated[Share, _doc("Share of the prompts that go to val.jsonl.")] = 0.1
+    skip_bad: SkipBad = False
+    columns: Columns = None
     seed: Annotated[int, _doc("Seed of the split.")] = SEED
 
 
@@ -300,6 +310,8 @@ class EvaluateSection(Struct, kw_only=True):
     """Policy against reference on held-out prompts."""
 
     prompts: Annotated[str | None, _doc("Held-out prompts; unset: the prompts of val.jsonl.")] = None
+    skip_bad: SkipBad = False
+    columns: Columns = None
     samples: Annotated[Count, _doc("Completions a prompt and adapter.")] = 1
     kl_prompts: Annotated[int, Meta(ge=0), _doc("Prompts on which KL is measured; 0: none.")] = 32
     kl_by_endpoint: Annotated[

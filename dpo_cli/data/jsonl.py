@@ -7,7 +7,7 @@ keeps a second writer out; on file systems without locks (GCS FUSE) there is non
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -32,20 +32,6 @@ def read_rows(path: Path, kind: type[T]) -> Iterator[tuple[int, T]]:
         UserError: `file:line` of the first line that is not such a record.
     """
     yield from _decode(path, kind, torn_end=True)
-
-
-def parse_rows(path: Path, parse: Callable[[dict[str, Any]], T]) -> Iterator[tuple[int, T]]:
-    """Yield (line number, parsed row) of a file that others may have written.
-
-    Raises:
-        UserError: `file:line` of the first line that is no JSON object or that `parse` refuses with ValueError.
-    """
-    for number, row in _decode(path, dict[str, Any]):
-        try:
-            parsed = parse(row)
-        except ValueError as error:
-            raise UserError(str(error), where=f"{path}:{number}") from None
-        yield number, parsed
 
 
 def read_latest(path: Path, kind: type[T]) -> dict[str, T]:

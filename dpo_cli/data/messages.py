@@ -64,6 +64,7 @@ SPEAKERS = {
     "function_call": "assistant", "tool_call": "assistant",
 }  # fmt: skip
 CALLING = {"function_call", "tool_call"}  # speakers whose text is a call
+_TOOL_ROLES = CALLING | {"tool_response", "function_response", "observation"}  # also as roles, in ms-swift
 REASONING = ("reasoning_content", "reasoning", "thinking")
 # Types of content parts, and names of columns, that are no text.
 MEDIA = ("image", "audio", "video", "file", "document")
@@ -178,7 +179,17 @@ def read_messages(value: Any, field: str, role: str = "user", dropped: Counter[s
         raise ValueError(f'"{field}" is not a string or a list of {{"role", "content"}} messages')
     if not value:
         raise ValueError(f'"{field}" is empty')
-    return [_read_message(one, field, role if len(value) == 1 else None, dropped) for one in value]
+    messages: list[Message] = []
+    for one in value:
+        message = _read_message(one, field, role if len(value) == 1 else None, dropped)
+        speaker = str(one.get("role", one.get("from"))).lower()
+        if speaker in CALLING and messages and messages[-1]["role"] == "assistant":
+            # A call is a turn of its own there, and belongs to the answer before it.
+            calls = messages[-1].get("tool_calls", []) + message["tool_calls"]
+            messages[-1] = {**messages[-1], "tool_calls": calls}
+            continue
+        messages.append(message)
+    return messages
 
 
 def from_cell(text: str, field: str) -> Any:
@@ -226,7 +237,9 @@ def _is_plain(value: Any) -> bool:
 def _read_message(row: dict[str, Any], field: str, role: str | None, dropped: Counter[str] | None) -> Message:
     given = {key: value for key, value in row.items() if value is not None}
     if "from" in given and "role" not in given:
-        message, known = _read_speaker(given, field), {"from", "value"}
+        message, known = _read_speaker(given["from"], given.get("value"), field), {"from", "value"}
+    elif isinstance(given.get("role"), str) and given["role"] in _TOOL_ROLES and "tool_calls" not in given:
+        message, known = _read_speaker(given["role"], given.get("content"), field), {"role", "content"}
     else:
         named = given.get("role", role)
         if not isinstance(named, str):
@@ -254,14 +267,13 @@ def _read_message(row: dict[str, Any], field: str, role: str | None, dropped: Co
     return message
 
 
-def _read_speaker(given: dict[str, Any], field: str) -> Message:
+def _read_speaker(speaker: Any, text: Any, field: str) -> Message:
     """ShareGPT's `{"from", "value"}`; a call is a message whose text is JSON with `name` and `arguments`."""
-    speaker = given["from"]
     if not isinstance(speaker, str) or speaker.lower() not in SPEAKERS:
         raise ValueError(f'"{field}" has a message from {speaker!r}; known are {", ".join(sorted(SPEAKERS))}')
     if speaker.lower() in CALLING:
-        return {"role": "assistant", "content": "", "tool_calls": read_tool_calls(given.get("value"), field)}
-    return {"role": SPEAKERS[speaker.lower()], "content": _read_content(given.get("value"), field)}
+        return {"role": "assistant", "content": "", "tool_calls": read_tool_calls(text, field)}
+    return {"role": SPEAKERS[speaker.lower()], "content": _read_content(text, field)}
 
 
 def _read_content(content: Any, field: str) -> str:

@@ -151,55 +151,15 @@ def completions_id(texts: list[str], messages: Sequence[Message | None] = ()) ->
     return content_id(texts, messages) if any(messages) else content_id(texts)
 
 
-def read_prompt(row: dict[str, Any]) -> list[Message]:
-    """The prompt of a row: `prompt`, or `messages` without the answer that ends them.
-
-    Raises:
-        ValueError: if the row holds no usable prompt.
-    """
-    if "prompt" in row:
-        prompt = read_messages(row["prompt"], "prompt")
-    elif "messages" in row:
-        prompt = read_messages(row["messages"], "messages")
-        if prompt[-1]["role"] == "assistant":
-            prompt = prompt[:-1]
-    else:
-        raise ValueError('no "prompt" and no "messages"')
-    if any(said(message).strip() for message in prompt):
-        return prompt
-    raise ValueError("the prompt has no text")
-
-
-def read_prompt_and_tools(row: dict[str, Any]) -> Prompt:
-    """The prompt of a row as `read_prompt` has it, with the row's `tools`.
-
-    Raises:
-        ValueError: if the row holds no usable prompt.
-    """
-    return Prompt(read_prompt(row), read_tools(row.get("tools")))
-
-
-def read_demonstration(row: dict[str, Any]) -> tuple[list[Message], list[Message]]:
-    """Prompt and completion of a row for supervised fine-tuning.
-
-    Raises:
-        ValueError: if the row holds no completion.
-    """
-    prompt = read_prompt(row)
-    if "completion" in row:
-        return prompt, read_messages(row["completion"], "completion", role="assistant")
-    if "messages" in row and len(row["messages"]) > len(prompt):
-        return prompt, read_messages(row["messages"][-1:], "messages")
-    raise ValueError('no "completion", and "messages" does not end with an assistant message')
-
-
 def read_preference(row: dict[str, Any]) -> Preference:
     """A preference from TRL's format, conversational or plain text, with or without our scores.
 
     Raises:
         ValueError: naming the field that is wrong.
     """
-    prompt = read_prompt(row)
+    if "prompt" not in row:
+        raise ValueError('no "prompt"')
+    prompt = read_messages(row["prompt"], "prompt")
     sides = []
     for side in ("chosen", "rejected"):
         if side not in row:

@@ -1,6 +1,6 @@
 """Prompts to completions: sample the SFT adapter until every prompt has `n`.
 
-Reads prompts (prompt-only, `messages` and prompt-completion rows of a JSONL file, or of val.jsonl in a folder) and
+Reads prompts (the rows of any file that `data.reader` opens, or of val.jsonl in a folder) and
 what completions.jsonl in `data` holds already; appends to it a line for each prompt that is finished, in the order in
 which they finish. The last line of an id wins, and a clean finish drops the lines before it. Rows that were made with
 another model or other sampling settings are never mixed with new ones.
@@ -10,7 +10,7 @@ a judge says which is better.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ from msgspec.structs import replace
 from dpo_cli import engines
 from dpo_cli.config.resolve import get
 from dpo_cli.config.settings import Config
-from dpo_cli.data.jsonl import parse_rows, read_rows
-from dpo_cli.data.records import Completions, Prompt, Usage, message_key, prompt_id, read_prompt_and_tools
+from dpo_cli.data.formats.prompts import PromptFile
+from dpo_cli.data.jsonl import read_rows
+from dpo_cli.data.reader import has_files
+from dpo_cli.data.records import Completions, Prompt, Usage, message_key, prompt_id
 from dpo_cli.data.resumable import Delivery, Resumable
 from dpo_cli.data.same_settings import refuse_other_settings
 from dpo_cli.endpoint.costs import Estimate, Receipt
@@ -42,7 +44,7 @@ class Generated(Struct, kw_only=True):
     this run's own: `identical` ones came twice for one prompt although they were sampled anew, `cut` ones ran into
     max_tokens; `failed` counts prompts, and `error` is the first one's. `missing` counts, by the reason, the replies
     that are no completions. `receipt` is of paid calls, where there were any; `estimate`, with `dry_run`, of those that
-    are owed.
+    are owed. `left_out` are lines on what was not read.
     """
 
     path: str
@@ -61,6 +63,7 @@ class Generated(Struct, kw_only=True):
     usage: Usage = msgspec.field(default_factory=Usage)
     receipt: Receipt | None = None
     estimate: Estimate | None = None
+    left_out: list[str] = []
 
 
 def run(config: Config, progress: Progress, limit: int | None = None, dry_run: bool = False) -> Generated:
@@ -97,21 +100,18 @@ def run(config: Config, progress: Progress, limit: int | None = None, dry_run: b
     return result
 
 
-def read_prompts(path: Path) -> Iterator[Prompt]:
-    """Every prompt of a JSONL file, or of val.jsonl in a folder, duplicates included.
+def read_prompts(config: Config) -> PromptFile:
+    """Every prompt of `generate.prompts`, a file or a folder that holds val.jsonl, duplicates included.
 
     Raises:
-        UserError: no such file, no prompts in it, or a line that holds none.
+        UserError: no such file; while it is read, no prompts in it, or a line that holds none.
     """
-    file = path / "val.jsonl" if path.is_dir() else path
-    if not file.exists():
-        raise UserError("no prompts there", where=str(file), hint="--prompts FILE, or a folder that holds val.jsonl")
-    empty = True
-    for _, prompt in parse_rows(file, read_prompt_and_tools):
-        empty = False
-        yield prompt
-    if empty:
-        raise UserError("the file is empty", where=str(file), hint="one prompt a line")
+    path = Path(config.generate.prompts)
+    file = path / "val.jsonl" if (path / "val.jsonl").exists() else path
+    if not file.exists() or (file.is_dir() and not has_files(file)):
+        where = path / "val.jsonl" if path.is_dir() else path
+        raise UserError("no prompts there", where=str(where), hint="--prompts FILE, or a folder that holds val.jsonl")
+    return PromptFile(file, config.generate.columns, config.generate.skip_bad)
 
 
 def _contrast(config: Config) -> Config:
@@ -161,7 +161,8 @@ def _find_owed(rows: Resumable[_Made], config: Config, limit: int | None, result
     """What is missing, in the order of the prompts; counts it in `result`."""
     n = config.generate.n
     prompts: dict[str, Prompt] = {}
-    for prompt in read_prompts(Path(config.generate.prompts)):
+    file = read_prompts(config)
+    for prompt in file:
         key = prompt_id(*prompt)
         if key in prompts:
             result.merged += 1
@@ -169,6 +170,9 @@ def _find_owed(rows: Resumable[_Made], config: Config, limit: int | None, result
         if len(prompts) == limit:
             break
         prompts[key] = prompt
+    if not prompts and not file.bad.rows:
+        raise UserError("the file is empty", where=str(file.path), hint="one prompt a line")
+    result.left_out = file.notes(None if result.dry_run else Path(result.path).parent)
     owed = []
     for key, prompt in rows.missing(prompts, lambda made, _: len(made.completions) >= n).items():
         made = rows.known.get(key)

@@ -11,9 +11,12 @@ from typing import Any, Literal, NamedTuple
 from msgspec import Struct
 
 from dpo_cli.config.settings import Config
-from dpo_cli.data import jsonl
+from dpo_cli.data.columns import Cells
 from dpo_cli.data.files import finish_replacement, sha256
-from dpo_cli.data.records import Message, prompt_id, read_demonstration, read_preference, split_side
+from dpo_cli.data.formats.preferences import read_pair
+from dpo_cli.data.formats.prompts import read_demonstration
+from dpo_cli.data.reader import parse_rows
+from dpo_cli.data.records import Message, Tool, prompt_id, split_side
 from dpo_cli.errors import Exit, UserError
 
 Stage = Literal["dpo", "sft"]
@@ -28,6 +31,7 @@ class TrainingRow(NamedTuple):
     gap: float | None = None
     weight: float = 1.0
     scores: tuple[float, float] | None = None
+    tools: list[Tool] | None = None
 
 
 class Inputs(Struct):
@@ -61,6 +65,8 @@ def read_inputs(config: Config, stage: Stage, data: Path | None, limit: int | No
     inputs = _read_folder(source, parse, hint) if source.is_dir() else _read_file(source, parse, hint, config)
     if not inputs.rows:
         raise UserError("no rows to train on", where=str(source), hint=hint)
+    if stage == "dpo":
+        _refuse_shared(inputs, source)
     inputs.rows = inputs.rows[:limit]
     if stage == "dpo" and config.train.curriculum:
         if any(row.gap is None for row in inputs.rows):
@@ -69,19 +75,33 @@ def read_inputs(config: Config, stage: Stage, data: Path | None, limit: int | No
     return inputs
 
 
+def _refuse_shared(inputs: Inputs, source: Path) -> None:
+    """Prompts that are held out and trained on: the held-out numbers would say nothing."""
+    held_out = {prompt_id(row.prompt, row.tools) for row in inputs.held_out}
+    shared = held_out & {prompt_id(row.prompt, row.tools) for row in inputs.rows} if held_out else set()
+    if shared:
+        raise UserError(
+            f"{len(shared):,} of {len(held_out):,} held-out prompts are in train.jsonl as well",
+            where=str(source),
+            hint="nothing-dpo pair, which splits by prompt; or nothing-dpo inspect pairs --fix FOLDER",
+        )
+
+
 def _pair(row: dict[str, Any]) -> TrainingRow:
-    preference = read_preference(row)
+    preference = read_pair(Cells(row))[1]
     gap, scores = preference.score_gap, None
     if preference.chosen_score is not None and preference.rejected_score is not None:
         scores = preference.chosen_score, preference.rejected_score
         gap = scores[0] - scores[1] if gap is None else gap
     weight = 1.0 if preference.weight is None else preference.weight
-    return TrainingRow(preference.prompt, [preference.chosen, preference.rejected], gap, weight, scores)
+    return TrainingRow(
+        preference.prompt, [preference.chosen, preference.rejected], gap, weight, scores, preference.tools
+    )
 
 
 def _demonstration(row: dict[str, Any]) -> TrainingRow:
     prompt, completion = read_demonstration(row)
-    return TrainingRow(prompt, [completion])
+    return TrainingRow(prompt.messages, [completion], tools=prompt.tools)
 
 
 def _read_folder(folder: Path, parse: Callable[[dict[str, Any]], TrainingRow], hint: str) -> Inputs:
@@ -90,7 +110,7 @@ def _read_folder(folder: Path, parse: Callable[[dict[str, Any]], TrainingRow], h
     if not train.exists():
         raise UserError("no train.jsonl in it", where=str(folder), hint=hint)
     files = [train, val] if val.exists() else [train]
-    rows = [[row for _, row in jsonl.parse_rows(file, parse)] for file in files]
+    rows = [[row for _, row in parse_rows(file, parse)] for file in files]
     return Inputs(rows[0], rows[1] if len(rows) > 1 else [], {file.name: sha256(file) for file in files}, {})
 
 
@@ -100,8 +120,8 @@ def _read_file(file: Path, parse: Callable[[dict[str, Any]], TrainingRow], hint:
         raise UserError("no such file or folder", where=str(file), hint=hint)
     split = {"seed": config.pair.seed, "val_share": config.pair.val_share}
     sides: tuple[list[TrainingRow], list[TrainingRow]] = ([], [])
-    for _, row in jsonl.parse_rows(file, parse):
-        sides[split_side(prompt_id(row.prompt), config.pair.seed, config.pair.val_share)].append(row)
+    for _, row in parse_rows(file, parse):
+        sides[split_side(prompt_id(row.prompt, row.tools), config.pair.seed, config.pair.val_share)].append(row)
     return Inputs(*sides, {file.name: sha256(file)}, split)
 
 

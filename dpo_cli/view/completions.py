@@ -42,6 +42,8 @@ def generated(console: Console, result: "Generated") -> None:
         f"{result.owed_completions:,} completions of {result.owed_prompts:,} prompts"
         + (f" · {result.done_before:,} prompts were done" if result.done_before else ""),
     )
+    for note in result.left_out:
+        table.add_row("left out", safe(note, "yellow"))
     add_estimate(table, result.estimate)
     if not result.dry_run:
         made = [f"{result.completions:,}"]

@@ -265,12 +265,24 @@ def paired(console: Console, result: "Paired") -> None:
         table.add_row("average", f"reward {rewards} · gap {scored.average_gap:.3f}")
         if scored.skipped:
             table.add_row("no rollout", reason_lines(scored.skipped, "yellow"))
+        if scored.left_out:
+            table.add_row("left out", reason_lines(scored.left_out, "yellow"))
+    if result.dropped:
+        columns = " · ".join(f"{name} ({count:,} rows)" for name, count in result.dropped.items())
+        table.add_row("columns left out", safe(columns, "yellow"))
+    if result.bad_rows:
+        table.add_row("bad rows left out", reason_lines(result.bad_rows, "yellow"))
+        if result.rejected_path:
+            table.add_row("", safe(f"with line and reason in {result.rejected_path}"))
     if result.skipped:
         table.add_row("no pair", reason_lines(result.skipped, "yellow"))
     for warning in result.warnings:
         table.add_row("warning", safe(warning, "yellow"))
     table.add_row("wrote", safe(f"{result.train_path}, {result.val_path}"))
     console.print(table)
+    if result.example is not None:
+        console.print(Text("\nthe first pair", "bold"))
+        console.print(pair_view(result.example, console.width, brief=True))
 
 
 def exported(console: Console, result: "Exported") -> None:
@@ -279,6 +291,9 @@ def exported(console: Console, result: "Exported") -> None:
     table.add_row("pairs", f"{result.train:,} to train on · {result.val:,} held out")
     table.add_row("wrote", safe("\n".join(result.files) or "nothing: a dry run"))
     console.print(table)
+    if result.example:
+        console.print(Text("\nthe first pair", "bold"))
+        console.print(safe(result.example), soft_wrap=True)
     for title, line in result.launch.items():
         console.print(Text(f"\n{title}", "bold"))
         console.print(safe(line, "green"), soft_wrap=True)

@@ -191,7 +191,7 @@ class _Stages:
             yield Step(number, "generate", "done", f"{self.round.completions:,} completions")
             yield Step(number, "judge", "done", f"{self.round.pairs:,} pairs, {self.round.held_out:,} held out")
         elif number > 1 and not starts:
-            prompts = len(list(generate.read_prompts(Path(self.config.generate.prompts)))[: self.limit])
+            prompts = len(list(generate.read_prompts(self.config))[: self.limit])
             text = f"{prompts * self.config.generate.n:,} completions by the adapter of round {number - 1}"
             yield Step(number, "generate", "to do", text)
             yield Step(number, "judge", "to do", f"{prompts:,} prompts")

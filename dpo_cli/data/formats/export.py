@@ -1,35 +1,39 @@
-"""Preference rows as files for other trainers: TRL, parquet, NeMo RL.
+"""Preference rows as files for other trainers: TRL, parquet, NeMo RL, LLaMA-Factory, axolotl, ms-swift, OpenAI.
 
 Reads train.jsonl and val.jsonl, writes a folder; every file is replaced whole or not at all. Scores and finish reasons
 are left out: no trainer reads them. The column `margin`, where pairs have it, goes to TRL and parquet. Prompts stay
-conversations: as plain texts, TRL would train them without the chat template.
+conversations: as plain texts, TRL would train them without the chat template. In parquet, tool calls and tools are JSON
+texts: its columns would give every call the arguments of all others.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 
 from dpo_cli.config.settings import Config
-from dpo_cli.data.files import write_file
-from dpo_cli.data.formats import nemo_rl
+from dpo_cli.data.files import encode_line, write_file
+from dpo_cli.data.formats import foreign, nemo_rl
 from dpo_cli.data.jsonl import read_rows, write_rows
-from dpo_cli.data.records import Preference
+from dpo_cli.data.records import Message, Preference
 from dpo_cli.errors import UserError, require
 
-TARGETS = ("trl", "parquet", "nemo-rl")
+TARGETS = ("trl", "parquet", "nemo-rl", "llama-factory", "axolotl", "ms-swift", "openai")
+_FOREIGN = TARGETS[3:]
 
 
 class Exported(Struct, kw_only=True):
-    """What was written where, and for `nemo-rl` what to type: title -> command."""
+    """What was written where, the first row of it as text, and what to type: title -> command."""
 
     to: str
     train: int
     val: int
     files: list[str]
     launch: dict[str, str]
+    example: str = ""
 
 
 def export_split(data: Path, to: str, folder: Path | None, config: Config, dry_run: bool = False) -> Exported:
@@ -52,7 +56,17 @@ def export_split(data: Path, to: str, folder: Path | None, config: Config, dry_r
     train, val = ([row for _, row in read_rows(path, Preference)] if path.exists() else [] for path in paths)
     files = [] if dry_run else export(train, val, folder, to, config)
     launch = nemo_rl.launch_lines(folder, len(train), config) if to == "nemo-rl" and train else {}
-    return Exported(to=to, train=len(train), val=len(val), files=[str(file) for file in files], launch=launch)
+    if to in _FOREIGN:
+        launch = foreign.launch_lines(to, folder, bool(val), config)
+    example = msgspec.json.format(encode_line(row_format(to, [*train, *val])(train[0])), indent=2) if train else b""
+    return Exported(
+        to=to,
+        train=len(train),
+        val=len(val),
+        files=[str(file) for file in files],
+        launch=launch,
+        example=example.decode(),
+    )
 
 
 def export(train: Sequence[Preference], val: Sequence[Preference], folder: Path, to: str, config: Config) -> list[Path]:
@@ -66,10 +80,11 @@ def export(train: Sequence[Preference], val: Sequence[Preference], folder: Path,
         config: the recipe, for `nemo-rl`.
 
     Returns:
-        The files written: `train.*` and `val.*`, and for `nemo-rl` its YAML and launch script.
+        The files written: `train.*` and `val.*`, and what the trainer wants beside them.
 
     Raises:
-        UserError: no pairs to train on, an unknown target, or parquet without the extra `train`.
+        UserError: no pairs to train on, an unknown target, pairs that it has no place for, or parquet without the
+            extra `train`.
     """
     if to not in TARGETS:
         raise UserError(f"unknown export target '{to}'", where="--to", hint=f"one of: {', '.join(TARGETS)}")
@@ -77,7 +92,9 @@ def export(train: Sequence[Preference], val: Sequence[Preference], folder: Path,
         raise UserError("no pairs to export", hint="nothing-dpo pair")
     # First of all, since it may refuse.
     recipe = nemo_rl.write_recipe(train, val, folder, config) if to == "nemo-rl" else []
-    as_row = nemo_rl.row_format([*train, *val]) if to == "nemo-rl" else as_trl
+    if to in _FOREIGN:
+        recipe = foreign.write_files(to, [*train, *val], bool(val), folder, config)
+    as_row = row_format(to, [*train, *val])
     files = []
     for side, rows in (("train", train), ("val", val)):
         path = folder / f"{side}.{'parquet' if to == 'parquet' else 'jsonl'}"
@@ -90,10 +107,23 @@ def export(train: Sequence[Preference], val: Sequence[Preference], folder: Path,
     return files + recipe
 
 
+def row_format(to: str, rows: Sequence[Preference]) -> Callable[[Preference], dict[str, Any]]:
+    """How rows are written for a target.
+
+    Raises:
+        UserError: a row holds what the target has no place for.
+    """
+    if to == "nemo-rl":
+        return nemo_rl.row_format(rows)
+    return foreign.row_format(to, rows) if to in _FOREIGN else as_trl
+
+
 def as_trl(row: Preference) -> dict[str, Any]:
     """A row in TRL's conversational preference format."""
     plain: dict[str, Any] = {"prompt": row.prompt, "chosen": row.chosen, "rejected": row.rejected}
-    return plain if row.margin is None else plain | {"margin": row.margin}
+    if row.margin is not None:
+        plain["margin"] = row.margin
+    return plain | {"tools": row.tools} if row.tools else plain
 
 
 def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -102,11 +132,28 @@ def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    messages = pyarrow.list_(pyarrow.struct([("role", pyarrow.string()), ("content", pyarrow.string())]))
-    fields = [(field, messages) for field in ("prompt", "chosen", "rejected")]
+    sides = ("prompt", "chosen", "rejected")
+    used = {key for row in rows for side in sides for message in row[side] for key in message}
+    names = [key for key in Message.__annotations__ if key in used]
+    messages = pyarrow.list_(pyarrow.struct([(name, pyarrow.string()) for name in names]))
+    fields = [(side, messages) for side in sides]
     if any("margin" in row for row in rows):
         fields.append(("margin", pyarrow.float64()))
-    schema = pyarrow.schema(fields)
+    if any("tools" in row for row in rows):
+        fields.append(("tools", pyarrow.string()))
+    flat = [
+        {
+            **row,
+            **{side: [*map(_flat_message, row[side])] for side in sides},
+            **({"tools": encode_line(row["tools"]).decode()} if "tools" in row else {}),
+        }
+        for row in rows
+    ]
     content = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), content)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(flat, schema=pyarrow.schema(fields)), content)
     write_file(path, content.getvalue())
+
+
+def _flat_message(message: Message) -> dict[str, Any]:
+    calls = message.get("tool_calls")
+    return {**message, "tool_calls": encode_line(calls).decode()} if calls else dict(message)

@@ -20,6 +20,7 @@ from dpo_cli.errors import UserError
 
 CONFIG_FILE = "nemo_rl.yaml"
 LAUNCH_FILE = "launch.sh"
+MERGE_FILE = "merge_sft.py"
 MERGED = "sft"  # where launch.sh puts the base model with the SFT adapter merged into it
 # The base config lies in the NeMo RL checkout that the command is run from; NeMo RL resolves a relative path from the
 # YAML's own folder, and `${oc.env:…}` before that.
@@ -30,14 +31,24 @@ RUN = "uv run examples/run_dpo.py --config"
 def dataset_name(rows: Sequence[Preference]) -> str:
     """The NeMo RL dataset that holds these rows: the binary one's prompt is documented as a single user text."""
     single = all(
-        [message["role"] for message in row.prompt] == ["user"] and len(row.chosen) == len(row.rejected) == 1
+        [message["role"] for message in row.prompt] == ["user"]
+        and len(row.chosen) == len(row.rejected) == 1
+        and all(len(message) == 2 for message in row.prompt + row.chosen + row.rejected)
         for row in rows
     )
     return "BinaryPreferenceDataset" if single else "PreferenceDataset"
 
 
 def row_format(rows: Sequence[Preference]) -> Callable[[Preference], dict[str, Any]]:
-    """How each of these rows is written; both sides of a split have one format."""
+    """How each of these rows is written; both sides of a split have one format.
+
+    Raises:
+        UserError: a row has tools, for which its preference datasets have no place.
+    """
+    if found := next((row.id for row in rows if row.tools), None):
+        raise UserError(
+            f"pair {found}: tools, which nemo-rl has no place for", where="--to", hint="--to trl holds everything"
+        )
     return _binary if dataset_name(rows) == "BinaryPreferenceDataset" else _ranked
 
 
@@ -66,7 +77,11 @@ def write_recipe(train: Sequence[Preference], val: Sequence[Preference], folder:
     text = _HEADER + yaml.safe_dump(recipe(train, val, folder, config), sort_keys=False, allow_unicode=True)
     write_file(folder / CONFIG_FILE, text.encode())
     write_file(folder / LAUNCH_FILE, _launch_script(folder, len(train), config).encode())
-    return [folder / CONFIG_FILE, folder / LAUNCH_FILE]
+    files = [folder / CONFIG_FILE, folder / LAUNCH_FILE]
+    if config.model.adapter is not None:
+        write_file(folder / MERGE_FILE, _MERGE.encode())
+        files.append(folder / MERGE_FILE)
+    return files
 
 
 _HEADER = """\
@@ -122,7 +137,7 @@ def recipe(train: Sequence[Preference], val: Sequence[Preference], folder: Path,
                 "_v2": True,  # LoRA needs it
                 "activation_checkpointing": settings.gradient_checkpointing is not False,
                 "lora_cfg": {
-                    "enabled": True,
+                    "enabled": not settings.full,
                     "match_all_linear": not named,
                     "target_modules": named,
                     "dim": settings.r,
@@ -210,7 +225,8 @@ def launch_lines(folder: Path, pairs: int, config: Config, nodes: int = 2) -> di
     eight = f"{command} cluster.gpus_per_node=8"
     many = shlex.quote(f"{eight} cluster.num_nodes={nodes} {overrides(8 * nodes)}")
     mounts = f'"$PWD:$PWD",{shlex.quote(f"{folder}:{folder}")}'
-    return {
+    merge = {} if config.model.adapter is None else {"first, once: the SFT model": merge_line(folder, config)}
+    return merge | {
         "one GPU": command,
         "eight GPUs": f"{eight} {overrides(8)}",
         f"{nodes} nodes of eight GPUs (Slurm)": (
@@ -220,14 +236,15 @@ def launch_lines(folder: Path, pairs: int, config: Config, nodes: int = 2) -> di
 
 
 def _launch_script(folder: Path, pairs: int, config: Config) -> str:
-    one, eight, many = launch_lines(folder, pairs, config).items()
+    *_, one, eight, many = launch_lines(folder, pairs, config).items()
     merge = ""
     if config.model.adapter is not None:
-        merge = _MERGE.format(
-            base=shlex.quote(_base(config)),
-            adapter=shlex.quote(str(absolute(config.model.adapter))),
-            merged=shlex.quote(str(folder / MERGED)),
-        )
+        merge = f"""
+# Merged once, the SFT model is what DPO trains and its reference.
+if [ ! -e {shlex.quote(str(folder / MERGED))}/tokenizer_config.json ]; then # saved last
+  {merge_line(folder, config)}
+fi
+"""
     return f"""\
 #!/usr/bin/env bash
 # NeMo RL on the exported pairs. From the root of a NeMo RL checkout:
@@ -246,11 +263,18 @@ esac
 """
 
 
-_MERGE = """
-# NeMo RL takes no PEFT adapter to start from: merged once, the SFT model is what DPO trains and its reference.
-if [ ! -e {merged}/tokenizer_config.json ]; then # saved last
-  uv run --with peft python - {base} {adapter} {merged} <<'PYTHON'
+def merge_line(folder: Path, config: Config) -> str:
+    """The command that merges the SFT adapter into the base, for NeMo RL takes no PEFT adapter to start from."""
+    assert config.model.adapter is not None
+    script, merged = folder.resolve() / MERGE_FILE, folder.resolve() / MERGED
+    arguments = (script, _base(config), absolute(config.model.adapter), merged)
+    return f"uv run --with peft python {' '.join(shlex.quote(str(one)) for one in arguments)}"
+
+
+_MERGE = """\
+# The base model with the SFT adapter merged into it: merge_sft.py BASE ADAPTER MERGED. Written by nothing-dpo.
 import sys
+
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -258,6 +282,4 @@ base, adapter, merged = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(base, dtype="bfloat16")
 PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(merged)
 AutoTokenizer.from_pretrained(base).save_pretrained(merged)
-PYTHON
-fi
 """

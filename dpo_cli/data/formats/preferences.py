@@ -1,141 +1,158 @@
-"""Preference files of other tools to `Preference` rows; the format is told from the first row.
+"""Preference rows of other tools, each told by its columns: a pair, or one prompt's answers with their scores.
 
-Reads TRL (conversational, plain, and with the prompt inside both sides), UltraFeedback (binarized), Anthropic HH, and
-(prompt, good, bad) as JSONL, CSV or TSV; any of them gzipped, the JSONL ones also as parquet. Writes nothing. Every
-row must be of the format of the first. Not covered: rankings of more than two answers, images, tool calls, and plain
-`chosen`/`rejected` texts without a prompt: where the prompt would end is not in the file.
+Reads TRL (conversational, plain, with the prompt inside both sides), UltraFeedback (binarized and raw), Anthropic HH,
+OpenAI (also Azure, Fireworks, Together), LLaMA-Factory, axolotl, ms-swift, Argilla and distilabel, NeMo RL, KTO, and
+(prompt, good, bad). Writes nothing. The forms are those of the tools' own readers and documents in November 2026.
+Plain `chosen` and `rejected` without a prompt are divided where TRL divides them, at what both begin with.
 """
 
-import csv
-import gzip
-import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
-import msgspec
+from dpo_cli.data.columns import (
+    ANSWER,
+    ASKED,
+    BAD,
+    GOOD,
+    LABEL,
+    MESSAGES,
+    Cells,
+    read_conversation,
+    read_turns,
+    with_system,
+)
+from dpo_cli.data.formats.pairs import divide, last_turn, longer, make, read_side, without_chosen
+from dpo_cli.data.formats.ratings import ScoredAnswers, is_ranked, is_rated, is_raw, read_kto, read_nemo_rl, read_rated
+from dpo_cli.data.messages import Message, Prompt, read_messages, read_tools
+from dpo_cli.data.records import Preference
 
-from dpo_cli.data.records import Message, Preference, canonical, preference_id, read_messages, read_preference
-from dpo_cli.errors import UserError, require
-
-Cells = dict[str, Any]
-
-# Column names of (prompt, good, bad), as people call them.
-PROMPT = ("prompt", "question", "instruction", "input")
-GOOD = ("good", "chosen", "better", "preferred", "accepted")
-BAD = ("bad", "rejected", "worse", "dispreferred")
-
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
+HINT = (
+    'rows with "prompt", "chosen" and "rejected" (texts or lists of {"role", "content"} messages), '
+    "or --columns prompt=NAME,chosen=NAME,rejected=NAME"
+)
 _HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
-def read_preferences(path: Path) -> tuple[str, Iterator[Preference]]:
-    """The format of a preference file, and its rows as they are read.
+def read_row(
+    row: dict[str, Any], mapping: dict[str, str] | None = None, dropped: Counter[str] | None = None
+) -> tuple[str, Preference | ScoredAnswers]:
+    """Name of the format of a row, and what it says.
 
-    Returns:
-        The format's name (`trl-conversational`, `trl-plain`, `trl-implicit-prompt`, `ultrafeedback`, `hh`,
-        `prompt-good-bad`) and the rows; a fault in a later row is raised when it is reached.
+    Args:
+        row: as the file has it.
+        mapping: what columns mean, as `columns.read_mapping` gives it.
+        dropped: counts columns that are left out.
 
     Raises:
-        UserError: the file is missing, empty or of no known format; or `file:line` of a row that is not of it.
+        ValueError: it is of no known format, or the field that is wrong.
     """
-    rows = _rows(path)
-    first = next(rows, None)
-    if first is None:
-        raise UserError("the file holds no rows", where=str(path))
+    cells = Cells(row, mapping, dropped)
+    name, read = detect(cells)
     try:
-        name, read = detect(first[1])
+        found = read(cells)
     except ValueError as error:
-        raise UserError(str(error), where=f"{path}:{first[0]}", hint=_HINT) from None
-    return name, _parse(itertools.chain([first], rows), read, name, path)
+        raise ValueError(f"{error} (read as {name})") from None
+    cells.finish()
+    return name, found
 
 
-_HINT = (
-    'one object a line with "prompt", "chosen" and "rejected" (texts or lists of {"role", "content"} messages), '
-    "or a table with the columns prompt, good, bad"
-)
+def read_pair(cells: Cells) -> tuple[str, Preference]:
+    """As `read_row`, of a row that is a pair.
+
+    Raises:
+        ValueError: it is none.
+    """
+    name, read = detect(cells)
+    found = read(cells)
+    if isinstance(found, ScoredAnswers):
+        raise ValueError(
+            f"no pair but several answers with scores ({name}): nothing-dpo pair --import makes pairs of it"
+        )
+    cells.finish()
+    return name, found
 
 
-def detect(row: Cells) -> tuple[str, Callable[[Cells], Preference]]:
+def detect(cells: Cells) -> tuple[str, Callable[[Cells], Preference | ScoredAnswers]]:
     """Name and reader of the format that a row is of.
 
     Raises:
         ValueError: it is of no known format.
     """
-    chosen, rejected = row.get("chosen"), row.get("rejected")
-    if isinstance(chosen, list) and isinstance(rejected, list):
-        if "score_chosen" in row and "score_rejected" in row:
-            return "ultrafeedback", _ultrafeedback
-        return ("trl-conversational" if "prompt" in row else "trl-implicit-prompt"), _conversations
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        if "prompt" in row:
-            return "trl-plain", _with_own_id
-        if _HH_TURN.match(chosen):
-            return "hh", _hh
-    if all(any(name in row for name in names) for names in (PROMPT, GOOD, BAD)):
-        return "prompt-good-bad", _prompt_good_bad
-    raise ValueError(f"no known preference format; the row has {', '.join(sorted(row)) or 'nothing'}")
+    for name, fits, read in _OTHERS:
+        if fits(cells):
+            return name, read
+    good, bad = (cells.peek(cells.has(names)) for names in (GOOD, BAD))
+    if good is None or bad is None:
+        missing = "chosen" if good is None else "rejected"
+        if cells.has((*ASKED, *MESSAGES)):
+            raise ValueError(f'no "{missing}"')
+        raise ValueError(f"no known preference format; the row has {', '.join(cells.names) or 'nothing'}")
+    asked = cells.has(("prompt", *MESSAGES, *ASKED))
+    if asked is None:
+        if not isinstance(good, str):
+            return "trl-implicit-prompt", _pair
+        return ("hh", _hh) if _HH_TURN.match(good) else ("trl-implicit-prompt-plain", _common_text)
+    return _named(cells, asked, isinstance(good, str)), _pair
 
 
-def _parse(
-    rows: Iterable[tuple[int, Cells]], read: Callable[[Cells], Preference], name: str, path: Path
-) -> Iterator[Preference]:
-    for line, row in rows:
-        try:
-            yield read(row)
-        except ValueError as error:
-            raise UserError(f"{error} (read as {name})", where=f"{path}:{line}") from None
+def _named(cells: Cells, asked: str, plain: bool) -> str:
+    """Which tool calls the columns of a pair with a prompt so."""
+    if "score_chosen" in cells and "score_rejected" in cells and not plain:
+        return "ultrafeedback"
+    if "chosen" in cells and "rejected" in cells:
+        known = {"prompt": "trl-plain" if plain else "trl-conversational", "messages": "axolotl-chat-template",
+                 "conversations": "llama-factory-sharegpt", "instruction": "llama-factory-alpaca",
+                 "question": "axolotl-intel"}  # fmt: skip
+        return known.get(asked, "prompt-good-bad")
+    return "prompt-good-bad"
 
 
-def _conversations(row: Cells) -> Preference:
-    """TRL's conversational format. Sides that hold the whole conversation share its beginning, which is the prompt."""
-    chosen = read_messages(row.get("chosen"), "chosen", role="assistant")
-    rejected = read_messages(row.get("rejected"), "rejected", role="assistant")
-    if "prompt" in row and chosen[0]["role"] == rejected[0]["role"] == "assistant":
-        return _with_own_id(row)
-    # As in TRL's `extract_prompt`, but each side keeps a message where both are identical.
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
-        shared += 1
-    prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-    if not prompt:
-        raise ValueError('"chosen" and "rejected" share no first message that could be the prompt')
-    if not chosen[0]["role"] == rejected[0]["role"] == "assistant":
-        raise ValueError('"chosen" and "rejected" part before an assistant message')
-    if "prompt" in row:
-        prompt = _longer(prompt, read_messages(row["prompt"], "prompt"))
-    return Preference(id=preference_id(prompt, chosen, rejected), prompt=prompt, chosen=chosen, rejected=rejected)
+def _pair(cells: Cells) -> Preference:
+    """A prompt and two sides; sides that hold the whole conversation share its beginning, which is the prompt."""
+    chosen, rejected = (read_side(cells, names, side) for names, side in ((GOOD, "chosen"), (BAD, "rejected")))
+    given = read_conversation(cells, keep_answer=True) if cells.has(("prompt", *MESSAGES, *ASKED)) else None
+    if given is not None:
+        given = without_chosen(_transcript_prompt(given), chosen)
+    if given is not None and chosen[0]["role"] == rejected[0]["role"] == "assistant":
+        return make(cells, given, chosen, rejected)
+    prompt, chosen, rejected = divide(chosen, rejected)
+    if given is not None:
+        return make(cells, Prompt(longer(prompt, given.messages), given.tools), chosen, rejected)
+    prompt = with_system(prompt, cells)
+    return make(cells, Prompt(prompt, read_tools(cells.take("tools"))), chosen, rejected)
 
 
-def _longer(shared: list[Message], given: list[Message]) -> list[Message]:
-    """The prompt, where both its own field and the sides hold it: one of them may lack the system message."""
-    texts = [[(message["role"], canonical(message["content"])) for message in messages] for messages in (shared, given)]
-    if texts[0][-len(given) :] == texts[1]:
-        return shared
-    if texts[1][-len(shared) :] == texts[0]:
-        return given
-    raise ValueError('"prompt" is not what "chosen" and "rejected" begin with')
+def _transcript_prompt(prompt: Prompt) -> Prompt:
+    """The prompt, where it is one text that holds a conversation as HH writes it, the answer left open."""
+    if len(prompt.messages) != 1:
+        return prompt
+    text = prompt.messages[0]["content"]
+    if not _HH_TURN.match(text) or not text.rstrip().endswith("\n\nAssistant:"):
+        return prompt
+    return Prompt(_transcript(f"{text.rstrip()} ", "prompt")[:-1], prompt.tools)
 
 
-def _with_own_id(row: Cells) -> Preference:
-    """TRL's format with a prompt; an `id` that is no text (a row number) is replaced by ours."""
-    return read_preference(row if isinstance(row.get("id"), str) else {**row, "id": None})
+def _common_text(cells: Cells) -> Preference:
+    """Two texts whose common beginning is the prompt; it ends where TRL ends it, before a blank."""
+    good, bad = (cells.take(*names) for names in (GOOD, BAD))
+    if not isinstance(good, str) or not isinstance(bad, str):
+        raise ValueError('"chosen" and "rejected" are not both texts')
+    end = next((index for index, (a, b) in enumerate(zip(good, bad, strict=False)) if a != b), min(len(good), len(bad)))
+    end -= end > 0 and good[end - 1] == " "
+    if not good[:end].strip():
+        raise ValueError('no "prompt", and "chosen" and "rejected" have no beginning in common that could be it')
+    prompt: list[Message] = [{"role": "user", "content": good[:end]}]
+    sides: list[list[Message]] = [[{"role": "assistant", "content": text[end:]}] for text in (good, bad)]
+    return make(cells, Prompt(with_system(prompt, cells)), *sides)
 
 
-def _ultrafeedback(row: Cells) -> Preference:
-    pair = _conversations(row)
-    try:
-        good, bad = (msgspec.convert(row[f"score_{side}"], float) for side in ("chosen", "rejected"))
-    except (KeyError, msgspec.ValidationError):
-        raise ValueError('"score_chosen" or "score_rejected" is not a number') from None
-    pair.chosen_score, pair.rejected_score, pair.score_gap = good, bad, good - bad
-    return pair
-
-
-def _hh(row: Cells) -> Preference:
+def _hh(cells: Cells) -> Preference:
     r"""Anthropic HH: each side is a transcript, `\n\nHuman: … \n\nAssistant: …`, its last turn the answer."""
-    return _conversations({side: _transcript(row.get(side), side) for side in ("chosen", "rejected")})
+    sides = [_transcript(cells.take(*names), side) for names, side in ((GOOD, "chosen"), (BAD, "rejected"))]
+    prompt, chosen, rejected = divide(*sides)
+    return make(cells, Prompt(with_system(prompt, cells)), chosen, rejected)
 
 
 def _transcript(text: Any, field: str) -> list[Message]:
@@ -146,86 +163,58 @@ def _transcript(text: Any, field: str) -> list[Message]:
     return [{"role": roles[who], "content": said.strip()} for who, said in zip(turns[::2], turns[1::2], strict=True)]
 
 
-def _prompt_good_bad(row: Cells) -> Preference:
-    values: Cells = {}
-    for field, names in (("prompt", PROMPT), ("chosen", GOOD), ("rejected", BAD)):
-        name = next((name for name in names if name in row), names[0])
-        if not isinstance(row.get(name), (str, list)):
-            raise ValueError(f'no "{name}"')
-        values[field] = row[name]
-    return read_preference(values)
+def _openai(cells: Cells) -> Preference:
+    """`{"input": {"messages", "tools"}, "preferred_output", "non_preferred_output"}`."""
+    chosen, rejected = (read_side(cells, names, side) for names, side in ((GOOD, "chosen"), (BAD, "rejected")))
+    asked = cells.peek("input")
+    if not isinstance(asked, dict):
+        return make(cells, read_conversation(cells), chosen, rejected)
+    cells.take("input")
+    inner = Cells(asked, dropped=cells.dropped)
+    prompt = read_conversation(inner, keep_answer=True)
+    inner.finish()
+    return make(cells, prompt, chosen, rejected)
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Cells]]:
-    """Yield (line, row); for a table the line is where the row ends, for parquet the row's number."""
-    kind = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    if kind == ".parquet":
-        return _parquet_rows(path)
-    if kind in DELIMITERS:
-        return _table_rows(path, DELIMITERS[kind])
-    return _json_rows(path)
+def _ms_swift(cells: Cells) -> Preference:
+    """`messages` that end with the chosen answer, or `query` and `response`; beside them `rejected_response`."""
+    whole = cells.has(MESSAGES)
+    if whole and "query" not in cells:
+        messages = read_turns(cells.peek(whole), cells.own(whole))
+        start = last_turn(messages)
+        if not start:
+            raise ValueError(f'"{cells.own(whole)}" does not end with an assistant message')
+        prompt = read_conversation(cells, keep_answer=True)
+        # A system text may have come before them.
+        start += len(prompt.messages) - len(messages)
+        prompt, chosen = Prompt(prompt.messages[:start], prompt.tools), prompt.messages[start:]
+    else:
+        prompt = read_conversation(cells)
+        chosen = read_messages(cells.take(*ANSWER), "response", role="assistant")
+    other = cells.take("rejected_messages")
+    if other is None:
+        return make(cells, prompt, chosen, read_messages(cells.take(*BAD), "rejected_response", role="assistant"))
+    rejected = read_turns(other, "rejected_messages", cells.dropped)
+    if prompt.messages[0]["role"] == "system" and rejected[0]["role"] != "system":
+        rejected = [prompt.messages[0], *rejected]
+    both, chosen, rejected = divide(prompt.messages + chosen, rejected)
+    return make(cells, Prompt(both, prompt.tools), chosen, rejected)
 
 
-def _lines(path: Path) -> Iterator[str]:
-    try:
-        # A byte order mark is what spreadsheets put first. newline="": the csv reader counts and joins lines itself.
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:
-            yield from file
-    except FileNotFoundError:
-        raise UserError("no such file", where=str(path)) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8 text: {error.reason}", where=str(path)) from None
-    except (OSError, EOFError) as error:
-        raise UserError(getattr(error, "strerror", None) or str(error), where=str(path)) from None
+def _is_ms_swift(cells: Cells) -> bool:
+    if cells.has(GOOD):
+        return False
+    return "rejected_messages" in cells or (
+        "rejected_response" in cells and cells.has((*MESSAGES, *ANSWER)) is not None
+    )
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, Cells]]:
-    decode = msgspec.json.Decoder(Cells).decode
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            yield number, decode(line)
-        except msgspec.MsgspecError as error:
-            raise UserError(f"not a JSON object: {error}", where=f"{path}:{number}") from None
-
-
-def _table_rows(path: Path, delimiter: str) -> Iterator[tuple[int, Cells]]:
-    """Rows of a table. Without a header that names them, three columns are prompt, good and bad."""
-    csv.field_size_limit(1 << 30)  # the default of 128 kB is shorter than a long conversation
-    reader = csv.reader(_lines(path), delimiter=delimiter, strict=True)
-    header: list[str] | None = None
-    try:
-        for cells in reader:
-            if not any(cells):
-                continue
-            if header is None:
-                names = [cell.strip().lower() for cell in cells]
-                if all(set(names) & set(known) for known in (PROMPT, GOOD, BAD)):
-                    header = names
-                    continue
-                if not any(" " in cell.strip() for cell in cells):  # single words: a header, not data
-                    raise UserError(
-                        f"unknown columns: {', '.join(names)}", where=str(path), hint="name them prompt, good, bad"
-                    )
-                header = [PROMPT[0], GOOD[0], BAD[0]]
-            if len(cells) != len(header):
-                raise UserError(f"{len(cells)} columns, not {len(header)}", where=f"{path}:{reader.line_num}")
-            yield reader.line_num, dict(zip(header, cells, strict=True))
-    except csv.Error as error:
-        raise UserError(f"not a table: {error}", where=f"{path}:{reader.line_num}") from None
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[int, Cells]]:
-    require("train", "reading parquet")
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(1024))
-            yield from enumerate(rows, 1)
-    except FileNotFoundError:
-        raise UserError("no such file", where=str(path)) from None
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"not a parquet file: {error}", where=str(path)) from None
+# Formats that are not a prompt with `chosen` and `rejected`: name, how it is told, its reader.
+_OTHERS: list[tuple[str, Callable[[Cells], bool], Callable[[Cells], Preference | ScoredAnswers]]] = [
+    ("openai", lambda cells: cells.has(("preferred_output", "preferred_completion")) is not None, _openai),
+    ("nemo-rl", is_ranked, read_nemo_rl),
+    ("ultrafeedback-raw", is_raw, read_rated),
+    ("distilabel", is_rated, read_rated),
+    ("ms-swift", _is_ms_swift, _ms_swift),
+    ("kto", lambda cells: cells.has(LABEL) is not None and cells.has((*GOOD, *BAD)) is None, read_kto),
+]

@@ -9,15 +9,20 @@ right in part, and multiple choice by likelihood.
 import re
 import string
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from dpo_cli.config.settings import Config
-from dpo_cli.data.jsonl import parse_rows, write_rows
-from dpo_cli.data.records import Completions, Message, Prompt, Tool, prompt_id, read_prompt, read_tools
+from dpo_cli.config.settings import Config, EvaluateSection
+from dpo_cli.data.bad_rows import BadRows
+from dpo_cli.data.columns import Cells, read_conversation, read_mapping
+from dpo_cli.data.jsonl import write_rows
+from dpo_cli.data.reader import parse_rows
+from dpo_cli.data.records import Completions, Message, Prompt, Tool, prompt_id
 from dpo_cli.endpoint.costs import Receipt
 from dpo_cli.endpoint.responses import ADVICE, after_thinking
 from dpo_cli.errors import Exit, UserError
@@ -28,6 +33,7 @@ from dpo_cli.stages.evaluate.sampling import POLICY, REFERENCE, RunBudget, make_
 from dpo_cli.statistics import Interval, wilson
 
 ROWS = "quiz.answers.jsonl"  # quiz.jsonl may be the questions
+RIGHT = ("answer", "answers", "right_answers", "right", "target", "completion")
 RIGHT_ANSWER = "right answer"  # the role under which a judge is shown it
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation + "’‘“”…–—")
@@ -85,7 +91,7 @@ def quiz(
         UserError: no questions, a judge that grades no answers, the budget is reached, nothing was answered, or what
             the engine or the judge raises.
     """
-    questions = read_questions(file, limit)
+    questions = read_questions(file, limit, config.evaluate)
     purse = RunBudget(config.evaluate.max_usd)
     greedy = replace(
         config,
@@ -139,13 +145,18 @@ def _answer(row: Completions) -> str:
     return after_thinking(row.completions[0])
 
 
-def read_questions(path: Path, limit: int | None = None) -> dict[str, Question]:
-    """The questions of a file, by id.
+def read_questions(
+    path: Path, limit: int | None = None, settings: EvaluateSection | None = None
+) -> dict[str, Question]:
+    """The questions of a file, by id; `settings` says what columns mean, and whether bad rows are left out.
 
     Raises:
         UserError: there are none, or a row that is none.
     """
-    found = {prompt_id(question.prompt, question.tools): question for _, question in parse_rows(path, _read_question)}
+    settings = settings or EvaluateSection()
+    mapping, bad = read_mapping(settings.columns), BadRows(settings.skip_bad, offer=True)
+    rows = parse_rows(path, lambda row: _read_question(Cells(row, mapping)), bad)
+    found = {prompt_id(question.prompt, question.tools): question for _, question in rows}
     if not found:
         raise UserError("no questions in it", where=str(path), hint='rows of {"question": "…", "answer": "…"}')
     return dict(list(found.items())[:limit])
@@ -165,13 +176,19 @@ def normalised(text: str) -> str:
     return " ".join(bare.split()) or text.strip()
 
 
-def _read_question(row: dict[str, Any]) -> Question:
-    given = row.get("answer")
+def _read_question(cells: Cells) -> Question:
+    given = cells.take(*RIGHT)
+    if isinstance(given, str) and given.lstrip().startswith(("[", "{")):  # a cell of a table
+        with suppress(msgspec.DecodeError, RecursionError):
+            given = msgspec.json.decode(given)
+    if isinstance(given, dict):  # SQuAD's {"text": [...], "answer_start": [...]}
+        given = given.get("text")
     answers = [given] if isinstance(given, str) else given
     if not isinstance(answers, list) or not answers or not all(isinstance(one, str) and one.strip() for one in answers):
         raise ValueError('"answer" is not a string or a list of strings')
-    prompt = {"prompt": row["question"]} if "question" in row else row
-    return Question(read_prompt(prompt), answers, read_tools(row.get("tools")))
+    prompt = read_conversation(cells)
+    cells.finish()
+    return Question(prompt.messages, answers, prompt.tools)
 
 
 def _grade(

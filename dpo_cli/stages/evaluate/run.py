@@ -92,7 +92,7 @@ def run(config: Config, progress: Progress, limit: int | None = None, fresh: boo
     gates = read_gates(config.evaluate.gates)
     purse = RunBudget(config.evaluate.max_usd)
     bench = EvaluationJudge(config, progress, purse)
-    prompts = held_out_prompts(config, limit)
+    prompts = held_out_prompts(config, progress, limit)
     sides = [make_side(name, config, progress) for name in (REFERENCE, POLICY)]
     if fresh:
         for side in sides:
@@ -181,7 +181,7 @@ def rate(config: Config, progress: Progress, name: str, limit: int | None = None
     bench = EvaluationJudge(config, progress, purse)
     if not bench.can("rate"):
         raise UserError(f"--judge {config.judge.judge} rates no single answers", where="judge.judge")
-    answers = sample(make_side(name, config, progress), held_out_prompts(config, limit), progress, purse)
+    answers = sample(make_side(name, config, progress), held_out_prompts(config, progress, limit), progress, purse)
     (scores,) = rate_all(bench, answers.rows)
     if not scores:
         raise _nothing([answers], bench)
@@ -198,7 +198,7 @@ def plan(config: Config, progress: Progress, limit: int | None = None) -> Planne
     """
     read_gates(config.evaluate.gates)
     bench = EvaluationJudge(config, progress, RunBudget(None))
-    prompts = held_out_prompts(config, limit)
+    prompts = held_out_prompts(config, progress, limit)
     sides = [make_side(name, config, progress) for name in (REFERENCE, POLICY)]
     requests = [owed(side, prompts, known(side)) for side in sides]
     reference, policy = (_expected(side, prompts) for side in sides)

@@ -17,8 +17,8 @@ from dpo_cli import engines
 from dpo_cli.base_model import find_base, fingerprint
 from dpo_cli.config.resolve import get
 from dpo_cli.config.settings import Config
-from dpo_cli.data.jsonl import parse_rows
-from dpo_cli.data.records import Completions, Message, Prompt, content_id, prompt_id, read_prompt_and_tools
+from dpo_cli.data.formats.prompts import PromptFile
+from dpo_cli.data.records import Completions, Message, Prompt, content_id, prompt_id
 from dpo_cli.data.resumable import Resumable
 from dpo_cli.endpoint.costs import Receipt
 from dpo_cli.endpoint.prices import price_of
@@ -74,7 +74,7 @@ class Answers(Struct, kw_only=True):
     failed: dict[str, int] = field(default_factory=dict)
 
 
-def held_out_prompts(config: Config, limit: int | None = None) -> dict[str, Prompt]:
+def held_out_prompts(config: Config, progress: Progress, limit: int | None = None) -> dict[str, Prompt]:
     """The held-out prompts by id: those of `evaluate.prompts`, or of val.jsonl.
 
     Raises:
@@ -83,7 +83,10 @@ def held_out_prompts(config: Config, limit: int | None = None) -> dict[str, Prom
     path = Path(config.evaluate.prompts) if config.evaluate.prompts else Path(config.data) / "val.jsonl"
     if not path.exists():
         raise UserError("no held-out prompts there", where=str(path), hint="--prompts FILE")
-    prompts = {prompt_id(*prompt): prompt for _, prompt in parse_rows(path, read_prompt_and_tools)}
+    file = PromptFile(path, config.evaluate.columns, config.evaluate.skip_bad)
+    prompts = {prompt_id(*prompt): prompt for prompt in file}
+    for note in file.notes(Path(config.data)):
+        progress.log(note)
     if not prompts:
         raise UserError("no prompts in it", where=str(path), hint="--prompts FILE")
     return dict(list(prompts.items())[:limit])

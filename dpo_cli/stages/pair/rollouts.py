@@ -1,11 +1,13 @@
 """Scored rollouts of NeMo Gym to preference pairs, by the definitions of the NeMo Gym guide to DPO.
 
 Reads a JSONL file of rollouts: `responses_create_params.input`, `reward`, and the answer under `output` (as the guide
-has it) or `response.output` (as NeMo Gym writes it). Writes nothing. A pair's sides are final messages: reasoning and
-tool calls are left out, from prompts too. Unlike the guide, which takes the last user message for the prompt, the
-whole conversation is the prompt: the same last words after different beginnings are different prompts.
+has it) or `response.output` (as NeMo Gym writes it). Writes nothing. A pair's sides are final messages: what an answer
+thought and called before is left out, and counted. Unlike the guide, which takes the last user message for the prompt,
+the whole conversation is the prompt, tool calls and their results with it: the same last words after different
+beginnings are different prompts.
 """
 
+import math
 import random
 import statistics
 from bisect import bisect_right
@@ -18,8 +20,10 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from dpo_cli.data.jsonl import parse_rows
-from dpo_cli.data.records import Message, Preference, Tool, message_key, preference_id, prompt_id
+from dpo_cli.data.bad_rows import BadRows
+from dpo_cli.data.messages import read_tool_calls
+from dpo_cli.data.reader import parse_rows
+from dpo_cli.data.records import Message, Preference, Tool, message_key, preference_id, prompt_id, read_tools
 from dpo_cli.errors import UserError
 
 STRATEGIES = ("same-prompt", "stratified")
@@ -45,12 +49,14 @@ class Rollout(Struct):
 class RolloutStatistics(Struct, kw_only=True):
     """What the guide prints: pairs, their average gap and rewards; and what they were made of.
 
-    `skipped` counts rollouts by the reason for which they can't be a side.
+    `skipped` counts rollouts by the reason for which they can't be a side, `left_out` those whose answers are more than
+    their last message.
     """
 
     rollouts: int
     prompts: int
     skipped: dict[str, int]
+    left_out: dict[str, int]
     pairs: int
     average_gap: float
     average_chosen_reward: float
@@ -58,12 +64,21 @@ class RolloutStatistics(Struct, kw_only=True):
 
 
 def pair_rollouts(
-    path: Path, strategy: str, *, min_gap: float, high: float, low: float, max_pairs: int, seed: int
+    path: Path,
+    strategy: str,
+    bad: BadRows | None = None,
+    *,
+    min_gap: float,
+    high: float,
+    low: float,
+    max_pairs: int,
+    seed: int,
 ) -> tuple[list[Preference], RolloutStatistics]:
     """Pairs of a file of rollouts; scores are rewards.
 
     Args:
         path: the rollouts.
+        bad: takes rows that are no rollouts.
         strategy: `same-prompt` (best against worst of a prompt) or `stratified` (high against low rewards).
         min_gap: least difference of the rewards; the guide has 0.2.
         high: least reward of a chosen side, for `stratified`; the guide has 0.7.
@@ -76,7 +91,7 @@ def pair_rollouts(
     """
     if strategy not in STRATEGIES:
         raise UserError(f"'{strategy}' does not pair rollouts", where="--strategy", hint=" or ".join(STRATEGIES))
-    rollouts, skipped = read_rollouts(path)
+    rollouts, skipped, left_out = read_rollouts(path, bad)
     if strategy == "same-prompt":
         pairs = same_prompt(rollouts, min_gap)
     else:
@@ -92,6 +107,7 @@ def pair_rollouts(
         rollouts=len(rollouts),
         prompts=len(prompts),
         skipped=dict(skipped.most_common()),
+        left_out=dict(left_out),
         pairs=len(pairs),
         average_gap=statistics.fmean(pair.score_gap or 0.0 for pair in pairs),
         average_chosen_reward=statistics.fmean(pair.chosen_score or 0.0 for pair in pairs),
@@ -99,24 +115,29 @@ def pair_rollouts(
     )
 
 
-def read_rollouts(path: Path) -> tuple[list[Rollout], Counter[str]]:
-    """The rollouts that can be a side, and a count of the others by reason.
+def read_rollouts(path: Path, bad: BadRows | None = None) -> tuple[list[Rollout], Counter[str], Counter[str]]:
+    """The rollouts that can be a side; a count of the others by reason; and one of what is left out of their answers.
 
     Raises:
         UserError: `file:line` of a row that is no rollout.
     """
     rollouts: list[Rollout] = []
     skipped: Counter[str] = Counter()
-    for _, rollout in parse_rows(path, read_rollout):
+    left_out: Counter[str] = Counter()
+    for _, rollout in parse_rows(path, lambda row: read_rollout(row, left_out), bad):
         if isinstance(rollout, str):
             skipped[rollout] += 1
         else:
             rollouts.append(rollout)
-    return rollouts, skipped
+    return rollouts, skipped, left_out
 
 
-def read_rollout(row: dict[str, Any]) -> Rollout | str:
+def read_rollout(row: dict[str, Any], left_out: Counter[str] | None = None) -> Rollout | str:
     """A rollout, or why it can't be a side of a pair.
+
+    Args:
+        row: as NeMo Gym, or its guide, has it.
+        left_out: counts the answers before whose last message something else stands.
 
     Raises:
         ValueError: naming the field that is wrong.
@@ -124,35 +145,83 @@ def read_rollout(row: dict[str, Any]) -> Rollout | str:
     parameters = row.get("responses_create_params")
     if not isinstance(parameters, dict) or "input" not in parameters:
         raise ValueError('no "responses_create_params" with an "input"')
-    try:
-        reward = msgspec.convert(row.get("reward"), float)
-    except msgspec.ValidationError:
-        raise ValueError('"reward" is not a number') from None
+    value = row.get("reward")
+    if isinstance(value, float) and not math.isfinite(value):
+        return "its reward is no number"
+    if value is None:
+        return "no reward"
+    if not isinstance(value, (bool, int, float)):
+        raise ValueError('"reward" is not a number')
     response = row if "output" in row else row.get("response")
-    if not isinstance(response, dict) or not isinstance(response.get("output"), list):
+    if not isinstance(response, dict) or response.get("output") is None:
+        return "no output"
+    if not isinstance(response["output"], list):
         raise ValueError('no "output", and no "response" with one, that is a list')
     prompt = _messages(parameters["input"], "input")
     if parameters.get("instructions"):
         prompt.insert(0, {"role": "system", "content": str(parameters["instructions"])})
-    if not prompt or prompt[-1]["role"] != "user":
+    if not prompt or prompt[-1]["role"] not in ("user", "tool"):
         return "the prompt does not end with a user message"
     answers = _messages(response["output"], "output")
-    if not answers or not answers[-1]["content"].strip():
+    if not answers or answers[-1]["role"] != "assistant" or not answers[-1]["content"].strip():
         return "no message in the output"
-    return Rollout(prompt, answers[-1:], reward, _finish_reason(response))
+    *before, last = answers
+    if left_out is not None and (before or len(last) > 2):
+        left_out["tool calls and reasoning before the last message"] += 1
+    answer: list[Message] = [{"role": "assistant", "content": last["content"]}]
+    return Rollout(prompt, answer, float(value), _finish_reason(response), _tools(parameters.get("tools")))
+
+
+def _tools(value: Any) -> list[Tool] | None:
+    """Tools of the Responses API, whose functions lie a level higher, as chat templates want them."""
+    found = read_tools(value)
+    return found and [
+        tool
+        if "function" in tool or tool.get("type") != "function"
+        else {"type": "function", "function": {key: inner for key, inner in tool.items() if key != "type"}}
+        for tool in found
+    ]
 
 
 def _messages(items: Any, field: str) -> list[Message]:
-    """The messages among the items of the Responses API; reasoning, tool calls and their results are passed over."""
+    """The items of the Responses API as messages: calls in a row are one message, reasoning belongs to what follows."""
     if isinstance(items, str):
         return [{"role": "user", "content": items}]
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         raise ValueError(f'"{field}" is not a text or a list of items')
-    return [
-        {"role": _role(item, field), "content": _text(item.get("content"), field)}
-        for item in items
-        if item.get("type", "message") == "message"
-    ]
+    messages: list[Message] = []
+    thought = ""
+    for item in items:
+        kind = item.get("type") or "message"
+        if kind == "reasoning":
+            thought += _reasoning(item)
+            continue
+        if kind == "function_call_output":
+            result = item.get("output")
+            text = result if isinstance(result, str) else msgspec.json.encode(result).decode()
+            messages.append({"role": "tool", "content": text, "tool_call_id": str(item.get("call_id", ""))})
+            continue
+        if kind == "message":
+            message: Message = {"role": _role(item, field), "content": _text(item.get("content"), field)}
+            messages.append(message)
+        elif kind == "function_call":
+            [call] = read_tool_calls({"id": item.get("call_id"), "function": item}, field)
+            if messages and messages[-1].get("tool_calls"):
+                messages[-1]["tool_calls"].append(call)
+                continue
+            message = {"role": "assistant", "content": "", "tool_calls": [call]}
+            messages.append(message)
+        else:
+            raise ValueError(f'"{field}" has an item of type {kind}, which is no message')
+        if thought and message["role"] == "assistant":
+            message["reasoning_content"] = thought
+        thought = ""
+    return messages
+
+
+def _reasoning(item: dict[str, Any]) -> str:
+    parts = item.get("content") or item.get("summary") or []
+    return "".join(part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str))
 
 
 def _role(item: dict[str, Any], field: str) -> str:
@@ -165,6 +234,8 @@ def _role(item: dict[str, Any], field: str) -> str:
 def _text(content: Any, field: str) -> str:
     if isinstance(content, str):
         return content
+    if content is None and field == "output":
+        return ""
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):
         raise ValueError(f'"{field}" has a message whose content is no text')
     if field == "input" and any(
@@ -187,7 +258,8 @@ def same_prompt(rollouts: Sequence[Rollout], min_gap: float) -> list[Preference]
     for rollout in rollouts:
         groups.setdefault(rollout.key, []).append(rollout)
     best_worst = (
-        (max(group, key=lambda rollout: rollout.reward), min(group, key=lambda rollout: rollout.reward))
+        # Of equally bad ones the last, as the guide's sort leaves it.
+        (max(group, key=_reward), min(reversed(group), key=_reward))
         for group in groups.values()
     )
     return [make_pair(best, worst) for best, worst in best_worst if _is_pair(best, worst, min_gap)]

@@ -8,15 +8,15 @@ moves none across; only the rejected text of a stratified pair may be an answer 
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from msgspec import Struct
 
 from dpo_cli.analysis.length_bias import without_length_effect
 from dpo_cli.config.settings import MIN_GAP, MIN_REWARD_GAP, Config, PairSection
+from dpo_cli.data.bad_rows import BadRows
 from dpo_cli.data.files import write_files
-from dpo_cli.data.formats.preferences import read_preferences
 from dpo_cli.data.jsonl import encode_rows, read_latest
 from dpo_cli.data.records import (
     Completions,
@@ -32,6 +32,7 @@ from dpo_cli.data.records import (
 )
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.judges._ranking import any_inverts
+from dpo_cli.stages.pair import imports
 from dpo_cli.stages.pair.rollouts import Rollout, RolloutStatistics, pair_rollouts, stratified
 from dpo_cli.stages.pair.strategies import STRATEGIES, weigh
 
@@ -41,7 +42,9 @@ EPSILON = 1e-9  # means of integers, such as 7.000000000000001
 class Paired(Struct, kw_only=True, omit_defaults=True):
     """How many pairs went where, and why others are none: by prompt for judgments, by row for files of others.
 
-    `format` is that of an imported file; `rollouts` are the numbers of the guide.
+    `format` is that of an imported file, `dropped` the columns of it that were left out, `bad_rows` the rows that could
+    not be read, by reason, and `rejected_path` where they are; `rollouts` are the numbers of the guide. `example` is
+    the first pair of what came from elsewhere.
     """
 
     train: int
@@ -52,6 +55,10 @@ class Paired(Struct, kw_only=True, omit_defaults=True):
     val_path: str
     format: str | None = None
     rollouts: RolloutStatistics | None = None
+    dropped: dict[str, int] = {}
+    bad_rows: dict[str, int] = {}
+    rejected_path: str | None = None
+    example: Preference | None = None
 
 
 class _NoPair(Exception):
@@ -114,9 +121,11 @@ def run_rollouts(path: Path, config: Config, dry_run: bool = False) -> Paired:
     settings = config.pair
     min_gap = MIN_REWARD_GAP if settings.min_gap is None else settings.min_gap
     strategy = "same-prompt" if settings.strategy in ("auto", "best-worst") else settings.strategy
+    bad = BadRows(settings.skip_bad, offer=True)
     pairs, statistics = pair_rollouts(
         path,
         strategy,
+        bad,
         min_gap=min_gap,
         high=settings.high,
         low=settings.low,
@@ -125,28 +134,43 @@ def run_rollouts(path: Path, config: Config, dry_run: bool = False) -> Paired:
     )
     result = _take_in(pairs, config, min_gap, dry_run)
     result.rollouts = statistics
+    _tell_bad(result, bad, config, dry_run)
     return result
 
 
-def run_import(path: Path, config: Config, dry_run: bool = False) -> Paired:
-    """Take in the pairs of a preference file of another tool and replace both files.
+def run_import(paths: Sequence[Path], config: Config, dry_run: bool = False) -> Paired:
+    """Take in the pairs of preference files of other tools and replace both files.
 
     Rows without scores have no gap and pass; `pair.min_gap` is on the file's scale.
 
     Raises:
-        UserError: as `read_preferences`, or no row is a pair; the files are as they were.
+        UserError: as `imports.read`, or no row is a pair; the files are as they were.
     """
-    name, pairs = read_preferences(path)
-    result = _take_in(pairs, config, config.pair.min_gap or 0.0, dry_run, where=str(path))
-    result.format = name
+    min_gap = config.pair.min_gap or 0.0
+    found = imports.read(paths, config.pair, min_gap)
+    result = _take_in(found.pairs, config, min_gap, dry_run, found.unpaired, where=", ".join(map(str, paths)))
+    result.format = ", ".join(name for name, _ in found.formats.most_common())
+    result.dropped = dict(found.dropped.most_common())
+    _tell_bad(result, found.bad, config, dry_run)
     return result
 
 
+def _tell_bad(result: Paired, bad: BadRows, config: Config, dry_run: bool) -> None:
+    result.bad_rows = bad.reasons
+    if not dry_run:
+        result.rejected_path = bad.write(Path(config.data))
+
+
 def _take_in(
-    pairs: Iterable[Preference], config: Config, min_gap: float, dry_run: bool, where: str | None = None
+    pairs: Iterable[Preference],
+    config: Config,
+    min_gap: float,
+    dry_run: bool,
+    skipped: Counter[str] | None = None,
+    where: str | None = None,
 ) -> Paired:
     """Filter and split pairs that were made elsewhere, in their order; of copies the first stays."""
-    skipped: Counter[str] = Counter()
+    skipped = Counter() if skipped is None else skipped
     seen: set[str] = set()
     by_prompt: defaultdict[str, list[_Candidate]] = defaultdict(list)
     for pair in pairs:
@@ -167,7 +191,9 @@ def _take_in(
             where=where,
             hint=f"a lower --min-gap (now {min_gap:g}), or pairs whose sides and scores differ",
         )
-    return _write(config, sides, skipped, dry_run)
+    result = _write(config, sides, skipped, dry_run)
+    result.example = next(pair for pair in (*sides[False], *sides[True]))
+    return result
 
 
 def _write(config: Config, sides: dict[bool, list[Preference]], skipped: Counter[str], dry_run: bool) -> Paired:
@@ -279,6 +305,8 @@ def _fault(pair: Preference, min_gap: float) -> str | None:
         return "both sides say the same"
     if pair.score_gap is None:
         return None
+    if pair.score_gap < -EPSILON:
+        return "the rejected side has the higher score"
     if pair.score_gap <= EPSILON:
         return _TIE
     return _SMALL_GAP if pair.score_gap < min_gap - EPSILON else None

@@ -19,7 +19,8 @@ from dpo_cli.analysis.data_stats import pair_stats
 from dpo_cli.base_model import fingerprint
 from dpo_cli.config.settings import Config
 from dpo_cli.data.files import read_json, sha256
-from dpo_cli.data.jsonl import parse_rows, read_rows
+from dpo_cli.data.jsonl import read_rows
+from dpo_cli.data.reader import parse_rows
 from dpo_cli.data.records import Judgment, Preference, read_preference, text_of
 from dpo_cli.errors import Exit, UserError, require
 from dpo_cli.progress import Progress

@@ -15,8 +15,9 @@ import msgspec
 from msgspec import Struct
 
 from dpo_cli.config.settings import Config
-from dpo_cli.data.jsonl import parse_rows
-from dpo_cli.data.records import Message, read_preference, read_prompt
+from dpo_cli.data.formats.prompts import PromptFile
+from dpo_cli.data.reader import parse_rows
+from dpo_cli.data.records import Message, read_preference
 from dpo_cli.errors import Exit, UserError, require
 from dpo_cli.progress import Progress
 from dpo_cli.stages.serve_config import server
@@ -113,7 +114,7 @@ def _rows(config: Config) -> list[list[Message]]:
     if not file.is_file():
         hint = "--data FOLDER with pairs, or --set generate.prompts=FILE"
         raise UserError("no rows to compare on", where=str(data), hint=hint)
-    return [prompt for _, prompt in islice(parse_rows(file, read_prompt), PROMPTS)]
+    return [prompt.messages for prompt in islice(PromptFile(file, config.generate.columns), PROMPTS)]
 
 
 def _listing_fault(model: dict[str, Any] | None) -> str | None:

@@ -1,0 +1,118 @@
+"""Rows of prompts and of demonstrations, in the forms that the field uses.
+
+A prompt is `prompt`, `messages`, ShareGPT's `conversations`, `instruction` with its `input`, `question` or `query`, or
+what the sides of a preference begin with; `system`, `history` and `tools` belong to it. An answer is `completion`,
+`response`, `output` or `answer`, or the assistant's message that ends `messages`. Reads and writes nothing.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dpo_cli.data.bad_rows import BadRows
+from dpo_cli.data.columns import (
+    ANSWER,
+    BAD,
+    CANDIDATES,
+    GOOD,
+    LABEL,
+    MARKS,
+    MESSAGES,
+    Cells,
+    read_conversation,
+    read_mapping,
+)
+from dpo_cli.data.formats.preferences import read_pair
+from dpo_cli.data.messages import Message, Prompt, read_messages
+from dpo_cli.data.reader import parse_rows
+
+ANSWERS = frozenset({*GOOD, *BAD, *ANSWER, *LABEL, *CANDIDATES, *MARKS, *MESSAGES})
+
+
+class PromptFile:
+    """Reads a file of prompts as `--columns` and `--skip-bad` say, and knows what it left out.
+
+    Args:
+        path: the file, or a folder of files.
+        columns: what columns mean.
+        skip_bad: leave rows out that can't be read.
+
+    Raises:
+        UserError: `columns` can't be read.
+    """
+
+    def __init__(self, path: Path, columns: str | None = None, skip_bad: bool = False) -> None:
+        self.path = path
+        self.dropped: Counter[str] = Counter()
+        self.bad = BadRows(skip_bad, offer=True)
+        self._mapping = read_mapping(columns)
+
+    def __iter__(self) -> Iterator[Prompt]:
+        rows = parse_rows(self.path, lambda row: read_prompt(row, self._mapping, self.dropped), self.bad)
+        return (prompt for _, prompt in rows)
+
+    def notes(self, folder: Path | None) -> list[str]:
+        """Lines on what was left out; writes the bad rows to a folder."""
+        notes = [f"columns left out: {counted(self.dropped)}"] if self.dropped else []
+        place = self.bad.write(folder) if folder else None
+        if self.bad.rows:
+            notes.append(
+                f"bad rows left out: {counted(self.bad.reasons)}" + (f"; they are in {place}" if place else "")
+            )
+        return notes
+
+
+def counted(reasons: Mapping[str, int]) -> str:
+    """`note (300 rows), rationale (12 rows)`."""
+    return ", ".join(f"{name} ({count:,} row{'s' * (count != 1)})" for name, count in reasons.items())
+
+
+def read_prompt(
+    row: dict[str, Any], mapping: dict[str, str] | None = None, dropped: Counter[str] | None = None
+) -> Prompt:
+    """The prompt of a row; what answers it is no part of it.
+
+    Args:
+        row: as the file has it.
+        mapping: what columns mean, as `columns.read_mapping` gives it.
+        dropped: counts columns that are left out.
+
+    Raises:
+        ValueError: the row holds no usable prompt, or content that has no place.
+    """
+    cells = Cells(row, mapping, dropped)
+    if cells.has(("prompt", *MESSAGES, "instruction", "question", "query", "input")) is None and cells.has(GOOD):
+        pair = read_pair(cells)[1]
+        return Prompt(pair.prompt, pair.tools)
+    prompt = read_conversation(cells)
+    for side in ("chosen", "rejected"):
+        cells.reasoning(side)
+        cells.forget_score(side)
+    cells.reasoning()
+    cells.finish(keep=ANSWERS)
+    return prompt
+
+
+def read_demonstration(
+    row: dict[str, Any], mapping: dict[str, str] | None = None, dropped: Counter[str] | None = None
+) -> tuple[Prompt, list[Message]]:
+    """Prompt and completion of a row for supervised fine-tuning.
+
+    Raises:
+        ValueError: the row holds no prompt or no completion, or content that has no place.
+    """
+    cells = Cells(row, mapping, dropped)
+    prompt, tools = read_conversation(cells, keep_answer=True)
+    name = cells.has(ANSWER)
+    if name is not None:
+        answer = read_messages(cells.take(name), cells.own(name), role="assistant", dropped=cells.dropped)
+    elif len(prompt) > 1 and prompt[-1]["role"] == "assistant":
+        prompt, answer = prompt[:-1], prompt[-1:]
+    else:
+        raise ValueError('no "completion", and "messages" does not end with an assistant message')
+    reasoning = cells.reasoning()
+    if reasoning and "reasoning_content" not in answer[-1]:
+        answer = [*answer[:-1], {**answer[-1], "reasoning_content": reasoning}]
+    cells.finish()
+    return Prompt(prompt, tools), answer
