@@ -111,7 +111,7 @@ def run(
     gate = next(iter(read_gates(config.evaluate.gates).values()), EVEN)
     budget = RunBudget(config.evaluate.max_usd)
     bench = EvaluationJudge(config, progress, budget)
-    prompts = held_out_prompts(config, limit)
+    prompts = held_out_prompts(config, progress, limit)
     reference_side = make_side(REFERENCE, config, progress)
     reference = sample(reference_side, prompts, progress, budget).rows
     points = []
