@@ -278,6 +278,10 @@ def judge(
     no_fetch: NoFetch = False,
     limit: Limit = None,
     dry_run: DryRun = False,
+    gold: Annotated[
+        Path | None,
+        typer.Option(help="Pairs that a person ranked: measure each --model on them, and judge nothing else."),
+    ] = None,
 ) -> Exit | None:
     """Completions to judgments to preference pairs."""
     from dpo_cli import view
@@ -285,6 +289,8 @@ def judge(
     from dpo_cli.stages import judge as stage
     from dpo_cli.stages.pair.run import run as make_pairs
 
+    if gold is not None:
+        return _measure_judges(session, gold, backend, limit, dry_run)
     if backend != "local" or detach:
         spec = launch.spec(backend, session.config, "judge", limit=limit)
         return _launch(session, backend, spec, detach, no_fetch, dry_run)
@@ -307,6 +313,22 @@ def judge(
         session.suggest("nothing-dpo judge, which asks again where the judge failed")
         return Exit.FAILED
     session.suggest("nothing-dpo inspect pairs, then nothing-dpo train")
+    return None
+
+
+def _measure_judges(session: Session, gold: Path, backend: str, limit: int | None, dry_run: bool) -> Exit | None:
+    from dpo_cli import view
+    from dpo_cli.stages import measure_judges
+
+    if backend != "local":
+        raise UserError("--gold runs on this machine", hint="without --backend")
+    report = measure_judges.run(session.config, session.progress(), gold, limit, dry_run)
+    session.show(report, view.gold)
+    if any(one.errors for one in report.judges):
+        session.suggest("the same command, which asks again where a judge failed")
+        return Exit.FAILED
+    if report.cheapest and len(report.judges) > 1:
+        session.suggest(f"nothing-dpo judge --model {report.cheapest}")
     return None
 
 

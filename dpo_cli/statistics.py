@@ -53,7 +53,7 @@ def bootstrap(values: Sequence[float], resamples: int, seed: int, confidence: fl
     return Interval(fmean(values), means[outside], means[-1 - outside], n=len(values), confidence=confidence)
 
 
-def wilson(count: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+def wilson(count: float, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
     """Score interval of a share (Wilson 1927, doi:10.1080/01621459.1927.10502953); all of it if n is 0."""
     if n == 0:
         return 0.0, 1.0

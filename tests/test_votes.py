@@ -9,10 +9,11 @@ from judging import LONG, SHORT, config, judgments, reply, row, rows, run, write
 from openai_server import Call, Server, candidates
 
 from dpo_cli.config.settings import JudgeSection
-from dpo_cli.data.records import rationale
+from dpo_cli.data.records import Order, rationale
 from dpo_cli.endpoint import batch
 from dpo_cli.errors import UserError
 from dpo_cli.judges._orders import cyclic_orders, plan_votes
+from dpo_cli.judges._ranking import any_inverts
 from dpo_cli.judges._rubric import read_criteria
 from dpo_cli.judges._task import make_task
 
@@ -101,6 +102,27 @@ def test_votes_are_another_judge_than_orders(tmp_path):
         run(config(tmp_path, server.url))
         with pytest.raises(UserError, match=r"judge\.votes was None, now 3"):
             run(config(tmp_path, server.url, votes=3))
+
+
+def orders(*given: tuple[list[int], int, int]) -> list[Order]:
+    """Orders of three, each with the scores of completions 0 and 1; completion 2 has 5."""
+    return [
+        Order(shown, {"ABC"[place]: (zero, one, 5)[index] for place, index in enumerate(shown)}, "")
+        for shown, zero, one in given
+    ]
+
+
+def test_of_up_to_three_orders_each_must_agree_and_of_more_each_relative_position():
+    """0 is ahead by 4, 4, 4 where it is shown first, and by -1, 3 and 2 where it is not: one of six is noise."""
+    first = [([0, 1, 2], 8, 4), ([2, 0, 1], 8, 4), ([0, 2, 1], 8, 4)]
+    later = [([1, 0, 2], 5, 6), ([1, 2, 0], 7, 4), ([2, 1, 0], 6, 4)]
+    assert any_inverts(orders(*first[:2], later[0]), 0, 1, {})
+    assert not any_inverts(orders(*first, *later), 0, 1, {})
+    # Behind in sum wherever it is shown later, 0 only wins by its place.
+    later = [([1, 0, 2], 3, 6), ([1, 2, 0], 5, 4), ([2, 1, 0], 6, 5)]
+    assert any_inverts(orders(*first, *later), 0, 1, {})
+    # Repeats are no further orders.
+    assert any_inverts(orders(*[first[0]] * 4, ([1, 0, 2], 3, 6)), 0, 1, {})
 
 
 # Criteria

@@ -1,11 +1,13 @@
 """From scores to a ranking: what every judge builds its `Judgment` with."""
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from dpo_cli.data.records import Judgment, Order
 from dpo_cli.judges._task import Task
 
+EACH = 3  # orders of which each must agree; of eight noisy ones, most pairs would be inverted by some
 EPSILON = 1e-9  # what sums of weighted scores may be off by
 
 
@@ -46,9 +48,11 @@ def conclude(
 
 
 def any_inverts(orders: Sequence[Order], better: int, worse: int, weights: Mapping[str, float]) -> bool:
-    """Whether any order gave the worse of two completions the higher score.
+    """Whether the orders contradict each other on which of two completions is the better one.
 
-    A panel's models answer as one: of the same order, the weighted mean counts.
+    Of up to `EACH` different orders, any that gives the worse one the higher score inverts the pair. Of more, some do
+    so by chance: there the orders that show the better one first count together, and those that show it later. A
+    panel's models answer as one: of the same order, the weighted mean counts.
 
     Args:
         orders: what the judge saw and said.
@@ -56,13 +60,17 @@ def any_inverts(orders: Sequence[Order], better: int, worse: int, weights: Mappi
         worse: index of a completion.
         weights: model -> weight; empty: equal.
     """
-    gaps: dict[tuple[int, ...], float] = {}
+    gaps: dict[tuple[int, ...], float] = defaultdict(float)
     for order in orders:
         scores = {index: order.scores.get(label_of(place)) for place, index in enumerate(order.order)}
         high, low = scores.get(better), scores.get(worse)
         if high is not None and low is not None:
-            shown = tuple(order.order)
-            gaps[shown] = gaps.get(shown, 0.0) + weights.get(order.model or "", 1.0) * (high - low)
+            gaps[tuple(order.order)] += weights.get(order.model or "", 1.0) * (high - low)
+    if len(gaps) > EACH:
+        halves: dict[bool, float] = defaultdict(float)
+        for shown, gap in gaps.items():
+            halves[shown.index(better) < shown.index(worse)] += gap
+        return any(gap < -EPSILON for gap in halves.values())
     return any(gap < -EPSILON for gap in gaps.values())
 
 

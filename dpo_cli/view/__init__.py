@@ -10,6 +10,7 @@ from dpo_cli.view.browse import browse
 from dpo_cli.view.completions import completion_stats, completions, completions_list, generated
 from dpo_cli.view.console import make_console, paged, stdout_console
 from dpo_cli.view.evaluation import COMPARISONS, comparison, comparison_list, evaluated, harnessed, planned, quizzed
+from dpo_cli.view.gold import gold
 from dpo_cli.view.jobs import jobs, launched
 from dpo_cli.view.judgments import judged, judged_and_paired, judgment, judgments_list
 from dpo_cli.view.lint import lint
@@ -40,6 +41,7 @@ __all__ = [
     "exported",
     "followed",
     "generated",
+    "gold",
     "guide",
     "harnessed",
     "jobs",
