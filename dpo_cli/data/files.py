@@ -12,7 +12,6 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,8 @@ encode_line = msgspec.json.Encoder().encode
 BLOCK_BYTES = 1 << 20  # of a write
 REPLACING = ".replacing.json"  # which files of its folder are replaced as one, once it is there
 UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK)
+
+_said: set[str] = set()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -44,7 +45,7 @@ def write_file(path: Path, content: bytes | Iterable[bytes], private: bool = Fal
     Raises:
         UserError: the disk is full or the folder can't be written; the old file is as it was.
     """
-    with _explained(path), _staged({path: content}, private) as moves:
+    with explained(path), _staged({path: content}, private) as moves:
         _rename(moves)
 
 
@@ -64,7 +65,7 @@ def write_files(contents: Mapping[Path, bytes | Iterable[bytes]], private: bool 
     (folder,) = {path.parent for path in contents}
     finish_replacement(folder)
     marker = folder / REPLACING
-    with _explained(marker), _staged(contents, private, unless=marker) as moves:
+    with explained(marker), _staged(contents, private, unless=marker) as moves:
         names = [(hidden.name, path.name) for hidden, path in moves.items()]
         with _staged({marker: encode_line(names)}, private) as marking:
             _rename(marking)  # from here on it is done, whoever ends it
@@ -82,7 +83,7 @@ def finish_replacement(folder: Path) -> None:
         handle = os.open(marker, os.O_RDWR)
     except OSError:  # there is nothing to do, or no way to do it
         return
-    with _explained(marker):
+    with explained(marker):
         try:
             lock(handle, marker, wait=True)
             if _is_at(handle, marker):  # else whoever held the lock has done it
@@ -106,7 +107,7 @@ def sync(handle: int, path: Path) -> None:
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
-        _say_once(f"{path.parent}: no fsync there, so a power cut may lose what was written last")
+        _say_once("no fsync there, so a power cut may lose what was written last", path)
 
 
 def lock(handle: int, path: Path, wait: bool) -> bool:
@@ -122,7 +123,7 @@ def lock(handle: int, path: Path, wait: bool) -> bool:
     except OSError as error:
         if error.errno not in UNSUPPORTED:
             raise
-        _say_once(f"{path.parent}: no locks there, so run one command at a time")
+        _say_once("no locks there, so run one command at a time", path)
     return True
 
 
@@ -155,7 +156,7 @@ def _staged(
         try:
             for path, content in contents.items():
                 path.parent.mkdir(parents=True, exist_ok=True)
-                _clean_up(path)
+                clean_up(path)
                 temporary, handle = _create(path, private)
                 opened.callback(os.close, handle)
                 hidden[temporary] = path
@@ -183,8 +184,8 @@ def _create(path: Path, private: bool) -> tuple[Path, int]:
         os.close(handle)
 
 
-def _clean_up(path: Path) -> None:
-    """Remove what killed writers of a path have left."""
+def clean_up(path: Path) -> None:
+    """Remove what killed writers of a path have left; its name may be a pattern."""
     for stale in path.parent.glob(f".{path.name}.????????.new"):
         try:
             handle = os.open(stale, os.O_RDWR)
@@ -233,13 +234,14 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-@cache
-def _say_once(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
+def _say_once(text: str, path: Path) -> None:
+    if text not in _said:
+        _said.add(text)
+        sys.stderr.write(f"{path.parent}: {text}\n")
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
     """Failures of the disk, as a person is told them."""
     try:
         yield

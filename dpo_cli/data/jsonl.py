@@ -120,10 +120,12 @@ class Journal:
 
     def close(self) -> None:
         """Sync and let go; safe to call twice."""
-        self._close_file()
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        try:
+            self._close_file()
+        finally:
+            if self._lock >= 0:
+                os.close(self._lock)
+                self._lock = -1
 
     def _open(self) -> None:
         """Open the file when there is something to append: what is only read, or refused, is not touched."""

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import msgspec
 
-from dpo_cli.data.files import write_file
+from dpo_cli.data.files import clean_up, explained, write_file
 from dpo_cli.data.jsonl import Journal, read_latest
 from dpo_cli.data.records import content_id
 from dpo_cli.endpoint.batch_format import (
@@ -94,6 +94,7 @@ class Batches:
         self._journal.__enter__()
         try:
             self._rows = read_latest(self._journal.path, BatchRow)
+            self._drop_inputs()
         except BaseException:
             self._journal.close()
             raise
@@ -280,12 +281,22 @@ class Batches:
             self._endpoint.budget.settle(self._held.pop(row.id), paid)
         row.ended = True
         self._write(row)
-        self._input(row).unlink(missing_ok=True)
+        with explained(self._input(row)):
+            self._input(row).unlink(missing_ok=True)
         self._log(f"batch {row.batch}: {state.status}, {answered:,} of {row.requests:,} requests answered")
         if state.status == "failed":
             self._bear_with(row, state)
         if fatal is not None:
             raise fatal
+
+    def _drop_inputs(self) -> None:
+        """Remove the inputs of batches that were never written down, or that have ended, after a kill."""
+        pattern = self._journal.path.with_suffix(".*.jsonl")
+        clean_up(pattern)
+        needed = {self._input(row) for row in self._rows.values() if not row.ended}
+        with explained(pattern):
+            for file in set(pattern.parent.glob(pattern.name)) - needed:
+                file.unlink(missing_ok=True)
 
     def _requests(self, row: BatchRow) -> dict[str, tuple[int, int | None]]:
         """The bytes and the most output of each request of a batch, by key."""

@@ -130,8 +130,10 @@ class Endpoint:
         await self.connection.__aexit__(kind, error, trace)
         if error is not None and self.spend.calls:
             self._log(f"until it stopped: {self.spend.in_words()}")
-        self._sent.close()
-        self._ledger.close()
+        try:
+            self._sent.close()
+        finally:
+            self._ledger.close()
 
     async def chat(self, body: dict[str, Any], replicate: int = 0, *, path: str = CHAT, final: bool = True) -> Reply:
         """Send a chat completion request, unless its reply is in the ledger.

@@ -8,7 +8,7 @@ import os
 from collections.abc import Container
 from pathlib import Path
 
-from dpo_cli.data.files import PRIVATE, disk_error
+from dpo_cli.data.files import PRIVATE, disk_error, explained, write_all, write_file
 
 
 class InFlight:
@@ -49,7 +49,7 @@ class InFlight:
         if key not in self._open:
             self._open.add(key)
             try:
-                os.write(self._file, f"{key}\n".encode())
+                write_all(self._file, f"{key}\n".encode())
             except OSError as error:
                 raise disk_error(error, self._path) from error
         return before
@@ -72,6 +72,7 @@ class InFlight:
         os.close(self._file)
         left = self._open | self._lost | self._unknown
         if left:
-            self._path.write_text("".join(f"{key}\n" for key in sorted(left)), "ascii")
-        else:
+            write_file(self._path, "".join(f"{key}\n" for key in sorted(left)).encode(), private=True)
+            return
+        with explained(self._path):
             self._path.unlink(missing_ok=True)

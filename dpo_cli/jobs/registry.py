@@ -6,6 +6,7 @@ path that it has in the settings. A `Job` is a spec that was submitted; it is ke
 another shell finds it. Needs no backend and no torch.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -125,11 +126,15 @@ def claimed(identity: str, config: Config) -> Iterator[None]:
         UserError: another process holds it.
     """
     file = folder(config) / f".{identity}.lock"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w") as handle:
-        if not files.lock(handle.fileno(), file, wait=False):
+    with files.explained(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if not files.lock(handle, file, wait=False):
             raise UserError("another nothing-dpo command is submitting it", where=identity, hint="wait for it")
         yield
+    finally:
+        os.close(handle)
 
 
 def refuse_another(running: Spec, asked: Spec, identity: str) -> None:

@@ -1,10 +1,9 @@
 """A folder: where files go that need no service. Not covered: two commands that push to one folder at once."""
 
-import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from dpo_cli.data.files import disk_error
+from dpo_cli.data.files import write_file
 from dpo_cli.errors import UserError
 from dpo_cli.storage import Done, Source, Stored
 from dpo_cli.storage.sync import blocks, hashed
@@ -42,16 +41,10 @@ def connect(place: str) -> Folder:
 
 def _write(source: Source, path: Path, done: Done) -> None:
     """Copy to a temporary name and rename, so that no reader sees a part of it."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            for block in blocks(source):
-                file.write(block)
-                done(len(block))
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise disk_error(error, path) from error
+
+    def counted() -> Iterator[bytes]:
+        for block in blocks(source):
+            yield block
+            done(len(block))
+
+    write_file(path, counted())
