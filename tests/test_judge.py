@@ -1,7 +1,9 @@
 """The judge stage: what is asked, what is believed, what is kept and what is paid."""
 
+import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,12 +15,13 @@ from pathlib import Path
 import pytest
 from judging import LONG, MIDDLE, SHORT, Log, config, judgments, reply, row, rows, run, scripted, write
 from openai_server import Server, first, shares
+from raw_server import RawServer, says
 
 from dpo_cli.config.settings import Config, GenerateSection, JudgeSection
 from dpo_cli.data.records import Order
+from dpo_cli.endpoint.shutdowns import SHUTDOWNS, shutdown_of, shutdown_warning
 from dpo_cli.errors import UserError
 from dpo_cli.judges import names
-from dpo_cli.judges._deprecations import ENDINGS, ending_warning
 from dpo_cli.judges._forms import Verdict
 from dpo_cli.judges._orders import OrderVerdict, aggregate, cyclic_orders, hear, preference
 from dpo_cli.judges._ranking import label_of
@@ -472,9 +475,29 @@ def _lines(path: Path) -> int:
 
 
 def test_models_with_an_announced_end_are_accepted_with_a_date():
-    assert "shuts down on 2026-12-11" in ending_warning("gpt-5-mini", date(2026, 11, 20))
-    assert "was to shut down" in ending_warning("gpt-5-mini", date(2027, 1, 1))
-    assert ending_warning("my-own-model", date(2026, 11, 20)) is None
+    assert "shuts down on 2026-12-11; take x" in shutdown_warning("gpt-5-mini", date(2026, 11, 20), "take x")
+    assert "was to shut down" in shutdown_warning("gpt-5-mini", date(2027, 1, 1), "take x")
+    assert shutdown_warning("my-own-model", date(2026, 11, 20), "take x") is None
+    assert shutdown_of("openai/o4-mini") == shutdown_of("ft:o4-mini-2025-04-16:mine::1") == date(2026, 10, 23)
+    listed = {"gpt-5-mini": "2030-01-01", "mine": "2031-02-03T00:00:00Z", "odd": "soon"}
+    assert shutdown_of("gpt-5-mini", listed) == date(2030, 1, 1)
+    assert shutdown_of("mine", listed) == date(2031, 2, 3)
+    assert shutdown_of("odd", listed) is None
+
+
+def test_the_table_of_shutdowns_has_no_hole():
+    """Against the deprecations that OpenAI's own SDK lists, where that is installed."""
+    package = importlib.util.find_spec("openai")
+    if package is None:
+        pytest.skip("needs the package openai")
+    text = (Path(package.origin).parent / "types/shared/chat_model.py").read_text().partition('"""Deprecated')[2]
+    theirs = {}
+    for entry in re.split(r"\n- ", text)[1:]:
+        if day := re.search(r"shutdown\s+date:\s+([0-9-]+)", entry):
+            theirs |= dict.fromkeys(re.findall(r'"([^"]+)"', entry.partition("Announced")[0]), day[1])
+    ours = {name: day for day, names in SHUTDOWNS.items() for name in names}
+    assert len(theirs) > 50
+    assert theirs.items() <= ours.items()
 
 
 def test_the_warning_reaches_the_log(tmp_path):
@@ -486,10 +509,25 @@ def test_the_warning_reaches_the_log(tmp_path):
     assert judgments(tmp_path)
 
 
+def test_an_end_that_the_endpoint_lists_wins_over_the_table(tmp_path):
+    write(tmp_path, [row(1, SHORT, LONG)])
+    log = Log()
+
+    def respond(request):
+        listing = {"data": [{"id": "mine", "shutdown_date": "2031-02-03"}, {"id": "other", "shutdown_date": None}]}
+        return 200, {}, json.dumps(listing).encode() if request.method == "GET" else says(reply({"A": 1, "B": 9}))
+
+    with RawServer(respond) as server:
+        judge.run(config(tmp_path, server.url, model=["mine", "other"]), log)
+    assert [line for line in log.lines if "shuts down" in line] == [
+        f"mine shuts down on 2031-02-03; the default judge model is {JudgeSection().model}"
+    ]
+
+
 def test_the_default_judge_is_of_the_gpt_5_generation_and_stays():
     model = JudgeSection().model
     assert model.startswith("gpt-5")
-    assert all(model not in models for models in ENDINGS.values())
+    assert shutdown_of(model) is None
 
 
 def test_every_judge_is_a_file():

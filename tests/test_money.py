@@ -15,8 +15,10 @@ from judging import LONG, SHORT, config, judgments, row, rows, run, write
 from openai_server import Server, first
 from test_endpoint import ask, body
 
+from dpo_cli.data.records import Usage
 from dpo_cli.endpoint import client
 from dpo_cli.endpoint.budget import Budget, output_cap
+from dpo_cli.endpoint.costs import Estimate
 from dpo_cli.endpoint.prices import Price, price_of
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.judges._request import request
@@ -279,3 +281,20 @@ def test_the_command_ends_with_4_at_the_cap_and_shows_a_receipt_at_the_end(tmp_p
         assert done.returncode == 0, done.stderr
         assert "2 paid" in done.stdout
         assert "spent" in done.stdout
+
+
+def test_a_dry_run_names_what_cheaper_models_of_the_table_would_cost(tmp_path):
+    write(tmp_path, rows(4))
+    found = run(config(tmp_path, OPENAI, model="gpt-5.4-mini"), dry_run=True).estimate
+    assert found.usd_worst > 0
+    assert "gpt-6-luna" in found.cheaper
+    assert "gpt-5.4-nano" not in found.cheaper  # it ends
+    price = price_of(OPENAI, "gpt-6-luna")
+    low, worst = found.cheaper["gpt-6-luna"]
+    assert worst == pytest.approx(price.usd(Usage(found.input, 0, found.output_worst)))
+    assert low < worst < found.usd_worst
+    assert not run(config(tmp_path, OPENAI, model="gpt-5.4-mini", price="1,1,1"), dry_run=True).estimate.cheaper
+    both = found + found
+    assert both.cheaper["gpt-6-luna"] == pytest.approx((2 * low, 2 * worst))
+    local = Estimate(calls=1, input=1, output_low=1, output_worst=1, usd_low=1.0, usd_worst=2.0)
+    assert (found + local).cheaper["gpt-6-luna"] == pytest.approx((low + 1, worst + 2))

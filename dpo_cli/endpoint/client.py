@@ -246,13 +246,13 @@ class Endpoint:
                 code=Exit.FAILED,
             )
 
-    async def models(self) -> list[str]:
-        """Names that the endpoint serves; empty if it does not say."""
+    async def models(self) -> dict[str, str]:
+        """The day on which each served model ends, empty where none is announced; no models if it does not say."""
         try:
             listing = msgspec.json.decode(await self.connection.send("GET", "/models"), type=_Models)
         except (Unreachable, Retryable, Rejected, UserError, msgspec.MsgspecError):
-            return []
-        return [one_line(model.id) for model in listing.data]
+            return {}
+        return {one_line(model.id): str(model.shutdown_date or "") for model in listing.data}
 
     async def each(self, items: Iterable[T], handle: Callable[[T], Awaitable[None]]) -> None:
         """Handle every item, at most `concurrency` at once, taking them as they are needed.
@@ -398,6 +398,7 @@ class Endpoint:
 
 class _Model(Struct):
     id: str
+    shutdown_date: Any = None
 
 
 class _Models(Struct):

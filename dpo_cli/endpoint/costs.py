@@ -1,5 +1,7 @@
 """What calls cost: before they are made, an estimate; after, a receipt."""
 
+from collections.abc import Mapping
+
 import msgspec
 from msgspec import Struct
 
@@ -50,7 +52,8 @@ class Receipt(Struct, kw_only=True):
 class Estimate(Struct, kw_only=True):
     """What a run would ask and cost.
 
-    Dollars are None where nobody knows the price. `assumptions` say what the numbers rest on.
+    Dollars are None where nobody knows the price. `assumptions` say what the numbers rest on. `cheaper` are the
+    dollars, low and worst, that the same would cost with other models.
     """
 
     calls: int
@@ -60,6 +63,7 @@ class Estimate(Struct, kw_only=True):
     usd_low: float | None = None
     usd_worst: float | None = None
     assumptions: list[str] = []
+    cheaper: dict[str, tuple[float, float]] = {}
 
     def __add__(self, other: "Estimate") -> "Estimate":
         """Both together; without dollars if those of either are unknown."""
@@ -75,11 +79,28 @@ class Estimate(Struct, kw_only=True):
             usd_low=both(self.usd_low, other.usd_low),
             usd_worst=both(self.usd_worst, other.usd_worst),
             assumptions=list(dict.fromkeys(self.assumptions + other.assumptions)),
+            cheaper=self._cheaper_with(other),
         )
+
+    def _cheaper_with(self, other: "Estimate") -> dict[str, tuple[float, float]]:
+        """What both cost together if each model stands in wherever it is the cheaper one."""
+        own = [(one.usd_low or 0.0, one.usd_worst or 0.0) for one in (self, other)]
+        both: dict[str, tuple[float, float]] = {}
+        for name in [*self.cheaper, *other.cheaper]:
+            mine, theirs = self.cheaper.get(name, own[0]), other.cheaper.get(name, own[1])
+            both[name] = mine[0] + theirs[0], mine[1] + theirs[1]
+        return both
 
 
 def estimate(
-    calls: int, size: int, output_low: int, output_worst: int, price: Price | None, given: bool, typical: str
+    calls: int,
+    size: int,
+    output_low: int,
+    output_worst: int,
+    price: Price | None,
+    given: bool,
+    typical: str,
+    others: Mapping[str, Price] | None = None,
 ) -> Estimate:
     """Price what is owed.
 
@@ -91,6 +112,7 @@ def estimate(
         price: of the model and tier.
         given: whether the price is the user's own.
         typical: what `output_low` rests on.
+        others: prices of other models.
     """
     tokens = int(size / BYTES_A_TOKEN)
     found = Estimate(calls=calls, input=tokens, output_low=output_low, output_worst=output_worst)
@@ -104,4 +126,6 @@ def estimate(
         rate = f"${price.input:g} in, ${price.output:g} out per million tokens"
         source = "--price" if given else table_date() if price.output else "an endpoint on this machine"
         found.assumptions.append(f"{rate} ({source})")
+    low, worst = Usage(tokens, 0, output_low), Usage(tokens, 0, output_worst)
+    found.cheaper = {name: (other.usd(low), other.usd(worst)) for name, other in (others or {}).items()}
     return found

@@ -1,5 +1,6 @@
 """What tokens cost: the user's own price, nothing on this machine, else genai-prices' dated table (offline)."""
 
+import re
 from collections.abc import Iterator
 from datetime import date
 from functools import cache
@@ -9,7 +10,15 @@ from urllib.parse import urlsplit
 from msgspec import Struct
 
 from dpo_cli.data.records import Usage
+from dpo_cli.endpoint.shutdowns import shutdown_of
 from dpo_cli.errors import UserError
+
+MOST_OTHERS = 5  # cheaper models that are shown
+# Names of models that write no text, or only of one kind, and of open weights under a provider's own name.
+_OTHER_KIND = re.compile(
+    r"audio|image|realtime|embed|tts|whisper|transcri|moderation|search|computer|code|research|oss|cyber|live|rosalind"
+    r"|vision|guard|translate|:|ocr|instruct-\d|latest|preview"
+)
 
 Tier: TypeAlias = Literal["batch", "flex"]
 
@@ -43,6 +52,44 @@ def price_of(url: str, model: str, override: str | None = None, tier: Tier | Non
     if is_local(url):
         return Price(0.0, 0.0, 0.0)
     return _look_up(url, model, tier)
+
+
+def cheaper_models(url: str, model: str, tier: Tier | None = None) -> dict[str, Price]:
+    """Prices of the provider's current models of the same family that cost less, cheapest first.
+
+    Current is what the table does not call deprecated and nobody has announced the end of; the family is what the name
+    begins with. Empty where nobody knows what the model itself costs.
+    """
+    if is_local(url) or (own := _look_up(url, model, tier)) is None:
+        return {}
+    from genai_prices.data import providers
+
+    found: dict[str, Price] = {}
+    for provider in providers:
+        if not re.search(provider.api_pattern, url):
+            continue
+        for other in provider.models:
+            if other.id == model or other.deprecated or not _is_alike(other.id, model):
+                continue
+            price = _look_up(url, other.id, tier)
+            if price is not None and 0 < price.output < own.output and price.input <= own.input:
+                found[other.id] = price
+    return dict(sorted(found.items(), key=lambda item: (item[1].output, item[0]))[:MOST_OTHERS])
+
+
+def _is_alike(name: str, model: str) -> bool:
+    """Whether a name is that of a model of text, of the same family and not a generation older, that goes on."""
+    family = model[: first.start()] if (first := re.search(r"\d", model)) else model
+    if not name.startswith(family) or _OTHER_KIND.search(name) or _generation(name) < _generation(model) - 1:
+        return False
+    parts = [name, *(name[: dash.start()] for dash in re.finditer("-", name))]
+    return all(shutdown_of(part) is None for part in parts)
+
+
+def _generation(name: str) -> float:
+    """The version in a model's name; 0: there is none."""
+    number = re.search(r"\d+(\.\d+)?", name)
+    return float(number[0]) if number else 0.0
 
 
 def is_local(url: str) -> bool:

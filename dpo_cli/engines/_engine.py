@@ -126,12 +126,19 @@ def choose(config: Config, progress: Progress) -> str:
 def estimate(requests: list[Request], config: Config) -> "Estimate":
     """What an endpoint would cost that answers these, in one request each."""
     from dpo_cli.endpoint.costs import estimate
-    from dpo_cli.endpoint.prices import price_of
+    from dpo_cli.endpoint.prices import cheaper_models, price_of
 
     settings = config.generate
     size = sum(len(msgspec.json.encode(request.prompt)) for request in requests)
     worst = sum(request.need for request in requests) * (settings.max_tokens or UNLIMITED)
     price = price_of(settings.url or "", config.model.name, settings.price)
     return estimate(
-        len(requests), size, worst // 2, worst, price, given=settings.price is not None, typical="half of max_tokens"
+        len(requests),
+        size,
+        worst // 2,
+        worst,
+        price,
+        given=settings.price is not None,
+        typical="half of max_tokens",
+        others={} if settings.price is not None else cheaper_models(settings.url or "", config.model.name),
     )

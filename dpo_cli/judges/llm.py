@@ -17,17 +17,17 @@ from typing import Any
 
 import msgspec
 
-from dpo_cli.config.settings import Config
+from dpo_cli.config.settings import Config, JudgeSection
 from dpo_cli.data.records import Judgment, content_id
 from dpo_cli.endpoint.batch import Batches, waiting
 from dpo_cli.endpoint.client import Endpoint
 from dpo_cli.endpoint.costs import Estimate, Receipt
 from dpo_cli.endpoint.costs import estimate as price_estimate
-from dpo_cli.endpoint.prices import Price, Tier, price_of
+from dpo_cli.endpoint.prices import Price, Tier, cheaper_models, price_of
+from dpo_cli.endpoint.shutdowns import shutdown_warning
 from dpo_cli.errors import UserError
 from dpo_cli.judges import _panel
 from dpo_cli.judges._batch import answer
-from dpo_cli.judges._deprecations import ending_warning
 from dpo_cli.judges._forms import GRADE, RANKING, RATING, Form
 from dpo_cli.judges._llm_judge import LlmJudge, criteria_for
 from dpo_cli.judges._orders import plan_votes
@@ -41,6 +41,7 @@ LEDGER = "judge.replies.jsonl"
 BATCHES = "judge.batches.jsonl"
 KEY_VARIABLE = "OPENAI_API_KEY"
 REPORT_SECONDS = 0.5
+LISTING_SECONDS = 3.0  # to wait for a list of models, which is wanted for a warning only
 REPLY_TOKENS, SENTENCE_TOKENS = 120, 60  # of a usual reply, reasoning included: altogether, and for a candidate
 FLEX_SECONDS = 900.0  # OpenAI's advice: flex answers when there is room
 
@@ -94,16 +95,31 @@ def estimate(tasks: Sequence[Task], config: Config, form: Form = RANKING) -> Est
         if len(criteria) > 1:
             assumed += f"; {len(criteria)} criteria, each asked apart: {', '.join(one.name for one in criteria)}"
         price = _price(config, tier)(model)
-        one = price_estimate(owed, size, typical, owed * cap, price, given=settings.price is not None, typical=assumed)
+        given = settings.price is not None
+        others = {} if given else cheaper_models(settings.url, model, tier)
+        one = price_estimate(owed, size, typical, owed * cap, price, given, assumed, others)
         if warning := _ending(model):
             one.assumptions.append(warning)
         found.append(one)
     return reduce(add, found)
 
 
-def _ending(model: str) -> str | None:
+def _ending(model: str, listed: Mapping[str, str] | None = None) -> str | None:
     """A warning if the end of a model is announced, as of today."""
-    return ending_warning(model, datetime.now(UTC).date())
+    return shutdown_warning(
+        model, datetime.now(UTC).date(), f"the default judge model is {JudgeSection().model}", listed
+    )
+
+
+async def _warn_of_endings(endpoint: Endpoint, models: Sequence[str], log: Callable[[str], None]) -> None:
+    """Say which models end, by the endpoint's own list where that says it."""
+    try:
+        listed = await asyncio.wait_for(endpoint.models(), LISTING_SECONDS)
+    except TimeoutError:
+        listed = {}
+    for model in models:
+        if warning := _ending(model, {name: day for name, day in listed.items() if day}):
+            log(warning)
 
 
 def settle(tasks: Iterable[Task], judgments: Mapping[str, Judgment], config: Config) -> list[Judgment]:
@@ -125,9 +141,6 @@ def judge(
     if not settings.batch and (open_ := waiting(Path(config.data) / BATCHES)):
         twice = f"{open_:,} requests wait in batches, and would be paid twice"
         raise UserError(twice, where=str(Path(config.data) / BATCHES), hint="nothing-dpo judge --batch")
-    for model in settings.models:
-        if warning := _ending(model):
-            progress.log(warning)
     return asyncio.run(_judge(tasks, config, deliver, progress, form))
 
 
@@ -145,6 +158,7 @@ async def _judge(
         max_usd=settings.max_usd,
         log=progress.log,
     ) as endpoint:
+        await _warn_of_endings(endpoint, settings.models, progress.log)
         asker = LlmJudge(endpoint, config, progress.log, form)
         done = failed = 0
 

@@ -126,6 +126,8 @@ def add_estimate(table: Table, expected: "Estimate | None") -> None:
         table.add_row("dollars", Text("nobody knows this model's price: --price IN,CACHED,OUT", "yellow"))
     else:
         table.add_row("dollars", f"{dollars(expected.usd_low)} to {dollars(expected.usd_worst)}")
+    for name, (usd_low, usd_worst) in expected.cheaper.items():
+        table.add_row("cheaper", safe(f"{name}: {dollars(usd_low)} to {dollars(usd_worst)}"))
     for assumption in expected.assumptions:
         table.add_row("", Text(assumption, "dim"))
 
