@@ -32,6 +32,7 @@ KlAction = Literal["halve_lr", "raise_beta", "rollback", "stop"]
 MaxUsd = Annotated[
     NonNegative | None, Meta(description="Most dollars that this run may spend on new calls; the next counts anew.")
 ]
+Thinking = Literal["keep", "strip", "empty"]
 InitLoraWeights: TypeAlias = bool | Literal["gaussian", "orthogonal"]
 LossType = Literal[
     "sigmoid",
@@ -70,6 +71,10 @@ class ModelSection(Struct, kw_only=True):
         False
     )
     chat_template: Annotated[str | None, _doc("Chat template file, for all stages; unset: the base's own.")] = None
+    thinking: Annotated[
+        Thinking | None,
+        _doc("Thinking, where the template opens it or leaves it out: keep, strip, empty; unset: refused."),
+    ] = None
     chat_template_kwargs: Annotated[
         dict[str, Any], _doc("Variables of the chat template; Llama 3.2's would otherwise insert today's date.")
     ] = msgspec.field(default_factory=lambda: {"date_string": "26 Jul 2024"})
@@ -182,7 +187,7 @@ class TrainingSection(Struct, kw_only=True):
     """What both training stages have in common; TRL's and PEFT's own names."""
 
     learning_rate: Annotated[NonNegative, _doc("Peak learning rate.")] = 5e-6
-    num_train_epochs: Annotated[NonNegative, _doc("Passes over the rows.")] = 1.0
+    num_train_epochs: Annotated[Positive, _doc("Passes over the rows.")] = 1.0
     max_steps: Annotated[int, _doc("Optimizer steps, whatever num_train_epochs says; -1: as it says.")] = -1
     steps_at_most: Annotated[Count | None, _doc("Cap on the optimizer steps that num_train_epochs makes.")] = None
     per_device_train_batch_size: Annotated[Count, _doc("Rows a forward.")] = 4
@@ -223,7 +228,7 @@ class TrainingSection(Struct, kw_only=True):
 class TrainSection(TrainingSection, kw_only=True):
     """Preferences to the DPO adapter."""
 
-    beta: Annotated[NonNegative, _doc("Strength of the pull towards the reference.")] = 0.1
+    beta: Annotated[Positive, _doc("Strength of the pull towards the reference.")] = 0.1
     loss_type: Annotated[
         LossType | list[LossType], _doc("TRL loss type, or rebel; several are added up by their loss_weights.")
     ] = "sigmoid"

@@ -23,6 +23,7 @@ from dpo_cli.adapter import is_model, read_adapter
 from dpo_cli.base_model import check_base
 from dpo_cli.config.settings import Config, GenerateSection, ModelSection
 from dpo_cli.data.records import Message, Tool, Usage, content_id
+from dpo_cli.data.thinking import opening
 from dpo_cli.engines import Request, Sampled, Sampling, _unpadded, sampling
 from dpo_cli.model_loading import attach, load_network, load_tokenizer, merged
 from dpo_cli.progress import Progress
@@ -39,12 +40,18 @@ class Model(Struct):
     ends: frozenset[int]
     context: int
     template: dict[str, Any] = {}
+    thinking: str | None = None
 
     def encode(self, prompt: list[Message], tools: list[Tool] | None = None) -> list[int]:
         """Token ids of a prompt under the base model's chat template, up to where the assistant begins."""
-        ids: list[int] = self.tokenizer.apply_chat_template(
-            prompt, tools=tools, add_generation_prompt=True, return_dict=False, **self.template
-        )
+        how = {"tools": tools, "add_generation_prompt": True, "return_dict": False, **self.template}
+        if self.thinking == "strip":
+            text = self.tokenizer.apply_chat_template(prompt, tokenize=False, **how)
+            stripped: list[int] = self.tokenizer(text.removesuffix(opening(text)), add_special_tokens=False)[
+                "input_ids"
+            ]
+            return stripped
+        ids: list[int] = self.tokenizer.apply_chat_template(prompt, **how)
         return ids
 
     def decode(self, ids: list[int]) -> str:
@@ -107,7 +114,7 @@ def load(
     ends = network.generation_config.eos_token_id
     ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
     context = getattr(network.config.get_text_config(), "max_position_embeddings", tokenizer.model_max_length)
-    return Model(network, tokenizer, frozenset(ends), context, section.chat_template_kwargs)
+    return Model(network, tokenizer, frozenset(ends), context, section.chat_template_kwargs, section.thinking)
 
 
 def run(

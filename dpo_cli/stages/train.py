@@ -18,15 +18,15 @@ import msgspec
 
 from dpo_cli import __version__, errors
 from dpo_cli.adapter import Adapter, read_adapter
-from dpo_cli.base_model import fingerprint
+from dpo_cli.base_model import check_base, fingerprint
 from dpo_cli.config.resolve import as_dict
-from dpo_cli.config.settings import Config
+from dpo_cli.config.settings import Config, TrainingSection
 from dpo_cli.data import files, jsonl
 from dpo_cli.data.files import sha256
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Progress, Silent
 from dpo_cli.training import distributed, plan
-from dpo_cli.training.encode import Encoded
+from dpo_cli.training.encode import REMEDIES, Encoded, Exchange
 from dpo_cli.training.gates import check_gates, describe, has_moved, open_gates, why_unmoved, worst
 from dpo_cli.training.guards import KL, best_step
 from dpo_cli.training.inputs import Inputs, Stage, TrainingRow, download_base, read_inputs
@@ -174,11 +174,21 @@ def _train(
 
     section = config.train if stage == "dpo" else config.sft
     with trainer.redirect_logs(run.progress), trackers.tracked(section, run.folder.path, run.progress):
-        encoder = trainer.load_encoder(base, config.model, section.max_length)
-        rows, held_out = (encoder.encode([row[:2] for row in side]) for side in (inputs.rows, inputs.held_out))
+        encoder = trainer.load_encoder(base, config.model, _longest(section, base, run.progress))
+        if encoder.inserts_date():
+            run.progress.log(
+                "the chat template writes today's date into every prompt, so that the same rows are other tokens "
+                "tomorrow: set model.chat_template_kwargs, or model.chat_template to a template without it"
+            )
+        rows, held_out = (encoder.encode(list(map(_exchange, side))) for side in (inputs.rows, inputs.held_out))
         _tell(rows, held_out, run)
         if not rows.rows:
-            raise UserError("no row is left to train on", where=", ".join(inputs.files), hint="raise max_length")
+            reason, count = max(rows.refused.items(), key=lambda item: item[1])
+            raise UserError(
+                f"no row is left to train on: {count} of {len(inputs.rows)} are refused, since {reason}",
+                where=", ".join(inputs.files),
+                hint=REMEDIES[reason],
+            )
         if stage == "dpo":
             from dpo_cli.training import dpo
 
@@ -186,13 +196,27 @@ def _train(
             _attach_scores(held_out, inputs.held_out)
             _say_plan(config, base, rows, held_out, run.progress)
             start = adapter.path if adapter else None
-            asked = [(row.prompt, row.completions[0]) for row in inputs.rows[: config.gate.token_rows]]
+            asked = [_exchange(row) for row in inputs.rows[: config.gate.token_rows]]
             check_tokens(encoder, asked, config.generate.url, start, run)
             dpo.train(config, base, start, encoder.tokenizer, rows.rows, held_out.rows, run)
         else:
             from dpo_cli.training import sft
 
             sft.train(config.sft, base, encoder.tokenizer, rows.rows, held_out.rows, run)
+
+
+def _exchange(row: TrainingRow) -> Exchange:
+    return Exchange(row.prompt, row.completions, row.tools, row.where)
+
+
+def _longest(section: TrainingSection, base: Path, progress: Progress) -> int:
+    """Longest row, in tokens: as set, and no longer than the model has positions for."""
+    found = check_base(str(base))
+    positions = found.positions if found is not None else None
+    if positions is None or positions >= section.max_length:
+        return section.max_length
+    progress.log(f"max_length is {positions}, the base's positions, not {section.max_length}")
+    return positions
 
 
 def _attach_scores(encoded: Encoded, rows: list[TrainingRow]) -> None:

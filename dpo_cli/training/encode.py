@@ -2,22 +2,35 @@
 
 A row that is longer than allowed loses the oldest part of its prompt (turns, then lines, then characters) and never
 any of its completion, since that would train a model that does not stop. Needs a tokenizer with a chat template and
-no torch. Reads and writes nothing. Not covered: images and tools.
+no torch. Reads and writes nothing. Not covered: images.
 """
 
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from msgspec import Struct
 
-from dpo_cli.data.records import Message
+from dpo_cli.config.settings import Thinking
+from dpo_cli.data import thinking
+from dpo_cli.data.records import Message, Tool, text_of
+from dpo_cli.data.thinking import Turn
 from dpo_cli.errors import UserError
 
 TOO_LONG = "longer than max_length without its prompt's oldest part"
 IDENTICAL = "chosen and rejected are the same tokens"
 NOT_A_PREFIX = "the prompt's last token changes when a completion follows"
+DROPPED = "the chat template leaves out a part of the completion"
+EMPTY = "the chosen side says nothing"
+# What to do where most rows are refused for a reason.
+REMEDIES = {
+    TOO_LONG: "raise max_length",
+    IDENTICAL: "make pairs whose sides differ: raise pair.min_gap or generate.temperature",
+    NOT_A_PREFIX: "--set model.chat_template=FILE with a template that leaves the prompt as it is when answered",
+    DROPPED: "--set model.chat_template=FILE with a template that keeps the whole answer",
+    EMPTY: "make the pairs again without empty answers: nothing-dpo pair",
+}
 
 
 class Sequences(Struct):
@@ -39,6 +52,15 @@ class Encoded(Struct):
     refused: dict[str, int]
 
 
+class Exchange(NamedTuple):
+    """A prompt, what follows it, the tools that it may call, and the row's place for messages to the user."""
+
+    prompt: list[Message]
+    completions: list[list[Message]]
+    tools: list[Tool] | None = None
+    where: str | None = None
+
+
 class Encoder:
     """A tokenizer with its chat template, the stop tokens of the model, and a length limit.
 
@@ -47,84 +69,180 @@ class Encoder:
         stop_ids: tokens at which generation stops.
         max_length: longest prompt plus completion, in tokens.
         chat_template_kwargs: variables of the chat template.
+        thinking: what to do with thinking where the template opens it or leaves it out; None: refuse.
 
     Raises:
         UserError: the tokenizer has no chat template.
     """
 
     def __init__(
-        self, tokenizer: Any, stop_ids: set[int], max_length: int, chat_template_kwargs: dict[str, Any]
+        self,
+        tokenizer: Any,
+        stop_ids: set[int],
+        max_length: int,
+        chat_template_kwargs: dict[str, Any],
+        thinking: Thinking | None = None,
     ) -> None:
         if tokenizer.chat_template is None:
             raise UserError(
-                "the base model's tokenizer has no chat template", hint="use an instruct model as model.base"
+                "the base model's tokenizer has no chat template",
+                hint="use an instruct model as model.base, or --set model.chat_template=FILE",
             )
         self.tokenizer = tokenizer
         self.stop_ids = stop_ids
         self.max_length = max_length
         self.chat_template_kwargs = chat_template_kwargs
+        self.thinking = thinking
 
-    def encode(self, rows: Sequence[tuple[list[Message], list[list[Message]]]]) -> Encoded:
-        """Encode (prompt, completions) rows.
+    def encode(self, rows: Sequence[Exchange]) -> Encoded:
+        """Encode rows.
 
         Raises:
-            UserError: the chat template doubles BOS or does not end the assistant's turn with a stop token.
+            UserError: the chat template refuses a conversation, doubles BOS, opens or leaves out thinking without
+                `thinking` saying what to do, or does not end the assistant's turn with a stop token.
         """
         refused: Counter[str] = Counter()
         usable, kept = [], []
         shortened = 0
-        for index, ((prompt, completions), sequences) in enumerate(zip(rows, self._encode(rows), strict=True)):
-            if sequences is not None and self._length(sequences) > self.max_length:
+        rows = [Exchange(*row) for row in rows]
+        for index, (row, found) in enumerate(zip(rows, self._encode(rows), strict=True)):
+            sequences = found
+            if isinstance(sequences, Sequences) and self._length(sequences) > self.max_length:
                 room = self.max_length - max(map(len, sequences.completions))
-                shorter = self._shorten(prompt, room)
+                shorter = self._shorten(row, room)
                 if shorter is None:
                     refused[TOO_LONG] += 1
                     continue
-                [sequences] = self._encode([(shorter, completions)])
+                [sequences] = self._encode([row._replace(prompt=shorter)])
                 shortened += 1
-            if sequences is None:
-                refused[NOT_A_PREFIX] += 1
-            elif len(completions) > len({tuple(ids) for ids in sequences.completions}):
+            if not isinstance(sequences, Sequences):
+                refused[sequences] += 1
+            elif len(row.completions) > len({tuple(ids) for ids in sequences.completions}):
                 refused[IDENTICAL] += 1
             else:
                 usable.append(sequences)
                 kept.append(index)
         return Encoded(usable, kept, shortened, dict(refused))
 
-    def ids(self, messages: list[Message], answer_next: bool, template: str | None = None) -> list[int]:
+    def ids(
+        self,
+        messages: list[Message],
+        answer_next: bool,
+        template: str | None = None,
+        tools: list[Tool] | None = None,
+    ) -> list[int]:
         """Token ids of messages, ready to be answered or not, by the tokenizer's own chat template or another."""
-        [ids] = self._tokenize([self._render(messages, answer_next, template)])
+        [ids] = self._tokenize([self._render(messages, answer_next, template, tools)])
         return ids
 
-    def _encode(self, rows: Sequence[tuple[list[Message], list[list[Message]]]]) -> list[Sequences | None]:
-        """All rows in one call to the tokenizer; None where the prompt is no prefix of prompt plus completion."""
-        texts = []
-        for prompt, completions in rows:
-            texts.append(self._render(prompt, answer_next=True))
-            texts += [self._render(prompt + completion, answer_next=False) for completion in completions]
+    def inserts_date(self) -> bool:
+        """Whether the chat template writes today's date, so that the same rows are other tokens tomorrow."""
+        if "strftime_now" not in str(self.tokenizer.chat_template):
+            return False
+        probe: list[Message] = [{"role": "user", "content": "hi"}]
+        mark = "@today@"
+        return mark in self._render(probe, True, None, None, strftime_now=lambda _: mark)
+
+    def _encode(self, rows: Sequence[Exchange]) -> list[Sequences | str]:
+        """All rows in one call to the tokenizer; a reason where one can't be used."""
+        turns = [self._turns(row) for row in rows]
+        texts = [
+            text
+            for found in turns
+            if isinstance(found, list)
+            for turn in found
+            for text in (turn.prompt, turn.prompt + turn.completion)
+        ]
         ids = iter(self._tokenize(texts))
-        encoded: list[Sequences | None] = []
-        for _, completions in rows:
-            start = next(ids)
-            whole = [next(ids) for _ in completions]
-            self._check_bos(start)
-            if any(sequence[: len(start)] != start for sequence in whole):
-                encoded.append(None)
+        encoded: list[Sequences | str] = []
+        for found in turns:
+            if not isinstance(found, list):
+                encoded.append(found)
                 continue
-            sequences = Sequences(start, [sequence[len(start) :] for sequence in whole])
+            pairs = [(next(ids), next(ids)) for _ in found]
+            start = pairs[0][0]
+            self._check_bos(start)
+            if any(whole[: len(start)] != start for _, whole in pairs):
+                encoded.append(NOT_A_PREFIX)
+                continue
+            sequences = Sequences(start, [whole[len(start) :] for _, whole in pairs])
             for completion in sequences.completions:
                 self._check_end(completion)
             encoded.append(sequences)
         return encoded
 
-    def _render(self, messages: list[Message], answer_next: bool, template: str | None = None) -> str:
-        text: str = self.tokenizer.apply_chat_template(
-            messages,
-            chat_template=template,
-            tokenize=False,
-            add_generation_prompt=answer_next,
-            **self.chat_template_kwargs,
+    def _turns(self, row: Exchange) -> list[Turn] | str:
+        """Prompt and completion of each side as texts, or the reason why the row can't be used."""
+        prompt = self._render(row.prompt, True, None, row.tools, row.where)
+        if not text_of(row.completions[0]).strip():
+            return EMPTY
+        found = []
+        for completion in row.completions:
+            turn = self._turn(prompt, completion, row)
+            if turn is None:
+                return NOT_A_PREFIX
+            if not _says(turn.completion, completion):
+                return DROPPED
+            found.append(turn)
+        return found
+
+    def _turn(self, prompt: str, completion: list[Message], row: Exchange) -> Turn | None:
+        whole = self._render(row.prompt + completion, False, None, row.tools, row.where)
+        thought, bare = thinking.split(completion[-1])
+        opened = thinking.opening(prompt) if not whole.startswith(prompt) else ""
+        lost = thought is not None and _squeezed(thought) not in _squeezed(whole[len(prompt) - len(opened) :])
+        if self.thinking is None:
+            if opened or lost:
+                raise self._thinking_fault(opened.strip(), lost, row.where)
+            return Turn(prompt, whole[len(prompt) :]) if whole.startswith(prompt) else None
+        if self.thinking == "keep" and not (opened or lost):
+            return Turn(prompt, whole[len(prompt) :]) if whole.startswith(prompt) else None
+        answer = self._render([*row.prompt, *completion[:-1], bare], False, None, row.tools, row.where)
+        return thinking.build(prompt, answer, thought, self.thinking)
+
+    def _thinking_fault(self, opened: str, lost: bool, where: str | None) -> UserError:
+        does = [f"writes {opened} into the generation prompt"] if opened else []
+        does += ["takes thinking out of answers"] if lost or self._strips() else []
+        return UserError(
+            f"the chat template {' and '.join(does)}: what would be trained is not what the model writes",
+            where=where,
+            hint=thinking.SET,
         )
+
+    def _strips(self) -> bool:
+        """Whether the template leaves the thinking of an answer out."""
+        ask: list[Message] = [{"role": "user", "content": "hi"}]
+        reply: Message = {"role": "assistant", "content": "<think>\nbecause\n</think>\n\nso"}
+        return "because" not in self._render([*ask, reply], False, None, None)
+
+    def _render(
+        self,
+        messages: list[Message],
+        answer_next: bool,
+        template: str | None = None,
+        tools: list[Tool] | None = None,
+        where: str | None = None,
+        **more: Any,
+    ) -> str:
+        from jinja2.exceptions import TemplateError  # it is there where a tokenizer is
+
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                messages,
+                tools=tools,
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=answer_next,
+                **self.chat_template_kwargs,
+                **more,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+            roles = " ".join(message["role"] for message in messages)
+            raise UserError(
+                f"the chat template refuses this conversation ({roles}): {' '.join(str(error).split())}",
+                where=where,
+                hint="mend the row, or --set model.chat_template=FILE with a template that takes such conversations",
+            ) from None
         return text
 
     def _tokenize(self, texts: list[str]) -> list[list[int]]:
@@ -137,12 +255,13 @@ class Encoder:
     def _length(self, sequences: Sequences) -> int:
         return len(sequences.prompt) + max(map(len, sequences.completions))
 
-    def _shorten(self, prompt: list[Message], room: int) -> list[Message] | None:
+    def _shorten(self, row: Exchange, room: int) -> list[Message] | None:
         """The prompt without as little of its oldest part as fits into `room` tokens; None if nothing fits."""
+        prompt = row.prompt
         cuts = list(_cuts(prompt))
 
         def fits(cut: tuple[int, int]) -> bool:
-            [ids] = self._tokenize([self._render(_cut(prompt, *cut), answer_next=True)])
+            [ids] = self._tokenize([self._render(_cut(prompt, *cut), True, None, row.tools, row.where)])
             return len(ids) <= room
 
         first = bisect_left(cuts, True, key=fits)
@@ -164,6 +283,16 @@ class Encoder:
             )
 
 
+def _says(rendered: str, completion: list[Message]) -> bool:
+    """Whether a rendered completion holds the texts of its messages, thinking and white space aside."""
+    there = _squeezed(rendered)
+    return all(_squeezed(thinking.split(message)[1]["content"]) in there for message in completion)
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
 def _cuts(prompt: list[Message]) -> list[tuple[int, int]]:
     """(index of the first turn kept, characters cut from its front), from the smallest loss to the largest.
 
@@ -181,7 +310,8 @@ def _cuts(prompt: list[Message]) -> list[tuple[int, int]]:
 
 
 def _cut(prompt: list[Message], turn: int, characters: int) -> list[Message]:
-    first: Message = {"role": prompt[turn]["role"], "content": prompt[turn]["content"][characters:]}
+    first = prompt[turn].copy()
+    first["content"] = first["content"][characters:]
     return [*prompt[: _head(prompt)], first, *prompt[turn + 1 :]]
 
 

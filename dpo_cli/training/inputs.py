@@ -24,7 +24,10 @@ MODEL_FILES = ["*.json", "*.jinja", "*.model", "*.safetensors"]
 
 
 class TrainingRow(NamedTuple):
-    """A prompt and its completions (chosen and rejected, or one), how far apart their scores are, what it counts."""
+    """A prompt and its completions (chosen and rejected, or one), how far apart their scores are, what it counts.
+
+    `tools` are what the prompt may call, `where` the row's file and line.
+    """
 
     prompt: list[Message]
     completions: list[list[Message]]
@@ -32,6 +35,7 @@ class TrainingRow(NamedTuple):
     weight: float = 1.0
     scores: tuple[float, float] | None = None
     tools: list[Tool] | None = None
+    where: str = ""
 
 
 class Inputs(Struct):
@@ -110,7 +114,7 @@ def _read_folder(folder: Path, parse: Callable[[dict[str, Any]], TrainingRow], h
     if not train.exists():
         raise UserError("no train.jsonl in it", where=str(folder), hint=hint)
     files = [train, val] if val.exists() else [train]
-    rows = [[row for _, row in parse_rows(file, parse)] for file in files]
+    rows = [[row._replace(where=f"{file}:{line}") for line, row in parse_rows(file, parse)] for file in files]
     return Inputs(rows[0], rows[1] if len(rows) > 1 else [], {file.name: sha256(file) for file in files}, {})
 
 
@@ -120,8 +124,9 @@ def _read_file(file: Path, parse: Callable[[dict[str, Any]], TrainingRow], hint:
         raise UserError("no such file or folder", where=str(file), hint=hint)
     split = {"seed": config.pair.seed, "val_share": config.pair.val_share}
     sides: tuple[list[TrainingRow], list[TrainingRow]] = ([], [])
-    for _, row in parse_rows(file, parse):
-        sides[split_side(prompt_id(row.prompt, row.tools), config.pair.seed, config.pair.val_share)].append(row)
+    for line, row in parse_rows(file, parse):
+        held_out = split_side(prompt_id(row.prompt, row.tools), config.pair.seed, config.pair.val_share)
+        sides[held_out].append(row._replace(where=f"{file}:{line}"))
     return Inputs(*sides, {file.name: sha256(file)}, split)
 
 

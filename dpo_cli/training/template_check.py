@@ -11,16 +11,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.data.records import Message
+from dpo_cli.data.messages import wire
+from dpo_cli.data.records import Message, Tool
 from dpo_cli.endpoint.plain import request
 from dpo_cli.engines.endpoint import KEY_VARIABLE
 from dpo_cli.errors import Exit, UserError
-from dpo_cli.training.encode import Encoder
+from dpo_cli.training.encode import Encoder, Exchange
 from dpo_cli.training.run_folder import RunContext
 
 TIMEOUT = 5.0  # seconds
-
-Exchange = tuple[list[Message], list[Message]]
 
 
 def check_tokens(
@@ -48,8 +47,8 @@ def check_tokens(
     template = own_template(adapter) if adapter else None
     if template is not None and rows:
 
-        def as_trained(messages: list[Message], answer_next: bool) -> list[int]:
-            return encoder.ids(messages, answer_next, template)
+        def as_trained(messages: list[Message], answer_next: bool, tools: list[Tool] | None) -> list[int]:
+            return encoder.ids(messages, answer_next, template, tools)
 
         _compare(encoder, rows, as_trained, "the SFT adapter's chat template", str(adapter), run)
     if not rows:
@@ -59,8 +58,8 @@ def check_tokens(
         return False
     root = url.rstrip("/").removesuffix("/v1")
 
-    def served(messages: list[Message], answer_next: bool) -> list[int]:
-        return _tokenize(root, messages, answer_next, encoder.chat_template_kwargs)
+    def served(messages: list[Message], answer_next: bool, tools: list[Tool] | None) -> list[int]:
+        return _tokenize(root, messages, answer_next, tools, encoder.chat_template_kwargs)
 
     try:
         _compare(encoder, rows, served, "the server", f"{root}/tokenize", run)
@@ -89,15 +88,16 @@ def own_template(adapter: Path) -> str | None:
 def _compare(
     encoder: Encoder,
     rows: Sequence[Exchange],
-    other: Callable[[list[Message], bool], list[int]],
+    other: Callable[[list[Message], bool, list[Tool] | None], list[int]],
     name: str,
     where: str,
     run: RunContext,
 ) -> None:
     """Raise UserError at the first row that the other side encodes in another way."""
-    for prompt, completion in rows:
-        for messages, answer_next in ((prompt, True), (prompt + completion, False)):
-            ours, theirs = encoder.ids(messages, answer_next), other(messages, answer_next)
+    for row in rows:
+        for messages, answer_next in ((row.prompt, True), (row.prompt + row.completions[0], False)):
+            ours = encoder.ids(messages, answer_next, tools=row.tools)
+            theirs = other(messages, answer_next, row.tools)
             if ours == theirs:
                 continue
             cause = difference(ours, theirs, encoder.tokenizer, name, answer_next)
@@ -134,8 +134,19 @@ def difference(ours: list[int], theirs: list[int], tokenizer: Any, name: str, an
     return f"from token {at} on, {here!r} in training and {there!r} by {name}"
 
 
-def _tokenize(root: str, messages: list[Message], answer_next: bool, chat_template_kwargs: dict[str, Any]) -> list[int]:
-    body = {"messages": messages, "add_generation_prompt": answer_next, "chat_template_kwargs": chat_template_kwargs}
+def _tokenize(
+    root: str,
+    messages: list[Message],
+    answer_next: bool,
+    tools: list[Tool] | None,
+    chat_template_kwargs: dict[str, Any],
+) -> list[int]:
+    body = {
+        "messages": wire(messages),
+        "add_generation_prompt": answer_next,
+        "chat_template_kwargs": chat_template_kwargs,
+        **({"tools": tools} if tools else {}),
+    }
     status, content = request(f"{root}/tokenize", body, key=os.environ.get(KEY_VARIABLE), timeout=TIMEOUT)
     if status != 200:
         raise OSError(f"status {status}")

@@ -309,7 +309,9 @@ def load_encoder(folder: Path, model: ModelSection, max_length: int) -> Encoder:
         with explained(folder):
             configured = GenerationConfig.from_pretrained(folder).eos_token_id
         stops += configured if isinstance(configured, list) else [configured]
-    return Encoder(tokenizer, {stop for stop in stops if stop is not None}, max_length, model.chat_template_kwargs)
+    return Encoder(
+        tokenizer, {stop for stop in stops if stop is not None}, max_length, model.chat_template_kwargs, model.thinking
+    )
 
 
 def fresh_lora(section: TrainingSection, network: Any, progress: Progress) -> LoraConfig:
