@@ -6,11 +6,9 @@ and does nothing for one that is finished. Importing this needs no torch.
 """
 
 import math
-import os
 import platform
 from collections.abc import Callable
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +16,19 @@ import msgspec
 
 from dpo_cli import __version__, errors
 from dpo_cli.adapter import Adapter, read_adapter
-from dpo_cli.base_model import check_base, fingerprint
+from dpo_cli.base_model import fingerprint
 from dpo_cli.config.resolve import as_dict
-from dpo_cli.config.settings import Config, TrainingSection
+from dpo_cli.config.settings import Config
 from dpo_cli.data import files, jsonl
 from dpo_cli.data.files import sha256
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Progress, Silent
 from dpo_cli.training import distributed, plan
-from dpo_cli.training.encode import REMEDIES, Encoded, Exchange
+from dpo_cli.training.encode import Encoded
+from dpo_cli.training.encode_inputs import encode_inputs, exchange
 from dpo_cli.training.gates import check_gates, describe, has_moved, open_gates, why_unmoved, worst
 from dpo_cli.training.guards import KL, best_step
-from dpo_cli.training.inputs import Inputs, Stage, TrainingRow, download_base, read_inputs
+from dpo_cli.training.inputs import Inputs, Stage, download_base, read_inputs
 from dpo_cli.training.preflight import of_encoded
 from dpo_cli.training.run_folder import (
     RunContext,
@@ -174,56 +173,19 @@ def _train(
 
     section = config.train if stage == "dpo" else config.sft
     with trainer.redirect_logs(run.progress), trackers.tracked(section, run.folder.path, run.progress):
-        encoder = trainer.load_encoder(base, config.model, _longest(section, base, run.progress))
-        if encoder.inserts_date():
-            run.progress.log(
-                "the chat template writes today's date into every prompt, so that the same rows are other tokens "
-                "tomorrow: set model.chat_template_kwargs, or model.chat_template to a template without it"
-            )
-        rows, held_out = (encoder.encode(list(map(_exchange, side))) for side in (inputs.rows, inputs.held_out))
-        _tell(rows, held_out, run)
-        if not rows.rows:
-            reason, count = max(rows.refused.items(), key=lambda item: item[1])
-            raise UserError(
-                f"no row is left to train on: {count} of {len(inputs.rows)} are refused, since {reason}",
-                where=", ".join(inputs.files),
-                hint=REMEDIES[reason],
-            )
+        encoder, rows, held_out = encode_inputs(config.model, section, base, inputs, run)
         if stage == "dpo":
             from dpo_cli.training import dpo
 
-            _attach_scores(rows, inputs.rows)
-            _attach_scores(held_out, inputs.held_out)
             _say_plan(config, base, rows, held_out, run.progress)
             start = adapter.path if adapter else None
-            asked = [_exchange(row) for row in inputs.rows[: config.gate.token_rows]]
+            asked = [exchange(row) for row in inputs.rows[: config.gate.token_rows]]
             check_tokens(encoder, asked, config.generate.url, start, run)
             dpo.train(config, base, start, encoder.tokenizer, rows.rows, held_out.rows, run)
         else:
             from dpo_cli.training import sft
 
             sft.train(config.sft, base, encoder.tokenizer, rows.rows, held_out.rows, run)
-
-
-def _exchange(row: TrainingRow) -> Exchange:
-    return Exchange(row.prompt, row.completions, row.tools, row.where)
-
-
-def _longest(section: TrainingSection, base: Path, progress: Progress) -> int:
-    """Longest row, in tokens: as set, and no longer than the model has positions for."""
-    found = check_base(str(base))
-    positions = found.positions if found is not None else None
-    if positions is None or positions >= section.max_length:
-        return section.max_length
-    progress.log(f"max_length is {positions}, the base's positions, not {section.max_length}")
-    return positions
-
-
-def _attach_scores(encoded: Encoded, rows: list[TrainingRow]) -> None:
-    """Give encoded pairs what the loss may read beside their tokens."""
-    for sequences, index in zip(encoded.rows, encoded.kept, strict=True):
-        row = rows[index]
-        sequences.gap, sequences.weight, sequences.scores = row.gap, row.weight, row.scores
 
 
 def _say_plan(config: Config, base: Path, rows: Encoded, held_out: Encoded, progress: Progress) -> None:
@@ -236,22 +198,6 @@ def _say_plan(config: Config, base: Path, rows: Encoded, held_out: Encoded, prog
     progress.log(plan.line(made))
     for warning in made.warnings:
         progress.log(f"plan: {warning}")
-
-
-def _tell(rows: Encoded, held_out: Encoded, run: RunContext) -> None:
-    """Say and record what encoding did to the rows."""
-    shortened = rows.shortened + held_out.shortened
-    reasons = sorted(rows.refused.keys() | held_out.refused.keys())
-    refused = {reason: rows.refused.get(reason, 0) + held_out.refused.get(reason, 0) for reason in reasons}
-    run.record("encoded", 0, shortened=shortened, refused=refused, held_out=len(held_out.rows))
-    if shortened:
-        run.progress.log(f"{shortened} prompts lost their oldest part to fit into max_length")
-    for reason, count in refused.items():
-        run.progress.log(f"{count} rows refused: {reason}")
-    if os.environ.get("WANDB_API_KEY") and not find_spec("wandb"):
-        run.progress.log("WANDB_API_KEY is set, but wandb is not installed: nothing is reported to it")
-    if not held_out.rows:
-        run.progress.log("no held-out rows: nothing will show whether what is learnt holds elsewhere")
 
 
 def _finish(
@@ -320,7 +266,7 @@ def _retreat(
 
     with trainer.redirect_logs(progress):
         encoder = trainer.load_encoder(base, config.model, config.train.max_length)
-        held_out = encoder.encode([row[:2] for row in inputs.held_out]).rows
+        held_out = encoder.encode(list(map(exchange, inputs.held_out))).rows
         start = Path(config.model.adapter) if config.model.adapter else None
         output = folder.path / RETREAT
         found, metrics = retreat(config, base, start, checkpoints[furthest], kl, output, encoder, held_out, progress)
