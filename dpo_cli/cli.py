@@ -580,16 +580,18 @@ def evaluate(
 
 
 @command(
-    "run", "run.rounds", "generate.prompts", "generate.n", "generate.engine", "generate.url", "generate.max_usd",
+    "run", "run.rounds", "run.old_pairs", "run.max_usd", "generate.prompts", "generate.n", "generate.engine",
+    "generate.url", "generate.max_usd",
     "judge.judge", "judge.model", "judge.url", "judge.function", "judge.max_usd", "pair.min_gap", "model.base",
     "model.adapter", "model.dpo_adapter", "model.name", "model.dpo_name", "train.learning_rate", "train.beta",
     "evaluate.prompts", "evaluate.gate", "evaluate.max_usd", names={"judge.model": "--judge-model",
-    "judge.url": "--judge-url", "judge.max_usd": "--judge-max-usd", "evaluate.max_usd": "--evaluate-max-usd",
-    "evaluate.prompts": "--held-out"},
+    "judge.url": "--judge-url", "generate.max_usd": "--generate-max-usd", "judge.max_usd": "--judge-max-usd",
+    "evaluate.max_usd": "--evaluate-max-usd", "evaluate.prompts": "--held-out"},
 )  # fmt: skip
 def run(
     session: Session,
     backend: Annotated[str, typer.Option(metavar="|".join(backends.names()), help="Where training runs.")] = "local",
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="The rounds as a page with plots.")] = None,
     limit: Limit = None,
     dry_run: DryRun = False,
 ) -> Exit | None:
@@ -602,6 +604,10 @@ def run(
         return None
     result = rounds.run(session.config, session.progress(), backend, limit)
     session.show(result, view.ran)
+    if html:
+        from dpo_cli import html as report
+
+        _write_page(session, html, report.rounds(result))
     if result.verdict == "fail":
         return Exit.GATE
     session.suggest("nothing-dpo push adapter DEST, or nothing-dpo run --rounds N for more")

@@ -131,6 +131,7 @@ class Server:
         self.calls: Counter[str] = Counter()
         self.paid: Counter[str] = Counter()
         self.bodies: list[dict[str, Any]] = []
+        self.tokens = 0  # billed
         self.arrivals: list[float] = []
         self.keys: set[str] = set()
         self.in_flight = 0
@@ -265,6 +266,7 @@ class Server:
             choices.append({"index": index, "message": message, "finish_reason": reason, **beside})
         output = sum(len((choice["message"]["content"] or "").split()) for choice in choices)
         usage = {"prompt_tokens": len(call.text) // 4, "completion_tokens": output}
+        self.tokens += sum(usage.values())
         return {
             "id": f"chatcmpl-{call.number}",
             "object": "chat.completion",

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from adapters import base_model, save_adapter
 from aiohttp import web
 from openai_server import Server
-from training import write_rows
+from training import read_rows, write_rows
 
 from dpo_cli.config import resolve
 from dpo_cli.data.files import sha256
@@ -237,3 +238,43 @@ def test_a_budget_is_exit_4_and_goes_on(folder):
 def test_a_whole_model_is_no_reference(folder):
     with Vllm() as server, pytest.raises(UserError, match="no reference for the next round"):
         rounds.run(settings(server, train__full=True), Silent())
+
+
+def test_a_round_may_have_prompts_of_its_own_and_the_pairs_before_as_well(folder):
+    write_rows(Path("more.jsonl"), [{"prompt": f"[OTIS] Another scene {number}."} for number in range(6)])
+    with Vllm() as server:
+        changes = {"run__prompts": ["data", "more.jsonl"], "run__old_pairs": True, "evaluate__samples": 1}
+        result = rounds.run(settings(server, **changes), Silent())
+        one, two = result.rounds
+        assert (one.completions, two.completions) == (48, 18)
+        assert two.trained.rows == one.pairs + two.pairs > two.pairs
+        prompts = {
+            row["prompt"][0]["content"] for row in read_rows(Path("data/dpo/round-2/with-old-pairs/train.jsonl"))
+        }
+        assert any("Another" in text for text in prompts) and any("Another" not in text for text in prompts)
+        with pytest.raises(UserError, match="3 rounds, and prompts for 2"):
+            rounds.run(settings(server, **changes | {"run__rounds": 3}), Silent())
+
+
+def test_one_budget_is_for_all_rounds_and_attempts(folder):
+    """Stopped by it again and again, the run never spends more, and more money takes it to the same end."""
+    prices = {"generate__price": "100,100,100", "judge__price": "100,100,100"}
+
+    def dollars():
+        return 100e-6 * server.tokens  # by the server's own count
+
+    with Vllm() as server:
+        whole = rounds.run(settings(server, **prices), Silent())
+        cost = dollars()
+        assert whole.usd == pytest.approx(cost, rel=1e-6) and cost > 0
+    for made in ("data/dpo", "runs", "dpo", "dpo-round-1", "dpo-round-2"):
+        shutil.rmtree(made)
+    with Vllm() as server:
+        for _ in range(3):
+            with pytest.raises(UserError) as stopped:
+                rounds.run(settings(server, run__max_usd=cost * 0.7, **prices), Silent())
+            assert stopped.value.code == Exit.BUDGET
+            assert cost * 0.3 < dollars() <= cost * 0.7
+        again = rounds.run(settings(server, run__max_usd=cost * 1.5, **prices), Silent())
+        assert [one.pairs for one in again.rounds] == [one.pairs for one in whole.rounds]
+        assert dollars() <= cost * 1.1

@@ -343,6 +343,14 @@ class RunSection(Struct, kw_only=True):
     """`nothing-dpo run`: the whole chain."""
 
     rounds: Annotated[Count, _doc("Rounds; each starts from the adapter of the one before, its reference.")] = 1
+    prompts: Annotated[
+        list[str], _doc("Prompts of each round, a file or folder a round; none: generate.prompts in every round.")
+    ] = msgspec.field(default_factory=list)
+    old_pairs: Annotated[bool, _doc("Train on the pairs of the rounds before as well.")] = False
+    max_usd: Annotated[
+        NonNegative | None,
+        _doc("Most dollars for completions and judgments over all rounds and attempts; unset: none."),
+    ] = None
     max_failed: Annotated[Share, _doc("Share of a stage's prompts that may fail; above it the chain stops.")] = 0.0
 
 

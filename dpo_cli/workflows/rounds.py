@@ -3,8 +3,10 @@
 In round k > 1 the adapter of round k - 1 gives the completions, and is the reference: iterative DPO (arXiv:2312.16682).
 A round has its own folder of data (`data`/round-k), its own run (`runs`/round-k) and its own adapter
 (`model.dpo_adapter`-round-k); a round that passes its gates is copied to `model.dpo_adapter`, so that whatever reads
-that finds the last good one. Each stage goes on where it was stopped; what round.json in the run's folder says is only
-for the table. Not covered: rounds of whole models (`train.full`), and new prompts for each round.
+that finds the last good one. A round may have prompts of its own (`run.prompts`), and may train on the pairs of the
+rounds before as well (`run.old_pairs`). `run.max_usd` is one budget over all of it. Each stage goes on where it was
+stopped; what round.json in the run's folder says is only for the table. Not covered: rounds of whole models
+(`train.full`).
 """
 
 from collections.abc import Iterator
@@ -17,6 +19,8 @@ from msgspec.structs import replace
 
 from dpo_cli.config.settings import Config
 from dpo_cli.data.files import write_json
+from dpo_cli.data.jsonl import read_rows, write_rows
+from dpo_cli.data.records import Preference
 from dpo_cli.endpoint.costs import Estimate
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.jobs import launch
@@ -29,6 +33,7 @@ from dpo_cli.stages.serve_config.server import ensure_served
 from dpo_cli.training.gates import describe
 from dpo_cli.training.run_folder import RunFolder, publish
 from dpo_cli.training.run_history import Trained, read_finished
+from dpo_cli.workflows import spending
 
 NEEDED = "adapter_config.json"
 EVEN = 0.5
@@ -37,7 +42,7 @@ EVEN = 0.5
 class Round(Struct, kw_only=True):
     """One round: where it started, what it made, and why it was the last one (`stopped`), if its gates said no.
 
-    `sampling_usd` leaves out what was paid in runs that were killed while they sampled.
+    `sampling_usd` is for completions to train on, `judging_usd` for their judgments.
     """
 
     number: int
@@ -117,7 +122,13 @@ def of_round(config: Config, number: int) -> Config:
     mine = replace(model, dpo_adapter=model.dpo_adapter + this, dpo_name=model.dpo_name + this)
     if number > 1:
         mine.adapter, mine.name = model.dpo_adapter + last, model.dpo_name + last
-    return replace(config, data=str(Path(config.data) / f"round-{number}"), model=mine)
+    prompts = config.run.prompts[number - 1] if config.run.prompts else config.generate.prompts
+    return replace(
+        config,
+        data=str(Path(config.data) / f"round-{number}"),
+        model=mine,
+        generate=replace(config.generate, prompts=prompts),
+    )
 
 
 def plan(config: Config, progress: Progress, limit: int | None = None) -> list[Step]:
@@ -133,6 +144,12 @@ def plan(config: Config, progress: Progress, limit: int | None = None) -> list[S
 
 
 def _check(config: Config) -> None:
+    if config.run.prompts and len(config.run.prompts) < config.run.rounds:
+        raise UserError(
+            f"{config.run.rounds} rounds, and prompts for {len(config.run.prompts)}",
+            where="run.prompts",
+            hint="one file or folder a round, or none for the same prompts in every round",
+        )
     if config.train.full and config.run.rounds > 1:
         raise UserError("a whole model is no reference for the next round", where="train.full", hint="--rounds 1")
 
@@ -141,6 +158,7 @@ class _Stages:
     """The stages of one round, in order."""
 
     def __init__(self, config: Config, number: int, progress: Progress, limit: int | None) -> None:
+        self.whole = config
         self.config = of_round(config, number)
         self.name = f"round-{number}"
         self.progress = progress
@@ -163,7 +181,7 @@ class _Stages:
             self.config,
             self.progress,
             name=self.name,
-            data=Path(self.config.data),
+            data=self._training_data(),
             fresh=False,
             limit=self.limit,
         )
@@ -171,7 +189,7 @@ class _Stages:
         if made.trained.verdict == "fail":
             return self._stop("; ".join(made.trained.reasons) or "training did not pass its gates")
         self._serve(made.number, self.config.model.dpo_name, made.adapter, anew=was is None)
-        made.evaluation = evaluate.run(self.config, self.progress, limit=self.limit)
+        made.evaluation = evaluate.run(self._capped(), self.progress, limit=self.limit)
         self._tolerate("evaluate", made.evaluation.failed, made.evaluation.n, made.evaluation.errors)
         self._refuse_waiting(made.evaluation.waiting)
         self._write()
@@ -224,11 +242,11 @@ class _Stages:
         made, limit = self.round, self.limit
         if made.number > 1:
             self._serve(made.number - 1, self.config.model.name, str(made.reference), anew=False)
-        sampled = generate.run(self.config, self.progress, limit=limit)
-        made.sampling_usd += sampled.receipt.usd if sampled.receipt else 0.0
+        sampled = generate.run(self._capped(), self.progress, limit=limit)
+        made.sampling_usd = spending.sampling_usd(self.config)
         self._write()
         self._tolerate("generate", sampled.failed, sampled.prompts, [sampled.error or ""])
-        judged = judge.run(self.config, self.progress, limit=limit)
+        judged = judge.run(self._capped(), self.progress, limit=limit)
         made.judging_usd = judged.usd
         self._tolerate("judge", sum(judged.errors.values()), judged.total, judged.errors)
         self._refuse_waiting(judged.receipt.waiting if judged.receipt else 0)
@@ -236,6 +254,30 @@ class _Stages:
         made.completions = self.config.generate.n * sampled.prompts
         made.pairs, made.held_out = paired.train, paired.val
         self._write()
+
+    def _capped(self) -> Config:
+        """The round's settings, with what is left of the budget of all rounds."""
+        most = self.whole.run.max_usd
+        if most is None:
+            return self.config
+        rounds = (of_round(self.whole, number) for number in range(1, self.whole.run.rounds + 1))
+        return spending.capped(self.config, max(0.0, most - spending.spent(rounds)))
+
+    def _training_data(self) -> Path:
+        """The round's pairs, or a folder that holds those of the rounds before as well; held out are its own alone.
+
+        No prompt is on both sides, since its side depends on nothing but the prompt.
+        """
+        mine = Path(self.config.data)
+        earlier = [Path(of_round(self.whole, number).data) for number in range(1, self.round.number)]
+        if not (earlier and self.whole.run.old_pairs):
+            return mine
+        folder = mine / "with-old-pairs"
+        rows = {row.id: row for data in (*earlier, mine) for _, row in read_rows(data / "train.jsonl", Preference)}
+        write_rows(folder / "train.jsonl", rows.values())
+        write_rows(folder / "val.jsonl", [row for _, row in read_rows(mine / "val.jsonl", Preference)])
+        self.progress.log(f"training on {len(rows):,} pairs of {self.round.number} rounds")
+        return folder
 
     def _serve(self, number: int, name: str, adapter: str, anew: bool) -> None:
         """See that the server has the adapter of a round, where one serves."""
