@@ -396,6 +396,7 @@ def train(
     name: Annotated[str | None, typer.Option(help="Name of the run. [default: the stage]")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start the run over instead of resuming it.")] = False,
     sweep: Annotated[str | None, typer.Option(metavar="beta=V,V", help="A run each; or learning_rate, r.")] = None,
+    auto: Annotated[bool, typer.Option("--auto", help="Find the learning rate, at most 2.5 times a run.")] = False,
     limit: Limit = None,
     dry_run: DryRun = False,
 ) -> Exit | None:
@@ -405,6 +406,8 @@ def train(
     from dpo_cli.stages import train as entry
 
     given = session.data if session.resolved.sources["data"] == "flag" else None
+    if auto:
+        return _search(session, (stage, sweep, backend), name or stage, given, fresh, limit, dry_run)
     if sweep is not None:
         from dpo_cli import html as report
         from dpo_cli.workflows import sweep as several
@@ -450,6 +453,33 @@ def train(
     session.show(result, view.trained)
     session.suggest("nothing-dpo generate" if stage == "sft" else f"nothing-dpo inspect run {name or stage}")
     return Exit.GATE if result.verdict in ("fail", "not shown") else None
+
+
+def _search(
+    session: Session,
+    asked: tuple[str, str | None, str],
+    name: str,
+    data: Path | None,
+    fresh: bool,
+    limit: int | None,
+    dry_run: bool,
+) -> Exit | None:
+    from dpo_cli import html as report
+    from dpo_cli import view
+    from dpo_cli.stages import train as entry
+    from dpo_cli.workflows import auto, sweep
+
+    if asked != ("dpo", None, "local"):
+        raise UserError("--auto is for DPO on this machine", hint="leave out --stage, --sweep and --backend")
+    if dry_run:
+        rows = entry.run(session.config, session.progress(), name=name, data=data, limit=limit, dry_run=True).rows
+        session.show(auto.planned(session.config, rows), view.search)
+        return None
+    found = auto.run(session.config, session.progress(), name, data, fresh, limit)
+    session.show(found, view.swept)
+    _write_page(session, auto.page_path(session.config, name), report.sweep(found, sweep.runs_of(found)))
+    passed = any(point.value == found.best and point.verdict == "pass" for point in found.points)
+    return None if passed else Exit.GATE
 
 
 def _launch(session: Session, backend: str, spec: Any, detach: bool, no_fetch: bool, dry_run: bool) -> Exit | None:

@@ -23,11 +23,11 @@ def sweep(swept: SweepResult, runs: Mapping[str, Run]) -> str:
         runs: of its points, by their folder; those that are missing are left out of the curves.
     """
     names = [f"{point.value:g}" for point in swept.points]
-    title = f"Sweep of {swept.setting}"
+    title = "Search for the learning rate" if swept.search else f"Sweep of {swept.setting}"
     return document(
         title,
         [
-            markup('<h1>{}</h1><p class="dim">Held out, at the checkpoint that each run kept.</p>', title),
+            markup('<h1>{}</h1><p class="dim">Held out, at the checkpoint that each run kept or rests at.</p>', title),
             markup(
                 '<ul class="findings"><li class="{}">{}</li></ul>',
                 "calm" if swept.best is not None else "",
@@ -59,7 +59,7 @@ def _side_by_side(swept: SweepResult, names: list[str]) -> Markup:
         "thirds",
         [
             figure("Accuracy", "Dashed: chance.", accuracy),
-            figure("Margin", "Larger betas make larger rewards of the same change.", margin),
+            figure("Margin", "Divided by beta: nats of log-probability.", margin),
             figure("KL, nats a token", "On the policy's own text; dashed: the limit.", kl),
         ],
     )
@@ -79,10 +79,18 @@ def _table(swept: SweepResult) -> Markup:
         name = markup("<b>★ {:g}</b>", point.value) if best else f"{point.value:g}"
         numbers = (point.accuracy, point.margin, point.loss, point.kl)
         cells = ["–" if value is None else f"{value:.4g}" for value in numbers]
-        return [name, *cells, verdict(point.verdict), point.run]
+        return [name, *cells, _gates(point), point.run]
 
     headers = (swept.setting, "accuracy", "margin", "loss", "KL", "gates", "run")
     return columns(headers, map(row, swept.points))
+
+
+def _gates(point: SweepPoint) -> Markup:
+    """The verdict and the gates that did not pass; of a run that a search gave up, where it rests."""
+    if point.verdict is None and point.step is not None:
+        return markup("stopped at step {:,}", point.step)
+    said = f": {', '.join(point.failed)}" if point.failed else ""
+    return markup("{}{}", verdict(point.verdict), said)
 
 
 def _over_each_other(swept: SweepResult, names: list[str], runs: Mapping[str, Run]) -> Markup:

@@ -6,17 +6,14 @@ and does nothing for one that is finished. Importing this needs no torch.
 """
 
 import math
-import platform
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from dpo_cli import __version__, errors
+from dpo_cli import errors
 from dpo_cli.adapter import Adapter, read_adapter
-from dpo_cli.base_model import fingerprint
 from dpo_cli.config.resolve import as_dict
 from dpo_cli.config.settings import Config
 from dpo_cli.data import files, jsonl
@@ -41,10 +38,9 @@ from dpo_cli.training.run_folder import (
     weights_file,
 )
 from dpo_cli.training.run_history import Merged, Retreat, StepZero, Trained, read_finished
+from dpo_cli.training.run_identity import identity_of, model_hashes, versions
 from dpo_cli.training.template_check import check_tokens
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
-WITHOUT_EFFECT = ("report_to", "merge")  # on what is trained: a run may go on with others
 RETREAT = "retreat"  # the scaled adapter, in the run's folder
 BEST = {"dpo": ("eval_rewards/margins", 1), "sft": ("eval_loss", -1)}
 
@@ -60,6 +56,7 @@ def run(
     dry_run: bool = False,
     after_save: Callable[[], None] | None = None,
     submission: str | None = None,
+    pause_at: int | None = None,
 ) -> Trained:
     """Train, or go on training, the run `name`.
 
@@ -75,6 +72,7 @@ def run(
         dry_run: read and check everything, write nothing.
         after_save: called whenever a checkpoint is whole on the disk.
         submission: which request for this run it is: a second attempt of the same one does not start over again.
+        pause_at: step at which to stop with a checkpoint, as if interrupted; a later call goes on from there.
 
     Raises:
         UserError: bad input, a run of this name with other settings, a step zero that is not ln 2 (exit 1), or
@@ -107,14 +105,14 @@ def run(
         with jsonl.Journal(folder.events):
             folder.clear()
     with jsonl.Journal(folder.events) as events:
-        identity = _identity(config, stage, base, adapter, inputs, limit)
+        identity = identity_of(config, stage, base, adapter, inputs, limit)
         folder.begin(
             {
                 "submission": submission,
                 "identity": identity,
                 "config": as_dict(config),
-                "versions": _versions(),
-                **_models(identity),
+                "versions": versions(),
+                **model_hashes(identity),
             }
         )
         report = read_finished(folder.path)
@@ -129,14 +127,14 @@ def run(
                 where=str(output),
                 hint="set model.adapter to another folder, or replace it with --fresh",
             )
-        trains = not _is_trained(folder)
+        trains = not (_is_trained(folder) or is_reached(folder, pause_at))
         if trains:
             for torn in folder.drop_incomplete():
                 progress.log(f"{torn} was cut short and is dropped")
         if distributed.broadcast(trains):
             progress.begin("train", result.steps, result.resumed_from or 0)
             try:
-                _train(config, stage, base, adapter, inputs, RunContext(folder, events, progress))
+                _train(config, stage, base, adapter, inputs, RunContext(folder, events, progress, pause_at))
             except UserError as error:
                 if error.code != Exit.PREEMPTED:
                     events.append(event("refused", max(checkpoints, default=0), reason=error.message))
@@ -147,6 +145,8 @@ def run(
                 raise
             finally:
                 progress.end()
+        if pause_at is not None and not _is_trained(folder):
+            return _paused(result, folder, config, pause_at)
         return _finish(result, folder, output, config, base, inputs, identity, progress)
 
 
@@ -200,6 +200,21 @@ def _say_plan(config: Config, base: Path, rows: Encoded, held_out: Encoded, prog
         progress.log(f"plan: {warning}")
 
 
+def is_reached(folder: RunFolder, step: int | None) -> bool:
+    """Whether a run has a checkpoint of this step or a later one."""
+    return step is not None and max(folder.complete_checkpoints(), default=0) >= step
+
+
+def _paused(result: Trained, folder: RunFolder, config: Config, step: int) -> Trained:
+    """What a run had measured by a step, however far it has gone since; no adapter is published."""
+    rows = [row for row in metric_rows(folder.trainer_state()["log_history"]) if row["step"] <= step]
+    result.step, result.step_zero = step, _step_zero(folder)
+    result.metrics = {key: value for row in rows for key, value in row.items()}
+    held_out = (folder.last_event("encoded") or {}).get("held_out", 0)
+    result.gates = check_gates(result.stage, rows, config, held_out)
+    return result
+
+
 def _finish(
     result: Trained,
     folder: RunFolder,
@@ -237,7 +252,7 @@ def _finish(
     result.ended = folder.guard_state().ended
     result.best_checkpoint = checkpoints[best].name
     result.policy_sha256 = sha256(weights_file(chosen))
-    result.reference_sha256 = _models(identity)["reference_sha256"]
+    result.reference_sha256 = model_hashes(identity)["reference_sha256"]
     publish(chosen, output, config.model.base, base)
     if result.stage == "dpo" and config.train.merge and not config.train.full:
         result.merged = _merge(config, base, output, inputs)
@@ -348,41 +363,3 @@ def _output(config: Config, stage: Stage) -> Path:
             )
     check_replaceable(output)
     return output
-
-
-def _identity(
-    config: Config, stage: Stage, base: Path, adapter: Adapter | None, inputs: Inputs, limit: int | None
-) -> dict[str, Any]:
-    """Everything on which the result depends: a run goes on only if all of it is unchanged."""
-    section = "train" if stage == "dpo" else "sft"
-    settings = msgspec.to_builtins(getattr(config, section))
-    for key in WITHOUT_EFFECT:
-        settings.pop(key, None)
-    return {
-        "stage": stage,
-        section: settings,
-        "gate": msgspec.to_builtins(config.gate) if stage == "dpo" else None,
-        "model": {
-            "base_sha256": fingerprint(base),
-            "adapter_sha256": adapter.sha256 if adapter else None,
-            "adapter_alpha": adapter.alpha if adapter else None,
-            "chat_template_kwargs": config.model.chat_template_kwargs,
-        },
-        "data": {"sha256": inputs.files, "limit": limit},
-        "pair": inputs.split,
-    }
-
-
-def _models(identity: dict[str, Any]) -> dict[str, str | None]:
-    """Hashes of what is trained at the start, and of what it is held against."""
-    model = identity["model"]
-    return {
-        "policy_sha256": model["adapter_sha256"],
-        "reference_sha256": (model["adapter_sha256"] or model["base_sha256"]) if identity["stage"] == "dpo" else None,
-    }
-
-
-def _versions() -> dict[str, str]:
-    # This package may be here without being installed: a container gets its files alone.
-    found = {"python": platform.python_version(), "nothing-dpo": __version__}
-    return found | {name: version(name) for name in PACKAGES}

@@ -97,7 +97,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self.trainer.settle()
         if state.global_step >= state.max_steps:
             control.should_log = True
-        elif self._asked_to_stop():
+        elif self._asked_to_stop() or state.global_step == self.run.pause_at:
             control.should_save = control.should_training_stop = True
         self.run.progress.update(state.global_step, memory_gb=peak_memory(), **self.trainer.counters())
         return control

@@ -118,11 +118,15 @@ class RunFolder:
 
 
 class RunContext(NamedTuple):
-    """A run in progress: its folder, where it records what happens, and who is told where it stands."""
+    """A run in progress: its folder, where it records what happens, and who is told where it stands.
+
+    `pause_at` is the step at which it rests, with a checkpoint; None: it goes on to its end.
+    """
 
     folder: RunFolder
     events: jsonl.Journal
     progress: Progress
+    pause_at: int | None = None
 
     def record(self, name: str, step: int, **details: Any) -> None:
         """Add a line to events.jsonl."""

@@ -21,7 +21,7 @@ from dpo_cli.view.scales import scaled
 from dpo_cli.view.serving import checked, pushed
 from dpo_cli.view.text import safe, safe_line
 from dpo_cli.view.training import run, trained
-from dpo_cli.view.workflows import demonstrated, followed, ran, steps, swept
+from dpo_cli.view.workflows import demonstrated, followed, ran, search, steps, swept
 
 __all__ = [
     "COMPARISONS",
@@ -68,6 +68,7 @@ __all__ = [
     "safe",
     "safe_line",
     "scaled",
+    "search",
     "settings",
     "stdout_console",
     "steps",

@@ -9,14 +9,17 @@ from rich.text import Text
 
 from dpo_cli.training.guards import KL
 from dpo_cli.view.evaluation import evaluated
+from dpo_cli.view.facts import verdict
 from dpo_cli.view.plan import BAR_WIDTH, NUMBERS_WIDTH, accuracy_of, signed, within_limit
 from dpo_cli.view.text import dollars, number, percent, safe, safe_line
+from dpo_cli.workflows.auto import said
 from dpo_cli.workflows.sweep import best_said
 
 if TYPE_CHECKING:
     from dpo_cli.demo import Demonstrated
     from dpo_cli.endpoint.costs import Estimate
-    from dpo_cli.workflows.sweep import SweepResult
+    from dpo_cli.workflows.auto import Search
+    from dpo_cli.workflows.sweep import SweepPoint, SweepResult
 
 if TYPE_CHECKING:
     from dpo_cli.endpoint.costs import Estimate
@@ -137,11 +140,25 @@ def swept(console: Console, result: "SweepResult") -> None:
             number(point.kl),
             within_limit(point.kl, kls, result.kl_limit, width),
             number(point.loss),
-            Text(point.verdict or "–", "green" if point.verdict == "pass" else "red"),
+            _gates(point),
         )
     console.print(table)
-    console.print(Text(f"accuracy: ├─┤ 95%, ┊ chance · KL in nats a token: ┊ {result.kl_limit:g}, the limit", "dim"))
+    console.print(Text(f"accuracy: ├─┤ 95%, ┊ chance · KL: nats a token, ┊ {result.kl_limit:g}, the limit", "dim"))
+    console.print(Text("margin: divided by beta, in nats", "dim"))
     console.print(Text(best_said(result), "bold red" if result.best is None else "bold green"))
+
+
+def search(console: Console, found: "Search") -> None:
+    """What a search will cost."""
+    console.print(safe(said(found)))
+
+
+def _gates(point: "SweepPoint") -> Text:
+    """The verdict and the gates that did not pass; of a run that a search gave up, where it rests."""
+    if point.verdict is None:
+        return Text("–" if point.step is None else f"stopped at step {point.step:,}", "dim")
+    failed = f": {', '.join(point.failed)}" if point.failed else ""
+    return verdict(point.verdict).append(failed, "not bold")
 
 
 def demonstrated(console: Console, result: "Demonstrated") -> None:

@@ -15,14 +15,18 @@ from dpo_cli.errors import UserError
 from dpo_cli.jobs import launch
 from dpo_cli.progress import Progress
 from dpo_cli.training import guards, run_history
-from dpo_cli.training.gates import GateVerdict
+from dpo_cli.training.gates import GateVerdict, open_gates
 from dpo_cli.training.run_history import Run, Trained
 
 SETTINGS = ("beta", "learning_rate", "r")
 
 
 class SweepPoint(Struct):
-    """One value of the setting, and what came of it: held out, at the checkpoint that was kept."""
+    """One value of the setting, and what came of it: held out, at the checkpoint that was kept.
+
+    Margins are divided by beta: they are in nats, and those of different betas can be compared. `failed` names the
+    gates that did not pass; `step` is where the run rests that a search has given up.
+    """
 
     value: float
     run: str
@@ -34,18 +38,22 @@ class SweepPoint(Struct):
     kl: float | None
     accuracy_interval: tuple[float, float] | None = None
     margin_interval: tuple[float, float] | None = None
+    failed: list[str] = msgspec.field(default_factory=list)
+    step: int | None = None
 
 
 class SweepResult(Struct):
     """All points, in the order given, and the value of the best one that passes its gates; None: none does.
 
-    The intervals are 95% ones; where they overlap, the order of the points is not shown.
+    The intervals are of the level `gate.confidence`; where they overlap, the order of the points is not shown.
+    `search` says that the points are those of `train --auto`, of which one went to the end.
     """
 
     setting: str
     points: list[SweepPoint]
     kl_limit: float
     best: float | None
+    search: bool = False
 
 
 def run(
@@ -80,7 +88,7 @@ def run(
         )
     points = []
     for value, written in values:
-        one = msgspec.convert(msgspec.to_builtins(config), Config)
+        one = copied(config)
         setattr(one.train, setting, value)
         if len(values) > 1 and one.train.keep_reference is None:
             one.train.keep_reference = True  # one pass of the reference serves all runs
@@ -89,7 +97,7 @@ def run(
         result = launch.train(
             backend, one, progress, name=f"{name}-{setting}-{written}", data=data, fresh=fresh, limit=limit
         )
-        points.append(_point(value, result))
+        points.append(point_of(value, result))
     within = [point for point in points if point.verdict == "pass" and (point.kl or 0.0) <= config.gate.kl_limit]
     best = max(within, key=lambda point: (point.accuracy or 0.0, -(point.loss or 0.0)), default=None)
     return SweepResult(setting, points, config.gate.kl_limit, best.value if best else None)
@@ -97,6 +105,8 @@ def run(
 
 def best_said(swept: SweepResult) -> str:
     """Which one is the best, in words, and whether that can be told from chance."""
+    if swept.search:
+        return f"best: {swept.setting} = {swept.best:g}, of the highest lower bound of the margin; others stopped early"
     if swept.best is None:
         return f"no run stayed within {swept.kl_limit:g} nats a token and passed its gates"
     said = f"best: {swept.setting} = {swept.best:g}, the most accurate of those that pass"
@@ -106,6 +116,11 @@ def best_said(swept: SweepResult) -> str:
     ):
         said += "; the intervals overlap, so the held-out pairs are too few to tell"
     return said
+
+
+def copied(config: Config) -> Config:
+    """The same settings, to be changed."""
+    return msgspec.convert(msgspec.to_builtins(config), Config)
 
 
 def runs_of(swept: SweepResult) -> dict[str, Run]:
@@ -136,18 +151,21 @@ def parse(text: str) -> tuple[str, list[tuple[float, str]]]:
     ]
 
 
-def _point(value: float, result: Trained) -> SweepPoint:
+def point_of(value: float, result: Trained) -> SweepPoint:
+    """What came of a run, side by side with others."""
     metrics, gates = result.metrics, result.gates
     accuracy, margin = gates.get("held_out_accuracy"), gates.get("held_out_margin")
+    beta = metrics.get("eval_beta") or 1.0
     return SweepPoint(
         value,
         result.run,
         result.adapter,
         result.verdict,
         accuracy.value if accuracy else None,
-        metrics.get(guards.MARGIN),
+        margin.value / beta if margin else None,
         metrics.get("eval_loss"),
         metrics.get(guards.KL),
         accuracy.interval if accuracy else None,
-        margin.interval if margin else None,
+        (margin.interval[0] / beta, margin.interval[1] / beta) if margin and margin.interval else None,
+        open_gates(gates),
     )
