@@ -2,8 +2,10 @@
 
 import math
 import random
+import re
 import statistics
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from statistics import NormalDist, fmean
 
@@ -149,3 +151,12 @@ def proportion(count: int, n: int, confidence: float = CONFIDENCE) -> Interval |
     if n == 0:
         return None
     return Interval(count / n, *wilson(count, n, confidence), n=n, count=count, confidence=confidence)
+
+
+def count_alike(reasons: Iterable[str | None]) -> dict[str, int]:
+    """How often each reason, most frequent first; those that differ in numbers alone go by the first of them."""
+    first: dict[str, str] = {}
+    counts = Counter(
+        first.setdefault(re.sub(r"[0-9a-f]{12,}|\d[\d,.]*", "#", reason), reason) for reason in reasons if reason
+    )
+    return dict(counts.most_common())

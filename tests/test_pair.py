@@ -99,6 +99,7 @@ def test_where_nothing_comes_out_the_most_frequent_reason_is_explained(tmp_path)
     with pytest.raises(UserError, match=rf"4 x the judge failed \(3 x {why}, 1 x 503\)") as error:
         make(tmp_path, [(one, judged(one, error=why if number else "503")) for number, one in enumerate(rows)])
     assert error.value.code == Exit.FAILED
+    assert "a judge that writes JSON" in error.value.hint
 
 
 def test_inverted_pairs_are_kept_on_demand(tmp_path):

@@ -7,6 +7,7 @@ from dpo_cli.analysis import data_stats
 from dpo_cli.config import resolve
 from dpo_cli.data.records import Completions, Preference, Usage
 from dpo_cli.errors import UserError
+from dpo_cli.statistics import count_alike
 from dpo_cli.training import run_history
 
 
@@ -121,3 +122,8 @@ def test_settings_tell_where_each_value_is_from():
     assert (found["train.beta"].value, found["train.beta"].source) == (0.2, "flag")
     assert (found["generate.n"].value, found["generate.n"].source) == (3, "default")
     assert found["generate.n"].description
+
+
+def test_reasons_that_differ_in_numbers_are_one():
+    reasons = ["a limit of 4096, you sent 6,001", None, "no JSON", "a limit of 4096, you sent 77", "no JSON", "no JSON"]
+    assert count_alike(reasons) == {"no JSON": 3, "a limit of 4096, you sent 6,001": 2}

@@ -307,7 +307,7 @@ def _findings(found: Audit) -> list[str]:
             verb = "prefers" if wins.value > expected else "avoids"
             said.append(
                 f"{name} {verb} what it is shown first: best in {wins.value:.0%} of the orders, "
-                f"where {expected:.0%} would be chance. More orders average it out: `judge --orders`."
+                f"where {expected:.0%} would be chance. More orders average it out: `judge --votes 6`."
             )
         alpha = judge.between_orders.alpha
         if alpha is not None and alpha < TENTATIVE:

@@ -13,7 +13,7 @@ from dpo_cli.endpoint.client import Endpoint
 from dpo_cli.endpoint.dialect import Dialect
 from dpo_cli.endpoint.http import Rejected
 from dpo_cli.endpoint.prices import is_local
-from dpo_cli.endpoint.responses import PASSING, Choice, Reply
+from dpo_cli.endpoint.responses import PASSING, Choice, Reply, one_line
 from dpo_cli.errors import UserError
 from dpo_cli.judges import _panel
 from dpo_cli.judges._control_tokens import tokens_of
@@ -26,6 +26,7 @@ from dpo_cli.judges._task import Task
 from dpo_cli.judges._verdict import Quoted, read_verdict
 
 REPEAT = 1000  # replicates of a request that each repeat of a vote may take up by asking again
+SHOWN_CHARACTERS = 80  # of a reply that is no verdict
 DIGITS = 9  # a weighted mean has noise below that, which must break no tie
 _POLICY = ("content_filter", "content_policy_violation", "invalid_prompt")
 
@@ -41,6 +42,8 @@ class LlmJudge:
         self.form = form
         self.settings = config.judge
         self.criteria = criteria_for(form, config.judge.rubric)
+        self.log = log
+        self.shown_reply = False  # one reply that is no verdict is shown, so that somebody sees what it was
         self.dialects = {
             model: Dialect(endpoint, model, log, config.judge.extra_body) for model in self.settings.models
         }
@@ -116,6 +119,7 @@ class LlmJudge:
                     raise ValueError(lacks)
                 return choice.text, read_verdict(choice.text, shown.labels, shown.material, form, code)
             except ValueError as error:
+                self._show(task, choice, error)
                 cut = choice.finish_reason == "length"
                 if isinstance(error, Quoted) and not form.signed:
                     form = msgspec.structs.replace(form, signed=True)
@@ -127,6 +131,12 @@ class LlmJudge:
                     raise _Refused("its replies only repeat JSON that stands in the material") from None
                 else:
                     raise _Invalid(f"no valid verdict: {'cut off by length' if cut and not lacks else error}") from None
+
+    def _show(self, task: Task, choice: Choice, error: ValueError) -> None:
+        if not self.shown_reply and choice.text.strip():
+            self.shown_reply = True
+            begins = one_line(choice.text[:SHOWN_CHARACTERS])
+            self.log(f"prompt {task.id}: no valid verdict: {error}; the reply begins: {begins}")
 
     async def _send(self, model: str, body: dict[str, object], replicate: int, paid: list[Reply]) -> Choice:
         try:

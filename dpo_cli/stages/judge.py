@@ -25,6 +25,7 @@ from dpo_cli.endpoint.costs import Estimate, Receipt
 from dpo_cli.errors import UserError
 from dpo_cli.judges._task import Task, make_task
 from dpo_cli.progress import Progress
+from dpo_cli.statistics import count_alike
 
 COMPLETIONS, JUDGMENTS = "completions.jsonl", "judgments.jsonl"
 TOO_FEW = "fewer than two distinct usable completions"
@@ -183,7 +184,7 @@ def _count(result: Judged, fresh: list[Judgment], everything: Collection[Judgmen
     result.consistent = sum(judgment.consistent is True for judgment in scored)
     # What follows a colon is the judge's or the endpoint's own words, and different each time.
     result.skipped = dict(Counter(row.skipped.partition(":")[0] for row in fresh if row.skipped))
-    result.errors = dict(Counter(row.error for row in fresh if row.error))
+    result.errors = count_alike(row.error for row in fresh)
     result.weights = next((row.weights for row in everything if row.weights), {})
     result.usage = sum((row.usage for row in everything), Usage())
     result.usd = sum(row.usd for row in everything)

@@ -7,7 +7,6 @@ covered: several persons who disagree, and whether these prompts are like those 
 """
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -31,7 +30,7 @@ from dpo_cli.endpoint.prices import price_of
 from dpo_cli.errors import UserError
 from dpo_cli.judges._task import Task, make_task
 from dpo_cli.progress import Progress
-from dpo_cli.statistics import Interval, normal, wilson
+from dpo_cli.statistics import Interval, count_alike, normal, wilson
 
 FOLDER = "gold"
 FEW = 100  # prompts, below which judges must differ much to be told apart
@@ -282,8 +281,8 @@ def _measure(answers: _Answers) -> MeasuredJudge:
         agreement=_share(list(answers.shares.values())),
         ties=fmean(tied) if tied else 0.0,
         usd_per_1000=1000 * paid / len(judged) if judged and known else None,
-        skipped=_reasons(one.skipped for one in found),
-        errors=_reasons(one.error for one in found),
+        skipped=count_alike(one.skipped for one in found),
+        errors=count_alike(one.error for one in found),
         **_position(next(iter(audit(judged, {}).judges.values()), None)),
     )
 
@@ -305,10 +304,6 @@ def _mean(values: Sequence[float]) -> Interval:
     mean = fmean(values)
     spread = sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
     return normal(mean, math.sqrt(spread / len(values)), len(values))
-
-
-def _reasons(given: Any) -> dict[str, int]:
-    return dict(Counter(reason for reason in given if reason))
 
 
 def _compare(report: GoldReport, shares: Mapping[str, Mapping[str, float]]) -> None:

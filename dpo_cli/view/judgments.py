@@ -12,6 +12,7 @@ from rich.text import Text
 
 from dpo_cli.data.records import Completions, Judgment, Order, Usage, judge_name, rationale
 from dpo_cli.data.row_index import Rows
+from dpo_cli.judges._ranking import label_of
 from dpo_cli.view.facts import add_estimate, fact_table, reason_lines, receipt, token_counts
 from dpo_cli.view.pairs import ID_SHOWN, LABEL, list_table, paired, position, prompt_view
 from dpo_cli.view.text import dollars, joined, number, percent, safe, safe_line
@@ -114,7 +115,7 @@ def _score_table(record: Judgment) -> Table:
     ranking = record.ranking or []
     for index, score in enumerate(record.scores or []):
         seen = [
-            _or_dash(order.scores.get(chr(ord("A") + order.order.index(index))) if index in order.order else None)
+            _or_dash(order.scores.get(label_of(order.order.index(index))) if index in order.order else None)
             for order in orders
         ]
         rank = ranking.index(index) + 1 if index in ranking else None
@@ -137,7 +138,7 @@ def reply(number_of: int, order: Order, names: Sequence[str] = ()) -> Renderable
         names: of the completions; unset: their numbers.
     """
     named = [names[index] if index < len(names) else str(index) for index in order.order]
-    shown = ", ".join(f"{chr(ord('A') + place)} = {name}" for place, name in enumerate(named))
+    shown = ", ".join(f"{label_of(place)} = {name}" for place, name in enumerate(named))
     title = Text(f"order {number_of}").append(f"  {shown}", "dim")
     if order.model:
         title.append("  ").append_text(safe_line(order.model))

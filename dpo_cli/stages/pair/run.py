@@ -35,6 +35,7 @@ from dpo_cli.judges._ranking import any_inverts
 from dpo_cli.stages.pair import imports
 from dpo_cli.stages.pair.rollouts import Rollout, RolloutStatistics, pair_rollouts, stratified
 from dpo_cli.stages.pair.strategies import STRATEGIES, weigh
+from dpo_cli.statistics import count_alike
 
 EPSILON = 1e-9  # means of integers, such as 7.000000000000001
 
@@ -106,7 +107,7 @@ def run(config: Config, dry_run: bool = False) -> Paired:
             skipped[reasons[0] if reasons else _NOT_HIGH] += 1
         sides[split_side(key, settings.seed, settings.val_share)] += pairs
     if not any(sides.values()):
-        raise _nothing(skipped, min_gap, Counter(row.error for row in judgments.values() if row.error is not None))
+        raise _nothing(skipped, min_gap, Counter(count_alike(row.error for row in judgments.values())))
     return _write(config, sides, skipped, dry_run)
 
 
@@ -374,6 +375,14 @@ _HINTS = {
     _POSITION: _MORE_ORDERS,
     _NOT_HIGH: "a lower --high, a higher --low, or --strategy best-worst",
 }
+# What to try where the judge failed, by a word of its most frequent fault.
+_JUDGE_HINTS = {
+    "reasoning_content": "start the judge's server without a reasoning parser, or nothing-dpo judge --extra-body "
+    """'{"chat_template_kwargs": {"enable_thinking": false}}'""",
+    "cut off": "--max-tokens 4096 for nothing-dpo judge, or --reasoning-effort low",
+    "context": "a judge that reads longer messages, or fewer completions a prompt",
+    "no JSON object": "a judge that writes JSON: nothing-dpo judge --model NAME",
+}
 SHOWN_REASONS = 5
 
 
@@ -381,6 +390,9 @@ def _nothing(skipped: Counter[str], min_gap: float, errors: Counter[str]) -> Use
     """That no pair came out, why, and what to do about the most frequent reason; `errors` are the judge's."""
     most = skipped.most_common(1)[0][0]
     hint = _HINTS.get(most, "more varied completions: nothing-dpo generate --temperature 1.0 --n 5")
+    if most == _FAILED:
+        fault = errors.most_common(1)[0][0]
+        hint = next((advice for word, advice in _JUDGE_HINTS.items() if word in fault), hint)
     if most == _SMALL_GAP:
         hint += f" (min_gap is {min_gap:g})"
     message = f"no pair comes out of {skipped.total()} prompts: {_counted(skipped)}"
