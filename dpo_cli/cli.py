@@ -870,7 +870,7 @@ def inspect_evaluation(
 
     path, result = session.data / stage.ROWS, stage.read_result(session.config)
     if html:
-        write_file(html, report.evaluation(result, list(read_latest(path, Compared).values())).encode())
+        write_file(html, report.evaluation(result, list(read_latest(path, Compared).values())).encode(), private=True)
         session.show(result, view.evaluated)
         session.suggest(f"look at {html} in a browser")
         return
@@ -948,7 +948,7 @@ def _write_page(session: Session, path: Path, text: str) -> None:
     """A page for a browser, and where it is."""
     from dpo_cli.data.files import write_file
 
-    write_file(path, text.encode())
+    write_file(path, text.encode(), private=True)
     session.suggest(f"look at {path} in a browser")
 
 

@@ -9,11 +9,13 @@ import pytest
 from openai_server import Server
 from test_generate import Lines, command, folder, messages, rows, run, texts, write_prompts  # noqa: F401
 
+from dpo_cli.config.resolve import resolve
 from dpo_cli.config.settings import GenerateSection
 from dpo_cli.endpoint.dialect import FORMATS, OUTPUT_LIMIT, SYSTEM, forget, is_about_fields, transform
 from dpo_cli.endpoint.http import Rejected
 from dpo_cli.engines import sampling
 from dpo_cli.errors import UserError
+from dpo_cli.judges._request import request
 
 
 def refuse(text, *names, status=400):
@@ -241,6 +243,12 @@ def test_a_user_leaves_fields_out_and_adds_others(folder):  # noqa: F811
     (row,) = rows(folder, "again").values()
     assert row.sampling["extra_body"] == extra
     assert row.sampling["top_p"] is None
+
+
+@pytest.mark.parametrize(("form", "sent"), [("json_object", {"type": "json_object"}), ("none", None)])
+def test_the_form_of_verdicts_is_the_user_s(tmp_path, form, sent):
+    settings = resolve({"judge.response_format": form}, environment={}).config.judge
+    assert request("m", "", ["A", "B"], 9, settings).get("response_format") == sent
 
 
 def test_an_engine_in_this_process_needs_every_value(folder):  # noqa: F811

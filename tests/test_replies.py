@@ -42,6 +42,12 @@ from dpo_cli.errors import UserError
 from dpo_cli.stages.serve_config.server import listed
 from dpo_cli.training.template_check import _tokenize
 
+
+@pytest.fixture(autouse=True)
+def short_backoff(monkeypatch):
+    monkeypatch.setattr(client, "MAX_BACKOFF_SECONDS", 0.05)
+
+
 TEXT = "[OTIS] It was raining."
 USAGE = {"prompt_tokens": 20, "completion_tokens": 5}
 THINKING = {"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}
@@ -229,6 +235,24 @@ def test_what_can_not_be_read_is_kept_counted_once_and_read_by_a_version_that_ca
     assert list(texts(folder).values()) == [[TEXT]]
 
 
+def test_what_is_cut_off_every_time_is_kept_as_well(folder, monkeypatch):  # noqa: F811
+    torn = says(TEXT)[:-20]
+    with RawServer(lambda _: (200, {}, torn)) as server:
+        result = run(server, limit=1, generate__n=1, generate__price="1,1,2")
+        assert len(server.requests) == 1 + client.RESENDS
+        assert run(server, limit=1, generate__n=1).failed == 1  # it is no answer
+    (paid,) = read_latest(folder / "data/dpo/generate.replies.jsonl", _Paid).values()
+    assert paid.raw == torn.decode()
+    assert (result.receipt.usd, result.receipt.unseen_usd > 0) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("said", "read"), [("MAX_TOKENS", "length"), ("end_turn", "stop"), ("SAFETY", "content_filter"), ("odd", "odd")]
+)
+def test_finish_reasons_in_other_words(said, read):
+    assert read_reply(completion({"content": TEXT}, said)).choices[0].finish_reason == read
+
+
 def test_empty_replies_in_an_old_ledger_are_no_answers(folder):  # noqa: F811
     with Server(fault=lambda _: "empty") as server:
         run(server, limit=1, generate__n=1)
@@ -313,7 +337,7 @@ def test_no_other_client_follows_one_either(monkeypatch):
     with RawServer(lambda _: (200, {}, b'{"data": [], "tokens": [1]}')) as elsewhere:
         target = elsewhere.url.replace("127.0.0.1", "localhost")
         with RawServer(lambda request: (307, {"Location": f"{target}/models"}, b"")) as server:
-            for asked in (lambda: listed(server.url), lambda: _tokenize(server.url, [], True, {})):
+            for asked in (lambda: listed(server.url), lambda: _tokenize(server.url, [], None, True, {})):
                 with pytest.raises(UserError, match="redirects to http://localhost"):
                     asked()
         assert elsewhere.requests == []
@@ -335,9 +359,10 @@ def test_a_reply_without_end_is_not_read_to_its_end(folder, monkeypatch):  # noq
     monkeypatch.setattr(http, "MOST_BYTES", 1 << 20)
     bomb = gzip.compress(b" " * (64 << 20))
     with RawServer(lambda _: (200, {"Content-Encoding": "gzip"}, bomb)) as server:
-        result = run(server, limit=1, generate__n=1)
+        result = run(server, limit=1, generate__n=1, generate__price="1,1,2")
         assert len(server.requests) == 1
     assert "longer than" in result.error
+    assert result.receipt.unseen_usd > 0  # it may have been paid
 
 
 def test_a_web_page_is_named(folder):  # noqa: F811
@@ -346,7 +371,9 @@ def test_a_web_page_is_named(folder):  # noqa: F811
         run(server)
 
 
-@pytest.mark.parametrize("url", ["http://me:secret@127.0.0.1:9/v1", "http://h/v1?api_key=secret", "http://h:x/v1"])
+@pytest.mark.parametrize(
+    "url", ["http://me:secret@127.0.0.1:9/v1", "http://h/v1?api_key=secret", "http://me:secret@h:x/v1"]
+)
 def test_a_url_that_holds_a_secret_is_refused_and_not_shown(folder, url):  # noqa: F811
     with pytest.raises(UserError) as raised:
         run(None, generate__url=url)

@@ -133,6 +133,9 @@ class JudgeSection(Struct, kw_only=True):
     ] = None
     seed: Annotated[int, _doc("Seed of the orders.")] = SEED
     reasoning_effort: Annotated[str | None, _doc("Reasoning effort, for judges that reason; none: not sent.")] = "low"
+    response_format: Annotated[
+        Literal["json_schema", "json_object"] | None, _doc("Form in which replies are asked for; none: not sent.")
+    ] = "json_schema"
     extra_body: Annotated[
         dict[str, Any], _doc("JSON of more fields of each request: chat_template_kwargs, provider routing.")
     ] = msgspec.field(default_factory=dict)

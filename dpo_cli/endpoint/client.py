@@ -7,7 +7,6 @@ request (and retries timed-out, perhaps paid requests unasked). Tools and images
 
 import asyncio
 import random
-import resource
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
@@ -19,9 +18,9 @@ from msgspec import Struct
 
 from dpo_cli.data.records import Usage, content_id
 from dpo_cli.endpoint.budget import Budget, estimate_tokens, is_plausible, output_cap
-from dpo_cli.endpoint.concurrency import Pace
+from dpo_cli.endpoint.concurrency import Pace, allowed_sockets
 from dpo_cli.endpoint.costs import Estimate, Receipt, estimate
-from dpo_cli.endpoint.http import CHAT, COMPLETIONS, JSON, Connection, Rejected, Retryable, Unreachable
+from dpo_cli.endpoint.http import CHAT, COMPLETIONS, JSON, Connection, Rejected, Retryable, TooLong, Unreachable
 from dpo_cli.endpoint.in_flight import InFlight
 from dpo_cli.endpoint.ledger import Ledger
 from dpo_cli.endpoint.prices import Price, Tier, is_local, price_of
@@ -100,7 +99,7 @@ class Endpoint:
         self._place = self.url.partition("://")[2]
         self._price = price
         self._log = log
-        self._pace = Pace(_allowed_sockets(concurrency))
+        self._pace = Pace(allowed_sockets(concurrency))
         self._ledger = Ledger(ledger)
         self._sent = InFlight(ledger)
         self._fatal: BaseException | None = None
@@ -302,6 +301,8 @@ class Endpoint:
                 attempts += 1
                 resends += fault.paid
                 if attempts == ATTEMPTS or resends > RESENDS:
+                    if fault.content:  # what it cost is among what is unseen
+                        self._ledger.put(key, Reply([], Usage(), raw=fault.content.decode("utf-8", "replace")))
                     self._give_up(fault)
                 self.spend.resent += fault.paid
                 if fault.after is not None:
@@ -330,8 +331,8 @@ class Endpoint:
                 if fault.congestion:
                     self._pace.cut(sent)
                 raise
-            except (Unreachable, Rejected, UserError):
-                lost = False
+            except (Unreachable, Rejected, UserError) as fault:
+                lost = isinstance(fault, TooLong)
                 raise
             finally:
                 self._pace.leave()
@@ -393,7 +394,8 @@ class Endpoint:
             if body.lstrip()[:1] == b"<":
                 hint = "the URL is the one before /chat/completions, most often ending in /v1"
                 raise UserError("it answers with a web page", where=self.url, hint=hint) from None
-            raise Retryable(200, f"the reply is no chat completion: {error}", paid=True) from None
+            said = f"the reply is no chat completion: {error}"
+            raise Retryable(200, said, paid=True, content=body) from None
 
 
 class _Model(Struct):
@@ -403,14 +405,3 @@ class _Model(Struct):
 
 class _Models(Struct):
     data: list[_Model]
-
-
-def _allowed_sockets(concurrency: int) -> int:
-    """Raise the limit on open files as far as the system allows, and keep within it."""
-    spare = 64
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    want = concurrency + spare
-    if soft < want:
-        soft = want if hard == resource.RLIM_INFINITY else min(want, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return max(1, min(concurrency, soft - spare))

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import resource
 import time
 from collections import deque
 
@@ -68,3 +69,14 @@ class Pace:
         opened = self._gate <= now
         self._gate = max(self._gate, now + seconds)
         return opened
+
+
+def allowed_sockets(concurrency: int) -> int:
+    """Raise the limit on open files as far as the system allows, and keep within it."""
+    spare = 64
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    want = concurrency + spare
+    if soft < want:
+        soft = want if hard == resource.RLIM_INFINITY else min(want, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(1, min(concurrency, soft - spare))

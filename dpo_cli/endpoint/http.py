@@ -50,6 +50,10 @@ class Rejected(Exception):
         self.code = code
 
 
+class TooLong(Rejected):
+    """The reply is longer than is read; it may have been paid."""
+
+
 class Unreachable(Exception):
     """There is no connection to the server."""
 
@@ -63,6 +67,7 @@ class Retryable(Exception):
         paid: whether the request may have been paid.
         congestion: whether the server has too much to do.
         refusal: what it means if it is no passing fault but a refusal of this request; None: it can't be one.
+        content: what was paid and could not be read.
     """
 
     def __init__(
@@ -74,6 +79,7 @@ class Retryable(Exception):
         paid: bool = False,
         congestion: bool = False,
         refusal: Rejected | None = None,
+        content: bytes = b"",
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -81,6 +87,7 @@ class Retryable(Exception):
         self.paid = paid
         self.congestion = congestion
         self.refusal = refusal
+        self.content = content
 
 
 class Connection:
@@ -203,7 +210,7 @@ class Connection:
                 async for chunk in response.content.iter_any():
                     body += chunk
                     if len(body) > limit:
-                        raise Rejected(0, f"the reply is longer than {limit >> 20} MiB, and is not read further")
+                        raise TooLong(0, f"the reply is longer than {limit >> 20} MiB, and is not read further")
                 if response.status not in (301, 302, 303, 307, 308):
                     return SimpleNamespace(status=response.status, headers=response.headers, body=bytes(body))
                 target = urljoin(address, response.headers.get("Location", ""))
@@ -259,7 +266,9 @@ def checked_url(url: str) -> str:
     except ValueError:
         usable = False
     if not usable:
-        raise UserError(f"'{url}' is not an http(s) URL", hint="for example http://127.0.0.1:8000/v1")
+        raise UserError(
+            f"'{re.sub('//[^/]*@', '//***@', url)}' is not an http(s) URL", hint="for example http://127.0.0.1:8000/v1"
+        )
     if "@" in parts.netloc or any(_SECRET.search(name) for name, _ in parse_qsl(parts.query)):
         shown = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
         hint = "keys come from the environment only: OPENAI_API_KEY for a judge, SERVE_API_KEY for a server"

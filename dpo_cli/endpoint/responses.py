@@ -42,6 +42,12 @@ ADVICE = {
     FILTERED: "the provider does not answer these",
 }
 PASSING = (EMPTY, SERVER_ERROR, ABORTED)  # asked once more, it may be an answer
+# Finish reasons by which some servers mean OpenAI's.
+_ENDINGS = {
+    **dict.fromkeys(("stop", "eos", "eos_token", "end_turn", "stop_sequence"), "stop"),
+    **dict.fromkeys(("length", "max_tokens", "max_output_tokens", "model_length"), "length"),
+    **dict.fromkeys(("content_filter", "safety", "recitation", "blocklist", "prohibited_content"), "content_filter"),
+}
 _ERRORS = ("error", "failed", "engine_error")
 _ABORTS = ("abort", "aborted", "cancelled", "canceled")
 
@@ -243,7 +249,7 @@ def _choice(value: dict[str, Any]) -> Choice:
     said, calls, reason = message.get("refusal"), message.get("tool_calls"), value.get("finish_reason")
     return Choice(
         _clean(text),
-        reason if isinstance(reason, str) else "",
+        _ENDINGS.get(reason.lower(), reason) if isinstance(reason, str) else "",
         _clean(said if isinstance(said, str) else refusal) or None,
         _numbers(value.get("token_ids"), _ids),
         _numbers(value.get("logprobs"), _log_probs),

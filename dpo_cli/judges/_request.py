@@ -20,7 +20,9 @@ def request(
     body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": message}]}
     openai = is_openai(settings.url)
     body["max_completion_tokens" if openai else "max_tokens"] = cap
-    body["response_format"] = verdict_schema(labels, True, form)
+    if settings.response_format is not None:
+        schema = settings.response_format == "json_schema"
+        body["response_format"] = verdict_schema(labels, True, form) if schema else {"type": "json_object"}
     if settings.flex:
         body["service_tier"] = "flex"
     if openai:

@@ -151,7 +151,7 @@ def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
     ]
     content = io.BytesIO()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(flat, schema=pyarrow.schema(fields)), content)
-    write_file(path, content.getvalue())
+    write_file(path, content.getvalue(), private=True)
 
 
 def _flat_message(message: Message) -> dict[str, Any]:
