@@ -231,6 +231,7 @@ def _is_plain(value: Any) -> bool:
         and len(value) == 2
         and isinstance(value.get("role"), str)
         and isinstance(value.get("content"), str)
+        and value["role"] not in _TOOL_ROLES
     )
 
 

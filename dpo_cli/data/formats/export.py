@@ -90,11 +90,11 @@ def export(train: Sequence[Preference], val: Sequence[Preference], folder: Path,
         raise UserError(f"unknown export target '{to}'", where="--to", hint=f"one of: {', '.join(TARGETS)}")
     if not train:
         raise UserError("no pairs to export", hint="nothing-dpo pair")
-    # First of all, since it may refuse.
+    # First of all, since they may refuse.
+    as_row = row_format(to, [*train, *val])
     recipe = nemo_rl.write_recipe(train, val, folder, config) if to == "nemo-rl" else []
     if to in _FOREIGN:
         recipe = foreign.write_files(to, [*train, *val], bool(val), folder, config)
-    as_row = row_format(to, [*train, *val])
     files = []
     for side, rows in (("train", train), ("val", val)):
         path = folder / f"{side}.{'parquet' if to == 'parquet' else 'jsonl'}"
