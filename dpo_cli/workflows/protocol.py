@@ -22,6 +22,7 @@ from msgspec.structs import replace
 from dpo_cli.config.field_types import Share
 from dpo_cli.config.settings import Config
 from dpo_cli.data.files import sha256, write_json
+from dpo_cli.data.reader import read_text
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Progress
 from dpo_cli.stages import generate, judge, train
@@ -98,9 +99,9 @@ def read(path: Path) -> Protocol:
             topic that is not there.
     """
     try:
-        content = tomllib.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(str(getattr(error, "strerror", None) or error), where=str(path)) from None
+        content = tomllib.loads(read_text(path))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UserError(f"not TOML: {error}", where=str(path)) from None
     _known(content, Protocol.__struct_fields__, str(path))
     topics = content.get("topics")
     for number, topic in enumerate(topics if isinstance(topics, list) else [], 1):

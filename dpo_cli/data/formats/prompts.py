@@ -27,7 +27,7 @@ from dpo_cli.data.formats.preferences import read_pair
 from dpo_cli.data.messages import Message, Prompt, read_messages
 from dpo_cli.data.reader import parse_rows
 
-ANSWERS = frozenset({*GOOD, *BAD, *ANSWER, *LABEL, *CANDIDATES, *MARKS, *MESSAGES})
+ANSWERS = frozenset({*GOOD, *BAD, *ANSWER, *LABEL, *CANDIDATES, *MARKS})
 
 
 class PromptFile:
