@@ -73,6 +73,13 @@ def test_nothing_is_wrong_with_sound_rows():
 TEXT, OTHER = scene(900), scene(901)
 
 
+def calling(arguments):
+    return [{"role": "assistant", "content": TEXT, "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}]
+
+
+TURNS = [*calling({}), {"role": "tool", "content": "x"}, answer(TEXT)]
+
+
 @pytest.mark.parametrize(
     ("rule", "severity", "broken", "near"),
     [
@@ -100,7 +107,12 @@ TEXT, OTHER = scene(900), scene(901)
         ("template", "error", pair([user("x"), user(TEXT)], TEXT, OTHER), pair([user(TEXT)], TEXT, OTHER)),
         ("template", "error", pair([{"role": "tool", "content": "x"}, user(TEXT)], TEXT, OTHER), SOUND[0]),
         ("template", "error", pair([SYSTEM], TEXT, OTHER), SOUND[0]),
-        ("template", "error", pair(TEXT, [answer(TEXT), user("x"), answer("y")], OTHER), SOUND[0]),
+        ("template", "warning", pair(TEXT, [answer(TEXT), user("x"), answer("y")], OTHER), pair(TEXT, TURNS, OTHER)),
+        ("template", "error", pair(TEXT, TURNS[:2], OTHER), pair(TEXT, TURNS[:1], OTHER)),
+        ("template", "error", pair(TEXT, TURNS[::2], OTHER), pair([user(TEXT), *TURNS[:2]], TEXT, OTHER)),
+        ("template", "warning", pair(TEXT, calling('{"day": mon'), OTHER), pair(TEXT, calling({"day": "mon"}), OTHER)),
+        ("thinking", "warning", pair(TEXT, [{**answer(TEXT), "reasoning_content": "Hm."}], OTHER),
+         pair(TEXT, [{**answer(TEXT), "reasoning_content": "Hm."}], f"<think>Ah.</think>{OTHER}")),
         ("template", "error", pair(TEXT, [user(TEXT)], OTHER), SOUND[0]),
         ("template", "warning", pair(TEXT, TEXT + "\nUser: And?", OTHER), pair(TEXT, TEXT + " the user: and", OTHER)),
         ("length", "error", pair(TEXT, OTHER, "x" * 1450), pair(TEXT, OTHER, "x" * 300)),
@@ -127,7 +139,8 @@ def changed(text, count):
     ("roles", "fault"),
     [
         (["user", "system", "user"], "a system message after its first turn"),
-        (["system", "tool", "user"], "a message of role tool"),
+        (["system", "narrator", "user"], "a message of role narrator"),
+        (["user", "tool"], "a tool's result that no call asked for"),
         (["system"], "does not end with a user message"),
         (["user", "assistant", "assistant", "user"], "do not take turns"),
     ],

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_cli.analysis.data_stats import PairStats, words
-from dpo_cli.data.records import Message, Preference, text_of
+from dpo_cli.data.records import Message, Preference, Tool, said, text_of
 from dpo_cli.data.row_index import Rows
 from dpo_cli.view.console import NARROW
 from dpo_cli.view.facts import (
@@ -95,7 +95,7 @@ def position(rows: Rows, first: int, shown: int) -> Text:
 
 def ending(prompt: list[Message]) -> Text:
     """The last line of a prompt, where prompts differ most."""
-    lines = prompt[-1]["content"][-EXCERPT:].strip().split("\n")
+    lines = said(prompt[-1])[-EXCERPT:].strip().split("\n")
     return safe_line(lines[-1])
 
 
@@ -117,7 +117,7 @@ def pair(console: Console, preference: Preference, place: str = "") -> None:
 
 def pair_view(preference: Preference, width: int, place: str = "", brief: bool = False) -> RenderableType:
     """The same, to be drawn by others; `brief` shows one line of each system message."""
-    chosen, rejected = text_of(preference.chosen), text_of(preference.rejected)
+    chosen, rejected = side_text(preference.chosen), side_text(preference.rejected)
     texts = highlighted(chosen, rejected)
     heads = (
         _head("chosen", CHOSEN, preference.chosen_score, chosen, preference.chosen_finish_reason),
@@ -126,20 +126,30 @@ def pair_view(preference: Preference, width: int, place: str = "", brief: bool =
     return Group(
         _title(preference, place),
         "",
-        prompt_view(preference.prompt, brief),
+        prompt_view(preference.prompt, brief, preference.tools),
         "",
         beside(heads, texts, width),
     )
 
 
-def prompt_view(prompt: list[Message], brief: bool = False) -> RenderableType:
-    """The messages of a prompt, each beside its role."""
+def side_text(messages: list[Message]) -> str:
+    """What a side says; where it has several messages, each under its role."""
+    if len(messages) == 1:
+        return text_of(messages)
+    return "\n\n".join(f"{message['role']}:\n{said(message)}" for message in messages)
+
+
+def prompt_view(prompt: list[Message], brief: bool = False, tools: list[Tool] | None = None) -> RenderableType:
+    """The messages of a prompt, each beside its role, under the names of its tools."""
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column()
+    if tools:
+        names = (str((tool.get("function") or tool).get("name", "?")) for tool in tools)
+        table.add_row(safe_line("tools", LABEL), safe(", ".join(names), "dim"))
     for message in prompt:
         system = message["role"] == "system"
-        content = message["content"]
+        content = said(message)
         if system and brief:
             lines = content.strip().split("\n")
             text = safe(lines[0], "dim")

@@ -5,9 +5,10 @@ Each rule takes the pairs and yields findings. Not covered: what a judge would s
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 from dpo_cli.analysis.lint.findings import Finding, Pair, error, warning
-from dpo_cli.data.records import Message, text_of
+from dpo_cli.data.records import Message, ToolCall, text_of
 
 CHARACTERS_PER_TOKEN = (
     3.5  # of English text in the vocabularies of 2024 and later, rounded down: rather too many tokens
@@ -52,7 +53,7 @@ def check_cut(pairs: Sequence[Pair]) -> Iterator[Finding]:
 
 
 def check_template(pairs: Sequence[Pair]) -> Iterator[Finding]:
-    """What the chat template can't carry: its own tokens in a text, roles out of order, sides of several messages."""
+    """What the chat template can't carry: its own tokens in a text, roles out of order, in prompts and in sides."""
     for pair in pairs:
         row = pair.row
         for field in ("prompt", *SIDES):
@@ -64,27 +65,75 @@ def check_template(pairs: Sequence[Pair]) -> Iterator[Finding]:
             yield error("template", [pair], fault)
         for side in SIDES:
             messages: list[Message] = getattr(row, side)
-            if [message["role"] for message in messages] != ["assistant"]:
-                yield error("template", [pair], f"{side} is not a single assistant message")
+            fault = _side_roles(messages)
+            if fault:
+                yield error("template", [pair], f"{side} {fault}")
+            elif any(message["role"] in ("user", "system") for message in messages):
+                yield warning("template", [pair], f"{side} holds a message that the model does not write")
             header = HEADER.search(text_of(messages)) if messages else None
             if header:
                 yield warning("template", [pair], f"{side} goes on to another turn: {header.group()!r}")
+        unread = sum(isinstance(call["function"].get("arguments"), str) for call in _calls(row.chosen))
+        if unread:
+            yield warning("template", [pair], "chosen calls a tool with arguments that are no JSON object")
+
+
+def _calls(messages: Sequence[Message]) -> list[ToolCall]:
+    return [call for message in messages for call in message.get("tool_calls", [])]
 
 
 def _roles(prompt: Sequence[Message]) -> str | None:
-    """What is wrong with the order of the roles: system messages, then user and assistant in turn, the user last."""
+    """What is wrong with the order of the roles: system messages, then turns, a user's message or a tool's result last.
+
+    User and assistant take turns; the results of the tools that the assistant calls come before it goes on.
+    """
     roles = [message["role"] for message in prompt]
-    unknown = sorted(set(roles) - {"system", "user", "assistant"})
+    unknown = sorted(set(roles) - {"system", "user", "assistant", "tool"})
     if unknown:
         return f"the prompt has a message of role {', '.join(unknown)}"
-    turns = roles[next((index for index, role in enumerate(roles) if role != "system"), len(roles)) :]
+    head = next((index for index, role in enumerate(roles) if role != "system"), len(roles))
+    turns = roles[head:]
     if "system" in turns:
         return "the prompt has a system message after its first turn"
-    if not turns or turns[-1] != "user":
+    if not turns or turns[-1] not in ("user", "tool"):
         return "the prompt does not end with a user message"
-    if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
-        return "the prompt's user and assistant messages do not take turns"
+    before: str | None = None
+    for message in prompt[head:]:
+        role = message["role"]
+        if role == "tool" and before not in ("calls", "tool"):
+            return "the prompt has a tool's result that no call asked for"
+        if role in ("user", "assistant") and (role == "user") != (before in (None, "assistant")):
+            return "the prompt's user and assistant messages do not take turns"
+        before = "calls" if message.get("tool_calls") else role
     return None
+
+
+def _side_roles(messages: Sequence[Message]) -> str | None:
+    """What is wrong with the order of a side's messages: the assistant begins and ends it, tools answer its calls."""
+    if not messages:
+        return "has no message"
+    if messages[0]["role"] != "assistant":
+        return f"begins with a {messages[0]['role']} message"
+    if messages[-1]["role"] != "assistant":
+        return f"ends with a {messages[-1]['role']} message"
+    for before, message in pairwise(messages):
+        if message["role"] == "tool" and not before.get("tool_calls") and before["role"] != "tool":
+            return "has a tool's result that no call asked for"
+        if message["role"] == before["role"] == "assistant":
+            return "has two assistant messages in a row"
+    return None
+
+
+def check_thinking(pairs: Sequence[Pair]) -> Iterator[Finding]:
+    """Pairs of which one side alone thinks before it answers: what they teach is to think, or not to."""
+    for pair in pairs:
+        thinks = [side for side in SIDES if any(map(_thinks, getattr(pair.row, side)))]
+        if len(thinks) == 1:
+            yield warning("thinking", [pair], f"{thinks[0]} alone thinks before it answers")
+
+
+def _thinks(message: Message) -> bool:
+    return bool(message.get("reasoning_content")) or "</think>" in message["content"]
 
 
 def check_length(

@@ -134,6 +134,7 @@ def check(
     findings = [
         *rules.check_sides(pairs),
         *rules.check_template(pairs),
+        *rules.check_thinking(pairs),
         *rules.check_cut(pairs),
         *rules.check_length(pairs, max_length, count_tokens),
         *corpus.check_contradictions(pairs),
