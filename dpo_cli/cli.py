@@ -383,6 +383,7 @@ def pair(
     "train.loss_type", "train.num_train_epochs", "train.max_steps", "train.per_device_train_batch_size",
     "train.gradient_accumulation_steps", "train.tokens_per_batch", "train.max_length", "train.warmup_steps",
     "train.seed", "train.curriculum", "train.merge", "gate.adaptive_beta", "gate.kl_limit",
+    "plan.max_usd", "plan.max_hours",
 )  # fmt: skip
 def train(
     session: Session,
@@ -486,6 +487,8 @@ def _launch(session: Session, backend: str, spec: Any, detach: bool, no_fetch: b
     """Run a command elsewhere, or show what would be submitted."""
     from dpo_cli.jobs import launch
 
+    if spec.command == "train" and backend != "local":
+        typer.echo(launch.expected(backend, spec, session.config), err=True)
     if dry_run:
         typer.echo(launch.render(backend, spec, session.config))
         return None

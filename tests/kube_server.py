@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -104,6 +105,7 @@ class Cluster:
         self.lives: list[Life] = []
         self.requests: list[tuple[str, str, dict[str, str], Any]] = []
         self.cut_logs_after: int | None = None  # lines after which a followed log breaks off, once
+        self.refused: defaultdict[str, list[str]] = defaultdict(list)  # Job -> why admission takes none of its pods
         self.failing = 0  # requests that are answered with 503
         self.lock = threading.RLock()
         self._uids = 0
@@ -130,7 +132,7 @@ class Cluster:
         spec = job["spec"]
         failures = 0
         while job is self.jobs.get(job["metadata"]["name"]) and not job["metadata"].get("deletionTimestamp"):
-            if spec.get("suspend"):
+            if spec.get("suspend") or self.refused[job["metadata"]["name"]]:
                 time.sleep(TICK)
                 continue
             pod = self._start_pod(job)
@@ -442,7 +444,10 @@ class Handler(BaseHTTPRequestHandler):
         return job
 
     def _events(self, wanted: dict[str, str]) -> Json:
-        events = self.cluster.pods[wanted["involvedObject.name"]].life.events
+        if wanted.get("involvedObject.kind") == "Job":
+            events = [("FailedCreate", message) for message in self.cluster.refused[wanted["involvedObject.name"]]]
+        else:
+            events = self.cluster.pods[wanted["involvedObject.name"]].life.events
         items = [
             {"metadata": {"name": "e"}, "involvedObject": {}, "reason": reason, "message": message}
             for reason, message in events

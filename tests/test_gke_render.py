@@ -110,13 +110,14 @@ def test_a_card_has_the_name_that_gke_gives_it(gpu, name):
 def test_the_first_rule_forgives_preemption_and_the_others_end_the_job():
     for command in ("train", "judge"):
         spec = rendered(settings(), command=command)[0]["spec"]
-        first, second, third = spec["podFailurePolicy"]["rules"]
+        first, second, third, fourth = spec["podFailurePolicy"]["rules"]
         assert (first["action"], first["onPodConditions"][0]["type"]) == ("Ignore", "DisruptionTarget")
-        # What no second try would mend: configuration, gates, budget. A crash (1) and SIGTERM (143) are tried again.
-        assert second == {
-            "action": "FailJob", "onExitCodes": {"containerName": command, "operator": "In", "values": [2, 3, 4]},
-        }  # fmt: skip
-        assert third["action"] == "FailJob" and third["onExitCodes"]["containerName"] == "wait-for-data"
+        # SIGTERM without a disruption, and a crash after a checkpoint was saved, go on for free.
+        assert (second["action"], second["onExitCodes"]["values"]) == ("Ignore", [75, 143])
+        # What no second try would mend: a crash that saved nothing, configuration, gates, budget.
+        codes = {"containerName": command, "operator": "In", "values": [1, 2, 3, 4]}
+        assert third == {"action": "FailJob", "onExitCodes": codes}
+        assert fourth["action"] == "FailJob" and fourth["onExitCodes"]["containerName"] == "wait-for-data"
         assert spec["backoffLimit"] == 2
         assert spec["podReplacementPolicy"] == "Failed"
         assert spec["ttlSecondsAfterFinished"] == 604800

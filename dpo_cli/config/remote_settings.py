@@ -46,6 +46,7 @@ class GkeSection(Struct, kw_only=True):
     )
     cpu: Annotated[Quantity, _doc("Processors for training.")] = "4"
     memory: Annotated[Quantity, _doc("Memory for training, 2Gi of it shared between processes.")] = "24Gi"
+    stage_memory: Annotated[Quantity, _doc("Memory of generate and judge, which need no GPU.")] = "1Gi"
     disk: Annotated[Quantity, _doc("Disk for training: the base model and caches.")] = "30Gi"
     deadline_hours: Annotated[Positive, _doc("Hours after which a Job is ended, the wait for a node included.")] = 72.0
     queue_name: Annotated[str | None, _doc("Kueue queue that admits the Job.")] = None

@@ -312,6 +312,8 @@ class PlanSection(Struct, kw_only=True):
     utilization: Annotated[Share, _doc("Share of that peak that training reaches; assumed, not measured.")] = 0.35
     modal_usd_per_hour: Annotated[NonNegative, _doc("Price of the card on Modal.")] = 0.80
     gke_usd_per_hour: Annotated[NonNegative, _doc("Price of a node with the card on GKE.")] = 0.71
+    max_usd: Annotated[Positive | None, _doc("Dollars that a rented run may cost; it saves and ends with 4.")] = None
+    max_hours: Annotated[Positive | None, _doc("Hours that it may hold its cards; likewise.")] = None
 
 
 class EvaluateSection(Struct, kw_only=True):

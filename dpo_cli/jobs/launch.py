@@ -4,6 +4,7 @@ The log of the remote run is shown as if it ran here. Ctrl-C leaves a remote job
 stopped by it. Reads and writes `runs/.jobs/`; results land beside what there is and replace it when they are whole.
 """
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from msgspec import Struct
 from dpo_cli.config.settings import Config
 from dpo_cli.data import files, jsonl
 from dpo_cli.errors import Exit, UserError
-from dpo_cli.jobs import backends, progress_lines
+from dpo_cli.jobs import backends, cap, elsewhere, progress_lines
 from dpo_cli.jobs import registry as jobs
 from dpo_cli.jobs import spec as jobs_spec
 from dpo_cli.jobs.backends import Backend
@@ -24,6 +25,7 @@ from dpo_cli.jobs.registry import Job, Status
 from dpo_cli.jobs.spec import Spec
 from dpo_cli.progress import Progress
 from dpo_cli.stages import train as training
+from dpo_cli.training import preflight
 from dpo_cli.training.run_history import Trained
 
 
@@ -41,8 +43,27 @@ class Launched(Struct, kw_only=True):
 def spec(backend: str, config: Config, command: jobs_spec.Command, gpu: str | None = None, **given: Any) -> Spec:
     """A spec for a backend, as `spec.make` makes it: with its paths, and its card unless another is asked for."""
     chosen = backends.load(backend)
+    elsewhere.refuse(config, command, backend)
     gpu = gpu or (chosen.gpu(config) if command == "train" else None)
-    return jobs_spec.make(config, command, gpu=gpu, volume=chosen.VOLUME, **given)
+    made = jobs_spec.make(config, command, gpu=gpu, volume=chosen.VOLUME, **given)
+    if command == "train":
+        made.seconds = cap.seconds_for(config.plan.max_usd, config.plan.max_hours, chosen.usd_per_hour(made, config))
+        made.submission = os.urandom(8).hex() if made.seconds is not None else ""
+    return made
+
+
+def expected(backend: str, spec: Spec, config: Config) -> str:
+    """What a training job will take and cost, and where its cap ends it; what can't be known is said."""
+    price = backends.load(backend).usd_per_hour(spec, config)
+    try:
+        plan = preflight.run(config, Path(spec.data) if spec.data and Path(spec.data).exists() else None, spec.limit)
+        cards = spec.gpus * spec.nodes
+        said = f"plan: about {plan.hours / cards:.2g} hours, ${plan.hours / cards * price:.2f} at ${price:.2f} an hour"
+    except UserError as error:
+        said = f"plan: hours not known ({error}); ${price:.2f} an hour"
+    if spec.seconds is None:
+        return f"{said}; no cap (--max-usd, --max-hours)"
+    return f"{said}; cap {spec.seconds / 3600:.3g} hours, ${spec.seconds / 3600 * price:.2f}"
 
 
 def render(backend: str, spec: Spec, config: Config) -> str:

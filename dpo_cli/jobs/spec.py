@@ -50,8 +50,9 @@ class Spec(Struct, kw_only=True):
     says where what comes of it belongs here (path there -> path here), `base` the base model's name here; `needs` are
     inputs that are not here, by their paths there, where they must be already. `seeds` are uploaded rows that the work
     goes on with (path there -> the file that they are added to). `fresh` is unique to the submission that asked to
-    start over, so that a second attempt of it does not start over again; `submission` is unique to each, and `owner`
-    says where it came from. `seconds` caps how long it may hold its cards, attempts added up.
+    start over, so that a second attempt of it does not start over again; `submission` is unique to each
+    that is capped, and `owner` says where it came from. `seconds` caps how long it may hold its cards, attempts added
+    up.
     """
 
     command: Command
@@ -78,6 +79,7 @@ class Spec(Struct, kw_only=True):
         plain: dict[str, Any] = msgspec.to_builtins(self)
         for key in ("fresh", "results", "base", "needs", "submission", "owner", "seconds"):
             plain.pop(key)
+        plain["config"].pop("plan", None)  # prices and caps make no other work
         plain["uploads"] = {upload.there: upload.sha256 for upload in self.uploads}
         return plain
 
@@ -133,7 +135,6 @@ def make(
         nodes=nodes,
         data=str(data.absolute()) if data else None,
         fresh=os.urandom(8).hex() if fresh else None,
-        submission=os.urandom(8).hex(),
         owner=f"{os.environ.get('USER', 'somebody')}@{socket.gethostname()}:{Path.cwd()}",
         seconds=seconds,
         base=config.model.base,
@@ -149,6 +150,18 @@ def identity(backend: str, spec: Spec) -> str:
     plain = f"{backend}-{spec.command}-{spec.name}"
     safe = re.sub(r"[^a-z0-9]+", "-", plain.lower()).strip("-")
     return safe if safe == plain and len(safe) <= 50 else f"{safe[:41].rstrip('-')}-{_digest(plain.encode())[:8]}"
+
+
+def training_secrets(spec: Spec, secrets: dict[str, str | None]) -> dict[str, str | None]:
+    """Those of a training job's secrets that it has a use for, by their variable.
+
+    A base that is uploaded, or lies on the volume, needs no token of the Hub; no other tracker needs wandb's key.
+    """
+    section = spec.config["train" if spec.stage == "dpo" else "sft"]
+    unused = {"HF_TOKEN"} if spec.config["model"]["base"].startswith("/") else set()
+    if section.get("report_to") not in (None, "wandb"):
+        unused.add("WANDB_API_KEY")
+    return {variable: secret for variable, secret in secrets.items() if variable not in unused}
 
 
 def comes_home(path: str) -> bool:

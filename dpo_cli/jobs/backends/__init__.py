@@ -30,6 +30,9 @@ class Backend(Protocol):
     def gpu(self, config: "Config") -> str | None:
         """The type of card that is asked for by default; None: no card."""
 
+    def usd_per_hour(self, spec: "Spec", config: "Config") -> float:
+        """List price of the cards that a spec asks for; 0 where they are nobody's."""
+
     def render(self, spec: "Spec", config: "Config") -> str:
         """What `submit` would submit, exactly and completely, as text for a person."""
 

@@ -5,6 +5,7 @@ finds no machine.
 """
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -33,6 +34,13 @@ class End(NamedTuple):
     container: str
     code: int
     reason: str | None
+
+
+class Refusal(NamedTuple):
+    """Why pods are not created: the cluster's words, and what mends it if it will not pass by itself."""
+
+    message: str
+    mend: str | None
 
 
 class Cluster:
@@ -156,6 +164,8 @@ class Cluster:
             if secret is None:
                 raise UserError("no such secret", where=f"{namespace}/{name}", hint=hint)
             if secret is not True and key not in (secret.data or {}):
+                data = f"""'{{"stringData":{{"{key}":"'"${key}"'"}}}}'"""
+                hint = f"kubectl patch secret {name} -n {namespace} -p {data}"
                 raise UserError(f"it has no key {key}", where=f"{namespace}/{name}", hint=hint)
 
     def why_pending(self, pod: Any) -> str:
@@ -171,6 +181,19 @@ class Cluster:
             if container.name == "wait-for-data" and container.state.running:
                 return "for the data to appear in the bucket"
         return f"for the container to start{self._event(pod, 'FailedMount')}"
+
+    def why_no_pods(self, job: str) -> "Refusal | None":
+        """What the cluster says of a Job whose pods it does not create; None if it says nothing, or we may not ask."""
+        try:
+            with self._explained():
+                events = self._core.list_namespaced_event(
+                    self.namespace,
+                    field_selector=f"involvedObject.name={job},involvedObject.kind=Job,reason=FailedCreate",
+                    _request_timeout=TIMEOUT,
+                ).items
+        except UserError:
+            return None
+        return refusal(events[-1].message, job, self.namespace) if events else None
 
     def _event(self, pod: Any, reason: str) -> str:
         """The newest event of a reason, said after a semicolon."""
@@ -237,6 +260,34 @@ class Cluster:
         if error.status == 429 or error.status >= 500:
             return self._unreachable(message)
         return UserError(f"the cluster refuses it: {message}", where=self.namespace)
+
+
+def refusal(message: str, job: str, namespace: str) -> Refusal:
+    """Read a FailedCreate event of a Job.
+
+    A quota that is used up may be given back; one that is smaller than the request, and everything else that admission
+    refuses, stays as it is.
+    """
+    quota = re.search(r"exceeded quota: ([\w.-]+), requested: (.*?), used: .*?, limited: (.*)$", message)
+    if quota is None:
+        return Refusal(message, f"kubectl describe job {job} -n {namespace}")
+    requested, limited = (
+        dict(part.split("=", 1) for part in text.split(",") if "=" in part) for text in (quota[2], quota[3])
+    )
+    never = [name for name in requested if name in limited and _amount(requested[name]) > _amount(limited[name])]
+    mend = f"kubectl edit resourcequota {quota[1]} -n {namespace}, or ask whoever owns it for more {', '.join(never)}"
+    return Refusal(message, mend if never else None)
+
+
+def _amount(quantity: str) -> float:
+    """A Kubernetes quantity as a number: `500m`, `24Gi`, `8`."""
+    found = re.fullmatch(r"([0-9.]+)([A-Za-z]*)", quantity.strip())
+    if found is None:
+        return 0.0
+    scale = {"m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12} | {
+        f"{letter}i": 1024.0**power for power, letter in enumerate("KMGT", 1)
+    }
+    return float(found[1]) * scale.get(found[2], 1.0)
 
 
 def end_of(pod: Any) -> End | None:

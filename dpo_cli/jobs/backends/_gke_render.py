@@ -16,18 +16,18 @@ from dpo_cli.config.resolve import as_dict
 from dpo_cli.config.settings import Config
 from dpo_cli.data.jsonl import SYNC
 from dpo_cli.errors import Exit, UserError
-from dpo_cli.jobs.spec import VOLUME, Spec
-from dpo_cli.jobs.worker import PORT, SPEC
+from dpo_cli.jobs.spec import VOLUME, Spec, training_secrets
+from dpo_cli.jobs.worker import PORT, SPEC, TRY_AGAIN
 
 CACHE = "/cache"
 USER = 1000  # of the image; the bucket's files are shown as its own
 WAIT_SECONDS = 600  # for the data; the GPU is paid for meanwhile
 KEEP_SECONDS = 7 * 24 * 3600  # a finished Job
-ATTEMPTS = 10  # failures after a checkpoint was saved; what saved nothing is not tried again
+CAP_GRACE_SECONDS = 1800  # beyond the cap, to pull the image, load the model and save
 SPOT_GRACE, GRACE = 25, 120  # seconds from SIGTERM to SIGKILL; a spot node is gone sooner whatever is asked for
 SYNC_SECONDS = "5"  # an object may be replaced once a second, and a sync of a mounted file replaces its object
 SHARED_MEMORY = "2Gi"  # counts against the memory limit
-SMALL = {"cpu": "500m", "memory": "1Gi", "ephemeral-storage": "1Gi"}  # of the commands that need no GPU
+SMALL = {"cpu": "500m", "ephemeral-storage": "1Gi"}  # of the commands that need no GPU, besides gke.stage_memory
 LONGEST_SPEC = 120_000  # bytes; the kernel takes 128 KiB an environment variable
 
 OURS = "app.kubernetes.io/managed-by"
@@ -86,7 +86,7 @@ def job(name: str, spec: Spec, gke: GkeSection) -> k8s.V1Job:
             annotations={HASH: spec.hash},
         ),
         spec=k8s.V1JobSpec(
-            backoff_limit=ATTEMPTS * spec.nodes,  # one node's fault ends the others too
+            backoff_limit=2 * spec.nodes,  # one node's fault ends the others too
             pod_failure_policy=_failure_policy(spec),
             pod_replacement_policy="Failed",
             ttl_seconds_after_finished=KEEP_SECONDS,
@@ -141,8 +141,8 @@ def needs(spec: Spec) -> list[str]:
 
 def secrets(spec: Spec, gke: GkeSection) -> dict[str, str]:
     """Environment variable, which is also the key in the secret -> name of the secret."""
-    wanted = {
-        "train": {"HF_TOKEN": gke.hf_secret, "WANDB_API_KEY": gke.wandb_secret},
+    wanted: dict[str, str | None] = {
+        "train": training_secrets(spec, {"HF_TOKEN": gke.hf_secret, "WANDB_API_KEY": gke.wandb_secret}),
         "generate": {},
         "judge": {"OPENAI_API_KEY": gke.openai_secret},
     }[spec.command]
@@ -181,8 +181,9 @@ def _failure_policy(spec: Spec) -> k8s.V1PodFailurePolicy:
     return k8s.V1PodFailurePolicy(
         rules=[
             k8s.V1PodFailurePolicyRule(action="Ignore", on_pod_conditions=[disrupted]),
-            # Of several machines those that are left are ended by SIGTERM, without a disruption of their own.
-            _on_exit("Ignore", spec.command, "In", [Exit.PREEMPTED]),
+            # Of several machines those that are left are ended by SIGTERM, without a disruption of their own; and an
+            # attempt that has saved a checkpoint before it failed has come further than the one before.
+            _on_exit("Ignore", spec.command, "In", [TRY_AGAIN, Exit.PREEMPTED]),
             _on_exit("FailJob", spec.command, "In", [Exit.FAILED, Exit.USAGE, Exit.GATE, Exit.BUDGET]),
             _on_exit("FailJob", "wait-for-data", "NotIn", [0]),
         ]
@@ -202,6 +203,8 @@ def _pod(name: str, spec: Spec, gke: GkeSection) -> k8s.V1PodSpec:
         restart_policy="Never",
         service_account_name=gke.service_account,
         automount_service_account_token=False,
+        # Of the pod, not of the Job: the wait for a node costs nothing. The worker itself ends at the cap.
+        active_deadline_seconds=round(spec.seconds + CAP_GRACE_SECONDS) if spec.seconds is not None else None,
         termination_grace_period_seconds=SPOT_GRACE if training and gke.spot else GRACE,
         subdomain=name if spec.nodes > 1 else None,
         node_selector=_node_selector(spec, gke) if training else None,
@@ -256,7 +259,7 @@ def _volumes(spec: Spec, gke: GkeSection) -> list[k8s.V1Volume]:
 def _resources(spec: Spec, gke: GkeSection) -> dict[str, str]:
     """Requests, and limits as well: a GPU's must be equal, and a pod that takes no more than it asked for stays."""
     if spec.command != "train":
-        return SMALL
+        return SMALL | {"memory": gke.stage_memory}
     return {"cpu": gke.cpu, "memory": gke.memory, "ephemeral-storage": gke.disk, "nvidia.com/gpu": str(spec.gpus)}
 
 

@@ -36,6 +36,11 @@ def gpu(config: Config) -> str | None:
     return config.gke.gpu
 
 
+def usd_per_hour(spec: Spec, config: Config) -> float:
+    """What `plan.gke_usd_per_hour` says of one card, for all of them: Google's price depends on region and contract."""
+    return config.plan.gke_usd_per_hour * spec.gpus * spec.nodes if spec.command == "train" else 0.0
+
+
 def render(spec: Spec, config: Config) -> str:
     """The YAML of everything that is created."""
     documents = rendering.render(identity("gke", spec), spec, config.gke)
@@ -137,12 +142,29 @@ class _Story:
     def news(self, follow: bool) -> Iterator[str]:
         """What is new, until the pod that runs has ended if `follow`."""
         there = self.cluster.job(self.job)  # asked first: what its last pod prints then is told still
-        for pod in self.cluster.pods(self.job):
+        pods = self.cluster.pods(self.job)
+        for pod in pods:
             if pod.metadata.name not in self._over:
                 yield from self._of_pod(pod, follow)
+        if not pods and there is not None:
+            yield from self._of_refusal()
         self.ended = there is None or _condition(there) is not None or there.metadata.deletion_timestamp is not None
         if there is not None and there.spec.suspend and not self.ended:
             yield from self.once(f"waiting: {_why_suspended(there)}")
+
+    def _of_refusal(self) -> Iterator[str]:
+        """Why there is no pod.
+
+        Raises:
+            UserError: the reason will not pass by itself.
+        """
+        refused = self.cluster.why_no_pods(self.job)
+        if refused is None:
+            return
+        if refused.mend:
+            hint = f"{refused.mend}; nothing-dpo jobs cancel ends it"
+            raise UserError(f"its pods are refused: {refused.message}", where=self.job, hint=hint, code=Exit.FAILED)
+        yield from self.once(f"waiting: {refused.message}")
 
     def _of_pod(self, pod: Any, follow: bool) -> Iterator[str]:
         name = pod.metadata.name
@@ -189,8 +211,11 @@ def _status(cluster: Cluster, name: str) -> Status:
         return _failed(condition, pods)
     if there.spec.suspend:
         return Status("pending", None, _why_suspended(there))
-    if not pods or pods[-1].status.phase != "Running":
-        return Status("pending", None, f"waiting: {cluster.why_pending(pods[-1])}" if pods else None)
+    if not pods:
+        refused = cluster.why_no_pods(name)
+        return Status("pending", None, f"no pod: {refused.message}" if refused else None)
+    if pods[-1].status.phase != "Running":
+        return Status("pending", None, f"waiting: {cluster.why_pending(pods[-1])}")
     return Status("running")
 
 
@@ -204,7 +229,8 @@ def _failed(condition: Any, pods: list[Any]) -> Status:
     if end.container == "wait-for-data":
         return ended(Exit.USAGE, "its data did not appear in the bucket")
     if end.reason == "OOMKilled":
-        return ended(Exit.FAILED, "out of memory: raise gke.memory")
+        setting = "gke.memory" if end.container == "train" else "gke.stage_memory"
+        return ended(Exit.FAILED, f"out of memory: raise {setting}")
     if end.code == TRY_AGAIN:
         return ended(Exit.FAILED, condition.message)
     if end.code in list(Exit):

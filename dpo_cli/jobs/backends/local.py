@@ -32,6 +32,11 @@ def gpu(config: Config) -> str | None:
     return None
 
 
+def usd_per_hour(spec: Spec, config: Config) -> float:
+    """Nothing."""
+    return 0.0
+
+
 def render(spec: Spec, config: Config) -> str:
     """The process: its command and its spec."""
     command = worker.torchrun(spec) if spec.gpus * spec.nodes > 1 else _command()

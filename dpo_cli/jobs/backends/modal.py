@@ -26,7 +26,7 @@ from dpo_cli.jobs import progress_lines, transfer
 from dpo_cli.jobs import registry as jobs
 from dpo_cli.jobs.progress_lines import Outcome
 from dpo_cli.jobs.registry import Job, Status, ended
-from dpo_cli.jobs.spec import VOLUME, Spec, identity
+from dpo_cli.jobs.spec import VOLUME, Spec, identity, training_secrets
 from dpo_cli.progress import Progress
 from dpo_cli.storage.modal import CONNECT_SECONDS, within
 
@@ -57,10 +57,12 @@ def settings(spec: Spec, config: Config) -> dict[str, Any]:
         raise UserError("one machine at a time on Modal", where="--nodes", hint="--gpus, or --backend gke")
     section, trains = config.modal, spec.command == "train"
     capped = None if spec.seconds is None else round(spec.seconds + GRACE_SECONDS)
-    extras = ["train"] * trains
-    extras += ["qlora"] * (trains and bool(spec.config[_section(spec)].get("load_in_4bit")))
-    extras += ["trackers"] * (trains and section.wandb_secret is not None)
-    second = section.wandb_secret if trains else section.judge_secret if spec.command == "judge" else None
+    extras = ["train"] if trains else []
+    extras += ["qlora"] if trains and spec.config[_section(spec)].get("load_in_4bit") else []
+    wanted = {"HF_TOKEN": section.hf_secret, "WANDB_API_KEY": section.wandb_secret}
+    useful = training_secrets(spec, wanted) if trains else {}
+    extras += ["trackers"] if useful.get("WANDB_API_KEY") else []
+    second = section.judge_secret if spec.command == "judge" else useful.get("WANDB_API_KEY")
     return {
         "app": section.app if trains else f"{section.app}-{spec.command}",
         "gpu": card(spec.gpu, spec.gpus) if spec.gpu else None,
@@ -70,7 +72,7 @@ def settings(spec: Spec, config: Config) -> dict[str, Any]:
         "mount": VOLUME,
         "volume": section.volume,
         "cache_volume": section.cache_volume,
-        "first_secret": section.hf_secret,
+        "first_secret": useful.get("HF_TOKEN"),
         "second_secret": second,
         "extras": extras,
     }
@@ -92,6 +94,14 @@ def card(name: str, count: int) -> str:
     if not 1 <= count <= CARDS[name][1]:
         raise UserError(f"{count} × {name} in one container", where="--gpus", hint=f"at most {CARDS[name][1]}")
     return name if count == 1 else f"{name}:{count}"
+
+
+def usd_per_hour(spec: Spec, config: Config) -> float:
+    """Modal's list price of the cards."""
+    if not spec.gpu:
+        return 0.0
+    name, _, count = card(spec.gpu, spec.gpus).partition(":")
+    return CARDS[name][0] * 3600 * int(count or 1)
 
 
 def render(spec: Spec, config: Config) -> str:
