@@ -15,11 +15,12 @@ from modal_server import OK, ModalServer
 from training import AtStep, Lines, metrics, pair, read_rows, settings, write_data, write_rows
 
 from dpo_cli.config.resolve import resolve
-from dpo_cli.data.records import prompt_id
+from dpo_cli.data.messages import prompt_id
 from dpo_cli.demo.scenes import cast
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.jobs import launch, progress_lines, registry, worker
 from dpo_cli.jobs import spec as jobs_spec
+from dpo_cli.jobs.backends import _modal_cards
 from dpo_cli.jobs.backends import modal as backend
 from dpo_cli.progress import Silent
 from dpo_cli.stages import judge, train
@@ -100,18 +101,18 @@ def test_the_image_holds_the_train_extra_as_pyproject_pins_it(plain):
 )
 def test_cards_that_modal_does_not_have_are_refused(card, count, word):
     with pytest.raises(UserError, match=word):
-        backend.card(card, count)
+        _modal_cards.card(card, count)
 
 
 @pytest.mark.parametrize("setting", ["modal.timeout=86401", "modal.timeout=0", "modal.retries=11", "modal.retries=-1"])
 def test_bounds_that_the_client_does_not_check_are_checked(setting):
     with pytest.raises(UserError, match=setting.partition("=")[0]):
         resolve(sets=[setting], environment={})
-    assert backend.card("H100:8", 1) == "H100:8" and backend.card("b200", 2) == "B200:2"
+    assert _modal_cards.card("H100:8", 1) == "H100:8" and _modal_cards.card("b200", 2) == "B200:2"
 
 
 def test_the_cost_is_said_to_be_an_estimate():
-    assert backend.cost("L4:2", 3600) == "about 7,200 GPU-seconds of L4, $1.60 at list price: an estimate, no bill"
+    assert _modal_cards.cost("L4:2", 3600) == "about 7,200 GPU-seconds of L4, $1.60 at list price: an estimate, no bill"
 
 
 # --- the real client
@@ -383,7 +384,7 @@ def test_ctrl_c_leaves_it_running_and_says_how_to_come_back(modal, whole):
     (work / "nothing-dpo.toml").write_text(
         f'data = "{whole}/data"\n[model]\nbase = "{whole}/base"\nadapter = "{whole}/sft"\ndpo_adapter = "out"\n'
     )
-    command = [sys.executable, "-c", COMMAND, backend.VOLUME, "train", "--backend", "modal"]
+    command = [sys.executable, "-c", COMMAND, jobs_spec.VOLUME, "train", "--backend", "modal"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
