@@ -112,7 +112,7 @@ def test_where_the_batch_must_stay_a_lack_of_memory_ends_the_run(start, tmp_path
 
 
 def test_the_curriculum_begins_with_the_largest_gap_and_resumes_exactly(start, tmp_path):
-    from dpo_cli.training.dpo import EasyFirst
+    from dpo_cli.training.dpo import CurriculumSampler
     from dpo_cli.training.inputs import read_inputs
 
     rows = [pair(number) | {"score_gap": float(number % 5)} for number in range(12)]
@@ -121,7 +121,7 @@ def test_the_curriculum_begins_with_the_largest_gap_and_resumes_exactly(start, t
     config = config_of(start, tmp_path / "whole", *sets)
     gaps = [row.gap for row in read_inputs(config, "dpo", None, None).rows]
     assert gaps == sorted(gaps, reverse=True)
-    sampler = EasyFirst(12, 42)
+    sampler = CurriculumSampler(12, 42)
     assert list(sampler) == list(range(12))
     sampler.set_epoch(1)
     assert sorted(sampler) == list(range(12)) and list(sampler) != list(range(12))
@@ -146,7 +146,7 @@ def test_a_signal_in_an_evaluation_saves_the_step_and_the_evaluation_is_made_up_
 
     sets = ("train.eval_steps=4", "train.save_steps=4")
     train.run(config_of(start, tmp_path / "whole", *sets), Silent())
-    predict, sample = loop.Watch.on_prediction_step, dpo.DpoTrainer._sample
+    predict, sample = loop.RunCallback.on_prediction_step, dpo.DpoTrainer._sample
 
     def terminated(self, args, state, control, **rest):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -159,7 +159,7 @@ def test_a_signal_in_an_evaluation_saves_the_step_and_the_evaluation_is_made_up_
     config = config_of(start, tmp_path, *sets)
     with monkeypatch.context() as patch, pytest.raises(UserError, match="step 4 is saved"):
         if place == "held-out rows":
-            patch.setattr(loop.Watch, "on_prediction_step", terminated)
+            patch.setattr(loop.RunCallback, "on_prediction_step", terminated)
         else:
             patch.setattr(dpo.DpoTrainer, "_sample", terminated_before)
             patch.setattr(dpo.DpoTrainer, "_kl", lambda *_: pytest.fail("it goes on measuring"))

@@ -73,7 +73,7 @@ def test_a_divided_batch_comes_to_what_trls_undivided_one_does(tmp_path, budget)
     trainer, ours, theirs = both(tmp_path, configuration("Llama"), budget)
     assert_equal(ours, theirs)
     batch = trainer.data_collator(PAIRS)
-    divided = [part for _, part in collator.parts(batch)]
+    divided = [part for _, part in collator.micro_batches(batch)]
     assert all(len(part["packing"]["tokens"]) <= budget or len(part["input_ids"]) == 2 for part in divided)
     assert len(divided) in {1: [len(PAIRS)], 40: range(3, 7), 10_000: [1]}[budget]
 
@@ -83,7 +83,7 @@ def test_parts_of_a_model_left_to_trl_count_their_padding(tmp_path):
     trainer = make(Packed, tmp_path, configuration("Granite", logits_scaling=8.0))
     assert "differ" in packed.enable(trainer, 60)
     assert_equal(outcome(trainer), theirs)
-    parts = [part["input_ids"] for _, part in collator.parts(trainer.data_collator(PAIRS))]
+    parts = [part["input_ids"] for _, part in collator.micro_batches(trainer.data_collator(PAIRS))]
     assert len(parts) > 2 and all(ids.numel() <= 60 or len(ids) == 2 for ids in parts)
 
 
@@ -209,7 +209,7 @@ def dense_mask(segments):
 
 def test_a_plan_shows_each_token_what_stands_before_it_in_its_row(tmp_path):
     batch = make(Plain, tmp_path, configuration("Llama")).data_collator(PAIRS)
-    plan = collator.plan(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
+    plan = collator.plan_pairs(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
     ids, mask = batch["input_ids"].flatten()[plan["tokens"]], dense_mask(plan["segments"])
     width = batch["input_ids"].shape[1]
     scored = {}
@@ -233,7 +233,7 @@ def test_a_plan_shows_each_token_what_stands_before_it_in_its_row(tmp_path):
 @pytest.mark.parametrize("key_heads", [4, 2])
 def test_split_attention_is_attention_under_the_dense_mask(key_heads):
     chosen, rejected, shared = torch.tensor([9, 4, 6]), torch.tensor([7, 8, 6]), torch.tensor([5, 4, 6])
-    segments = attention.segments(chosen, rejected, shared)
+    segments = attention.pair_segments(chosen, rejected, shared)
     tokens = int(segments["query_ends"][-1])
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, heads, tokens, 8) for heads in (4, key_heads, key_heads))
@@ -246,7 +246,7 @@ def test_split_attention_is_attention_under_the_dense_mask(key_heads):
 
 @pytest.mark.parametrize("key_heads", [4, 2])
 def test_the_call_for_cuda_fits_torchs_signature_forward_and_backward(key_heads):
-    segments = attention.segments(torch.tensor([9, 4]), torch.tensor([7, 8]), torch.tensor([5, 4]))
+    segments = attention.pair_segments(torch.tensor([9, 4]), torch.tensor([7, 8]), torch.tensor([5, 4]))
     query, key, value = (
         torch.empty(1, heads, 19, 64, device="meta", dtype=torch.bfloat16, requires_grad=True)
         for heads in (4, key_heads, key_heads)
@@ -285,7 +285,7 @@ def test_on_cuda_the_faster_kernel_that_runs_is_chosen(monkeypatch, seconds, cho
 @pytest.mark.parametrize("kernel", [attention.split_attention, attention.varlen_attention])
 @pytest.mark.parametrize("key_heads", [4, 2])
 def test_kernels_on_cuda_are_attention_under_the_dense_mask(kernel, key_heads):
-    segments = attention.segments(torch.tensor([90, 40]), torch.tensor([70, 80]), torch.tensor([50, 40]))
+    segments = attention.pair_segments(torch.tensor([90, 40]), torch.tensor([70, 80]), torch.tensor([50, 40]))
     mask = dense_mask(segments).cuda()
     for name in ("keys", "query_ends", "key_ends"):
         segments[name] = segments[name].cuda()

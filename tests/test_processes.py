@@ -1,5 +1,7 @@
 """Several processes on a CPU (gloo), started by torchrun as on several GPUs: the same numbers as one process."""
 
+import os
+
 import pytest
 from adapters import base_model, save_adapter
 from training import Lines, metrics, pair, read_rows, settings, write_rows
@@ -36,17 +38,17 @@ def start(tmp_path_factory):
 
 
 def two(folder, *sets):
-    """Settings under which two processes have the effective batch of one."""
-    return settings(folder, folder / "base", "train.gradient_accumulation_steps=1", *sets)
+    """The settings of one process: the rows of a step are shared, not multiplied."""
+    return settings(folder, folder / "base", *sets)
 
 
-def same(folder, one, other):
+def same(folder, one, other, keys=SAME):
     """Compare two runs' numbers; sums are made in another order."""
     rows, others = metrics(folder / "runs" / one), metrics(folder / "runs" / other)
     assert [row["step"] for row in rows] == [row["step"] for row in others]
     for row, another in zip(rows, others, strict=True):
-        assert {key for key in SAME if key in row} == {key for key in SAME if key in another}
-        for key in set(SAME) & row.keys():
+        assert {key for key in keys if key in row} == {key for key in keys if key in another}
+        for key in set(keys) & row.keys():
             assert row[key] == pytest.approx(another[key], abs=2e-5), (row["step"], key)
 
 
@@ -68,7 +70,60 @@ def test_two_processes_have_the_losses_of_one_and_go_on_after_a_signal(start):
     events = [row["event"] for row in read_rows(start / "runs" / "two" / "events.jsonl")]
     assert events.count("step_zero") == 1 and events.count("stopped") == 1
     again = launch.run("local", spec, config, Silent())
-    assert again.result["finished_before"], "and none of them waits for the other"
+    assert again.result and again.result["finished_before"], again  # and none of them waits for the other
+
+
+@pytest.mark.parametrize(
+    ("name", "sets"), [("divided", "train.tokens_per_batch=150"), ("kept", "train.keep_reference=true")]
+)
+def test_packed_steps_by_tokens_and_a_kept_reference_come_to_the_same(start, name, sets):
+    config = two(start, f"model.dpo_adapter={start / name}", sets)
+    ended = launch.run("local", launch.spec("local", config, "train", name=name, gpus=2), config, said := Lines())
+    assert ended.status.state == "succeeded", ended
+    assert not any("TRL's own" in line for line in said.lines)
+    assert any("reference: kept" in line for line in said.lines)
+    same(start, "one", name, SAME if name == "kept" else set(SAME) - {"kl"})  # a mean over other batches' tokens
+
+
+def test_sft_in_two_processes_has_the_losses_of_one(start):
+    rows = [{"prompt": one["prompt"], "completion": one["chosen"]} for one in map(pair, range(24))]
+    data = write_rows(start / "demonstrations" / "train.jsonl", rows).parent
+    write_rows(data / "val.jsonl", rows[:4])
+    config = two(start, f"model.adapter={start / 'fresh'}")
+    run(config, Silent(), stage="sft", name="sft-one", data=data)
+    config = two(start, f"model.adapter={start / 'other'}")
+    spec = launch.spec("local", config, "train", name="sft-two", stage="sft", data=data, gpus=2)
+    ended = launch.run("local", spec, config, said := Lines())
+    assert ended.status.state == "succeeded", ended
+    assert not any("TRL's own" in line for line in said.lines)
+    same(start, "sft-one", "sft-two")
+
+
+LACKING = """
+import os
+if os.environ.get("RANK") == "1":  # a card that takes one pair a forward
+    import torch
+    from dpo_cli.training.forward import packed
+    step = packed.PackedSteps.training_step
+    def lacking(self, model, inputs, *rest):
+        if len(inputs["input_ids"]) > 2 and self.state.global_step > 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return step(self, model, inputs, *rest)
+    packed.PackedSteps.training_step = lacking
+"""
+
+
+def test_where_one_process_lacks_memory_all_go_on_with_a_smaller_batch(start, tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(LACKING)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    config = two(start, f"model.dpo_adapter={start / 'lacking'}")
+    ended = launch.run("local", launch.spec("local", config, "train", name="lacking", gpus=2), config, said := Lines())
+    assert ended.status.state == "succeeded", ended
+    assert sum("out_of_memory (rows a forward 1, forwards a step 4)" in line for line in said.lines) == 1, said.lines
+    events = [row["event"] for row in read_rows(start / "runs" / "lacking" / "events.jsonl")]
+    assert events.count("out_of_memory") == 1
+    # A log's other metrics are means over forwards, of which the steps before have fewer.
+    same(start, "one", "lacking", ("loss", "eval_loss", "eval_rewards/margins", "eval_pairs_correct"))
 
 
 def test_bad_input_is_the_same_line_and_code_as_in_one_process(start):

@@ -123,9 +123,17 @@ def test_the_policy_is_no_part_of_the_reference(tmp_path):
 
 
 def test_where_a_completion_begins_is_part_of_a_row(tmp_path):
-    ids, completion = torch.tensor([5, 6, 7]), torch.tensor([0, 0, 1])
-    assert collator.row_key(ids, completion) != collator.row_key(ids, torch.tensor([0, 1, 1]))
-    assert collator.row_key(ids, completion) != collator.row_key(torch.tensor([5, 6, 8]), completion)
+    assert collator.row_key([5, 6, 7], 2) != collator.row_key([5, 6, 7], 1)
+    assert collator.row_key([5, 6, 7], 2) != collator.row_key([5, 6, 8], 2)
+
+
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+@pytest.mark.parametrize("most", [None, 4, 14])
+def test_a_rows_key_is_that_of_the_collated_row(tmp_path, most, mode):
+    made = collator.PairCollator(0, most, mode, pack=False)
+    keys = [reference_cache._keys(made, pair) for pair in PAIRS]
+    collated = collator.row_keys(made(PAIRS))
+    assert keys == list(zip(collated[: len(PAIRS)], collated[len(PAIRS) :], strict=True))
 
 
 def test_values_that_this_reference_does_not_compute_are_refused(tmp_path):

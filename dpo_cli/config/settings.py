@@ -197,6 +197,12 @@ class TrainingSection(Struct, kw_only=True):
     per_device_eval_batch_size: Annotated[Count, _doc("Rows a forward in evaluation.")] = 2
     gradient_accumulation_steps: Annotated[Count, _doc("Forwards an optimizer step.")] = 4
     max_length: Annotated[Count, _doc("Longest prompt plus completion, in tokens.")] = 2048
+    tokens_per_batch: Annotated[
+        Count | None, _doc("Most tokens a forward; a step's rows are divided by it, like lengths together.")
+    ] = None
+    batch_per_gpu: Annotated[
+        bool, _doc("Rows a step are for each GPU; else for all together, so that more GPUs train the same.")
+    ] = False
     bf16: Annotated[bool | None, _doc("bfloat16 compute; unset: on a GPU that has it.")] = None
     gradient_checkpointing: Annotated[bool | None, _doc("Trade time for memory at the same loss; unset: on a GPU.")] = (
         None
@@ -251,9 +257,6 @@ class TrainSection(TrainingSection, kw_only=True):
     kl_prompts: Annotated[int, Meta(ge=0), _doc("Held-out prompts on which each evaluation measures KL.")] = 8
     kl_tokens: Annotated[Count, _doc("Longest completion sampled for that, in tokens.")] = 64
     full: Annotated[bool, _doc("Train every weight, the adapter folded in, against a frozen copy.")] = False
-    tokens_per_batch: Annotated[
-        Count | None, _doc("Most tokens a forward; a step's rows are divided by it, like lengths together.")
-    ] = None
     keep_reference: Annotated[
         bool | None, _doc("Keep the reference's log-probabilities on disk; unset: where rows come up twice.")
     ] = None

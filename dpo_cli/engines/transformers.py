@@ -249,7 +249,7 @@ def _plan(
     return sorted(groups, key=lambda rows: len(rows[0].answer.prompt))
 
 
-class _Slots(DynamicLayer):  # type: ignore[misc]
+class _SlotLayer(DynamicLayer):  # type: ignore[misc]
     """One layer's keys and values in slots that are allocated once: (slots, heads, columns, dimension).
 
     A step writes its column in place. DynamicLayer would copy the whole cache, which took half of the time.
@@ -390,7 +390,7 @@ class _Batch:
 
     def _allocate(self, cache: DynamicCache, logits: Tensor) -> None:
         slots, vocabulary = self.settings.batch_size, logits.shape[-1]
-        self.cache = Cache(layers=[_Slots(layer, slots, self.columns) for layer in cache.layers])
+        self.cache = Cache(layers=[_SlotLayer(layer, slots, self.columns) for layer in cache.layers])
         self.state = {
             "logits": logits.new_zeros(slots, vocabulary, dtype=torch.float32),
             "counts": logits.new_zeros(slots, vocabulary, dtype=torch.float32),

@@ -193,39 +193,68 @@ def torchrun(spec: Spec) -> list[str]:
 
 
 def _in_processes(spec: Spec, after_save: Callable[[], None] | None) -> Outcome:
-    """Run torchrun, pass on what it prints and the signals that this process gets, and find out how it ended."""
-    environment = {**os.environ, SPEC: msgspec.json.encode(spec).decode(), "OMP_NUM_THREADS": "1"}
-    ended: list[Outcome] = []
+    """Run torchrun until its processes ask for no new start, which they do to go on with less memory a forward."""
+    from dpo_cli.training.distributed import RESTART, RESTARTED
 
-    def pass_on(process: "subprocess.Popen[str]") -> None:
+    note = Path(spec.config["runs"]) / spec.name / RESTART
+    note.unlink(missing_ok=True)
+    while True:
+        ended, returned = _torchrun_once(spec, after_save)
+        if note.exists():  # of several machines, each would have to know: on those a run ends here
+            note.replace(note.with_name(RESTARTED))
+            if spec.nodes == 1:
+                continue
+        for text, _ in ended:
+            _pass_on(text)
+        if ended and not ended[-1][1].unforeseen:
+            return ended[-1][1]
+        if ended:
+            raise RuntimeError(ended[-1][1].error)
+        if returned == 0:  # the first process, which tells, is on another machine
+            return Outcome(exit_code=Exit.OK)
+        error = f"torchrun ended with exit code {returned}"
+        if spec.nodes > 1:  # a machine that lost the others: what they say counts, and this one starts again with them
+            return Outcome(exit_code=Exit.PREEMPTED, error=error)
+        raise RuntimeError(error)
+
+
+def _pass_on(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _torchrun_once(spec: Spec, after_save: Callable[[], None] | None) -> tuple[list[tuple[str, Outcome]], int]:
+    """Run torchrun, pass on what it prints and the signals that this process gets.
+
+    Returns:
+        The lines that tell how the command ended, which are not passed on, and torchrun's exit code.
+    """
+    environment = {**os.environ, SPEC: msgspec.json.encode(spec).decode(), "OMP_NUM_THREADS": "1"}
+    ended: list[tuple[str, Outcome]] = []
+
+    def read(process: "subprocess.Popen[str]") -> None:
         assert process.stdout is not None
         for text in process.stdout:
-            sys.stdout.write(text)
-            sys.stdout.flush()
             line = progress_lines.parse(text)
+            if line is not None and line.outcome:
+                ended.append((text, line.outcome))
+                continue
+            _pass_on(text)
             if line is not None and line.saved and after_save:
                 after_save()
-            if line is not None and line.outcome:
-                ended.append(line.outcome)
         process.wait()
 
     process = subprocess.Popen(torchrun(spec), stdout=subprocess.PIPE, text=True, env=environment)
     with process, forwarding_sigterm(process):
         try:
-            pass_on(process)
+            read(process)
         except KeyboardInterrupt:
             process.terminate()
-            pass_on(process)
+            read(process)
+            for text, _ in ended:
+                _pass_on(text)
             raise
-    if ended and not ended[-1].unforeseen:
-        return ended[-1]
-    if ended:
-        raise RuntimeError(ended[-1].error)
-    if process.returncode == 0:  # the first process, which tells, is on another machine
-        return Outcome(exit_code=Exit.OK)
-    if spec.nodes > 1:  # a machine that lost the others: what they say counts, and this one starts again with them
-        return Outcome(exit_code=Exit.PREEMPTED, error=f"torchrun ended with exit code {process.returncode}")
-    raise RuntimeError(f"torchrun ended with exit code {process.returncode}")
+    return ended, process.returncode
 
 
 def _exit_code(spec: Spec, result: Any) -> Exit:

@@ -51,7 +51,7 @@ BEST = (MARGIN, 1)
 REFERENCES = ".reference"  # beside the runs, which share it
 
 
-class EasyFirst(Sampler[int]):
+class CurriculumSampler(Sampler[int]):
     """The first epoch in the order of the rows, later ones shuffled by seed and epoch."""
 
     def __init__(self, rows: int, seed: int) -> None:
@@ -114,6 +114,7 @@ class DpoTrainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ign
         self._log_probs: list[torch.Tensor] = []
         self._router_loss: torch.Tensor | None = None
         self._rewards: list[torch.Tensor] = []
+        self._batch_rewards: list[torch.Tensor] = []
         self._reference_lengths: float | None = None
         for model in (self.model, self.ref_model):
             if model is not None:
@@ -121,7 +122,7 @@ class DpoTrainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ign
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
         if self.easy_first:
-            return EasyFirst(len(self.train_dataset), self.args.seed)
+            return CurriculumSampler(len(self.train_dataset), self.args.seed)
         return super()._get_train_sampler(train_dataset)
 
     def _keep_log_probs(self, module: Any, inputs: Any, outputs: Any) -> None:
@@ -156,15 +157,13 @@ class DpoTrainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ign
         k3 = (differences.expm1() - differences).sum() / tokens
         rewards = torch.stack((chosen, rejected), dim=1)  # (pairs, 2)
         if distributed.several():
-            k3 = self.accelerator.gather(k3).mean().item()
-            if not self.model.training:
-                rewards = self.accelerator.gather_for_metrics(rewards)
+            k3 = self.accelerator.gather(k3).mean()
         mode = "train" if self.model.training else "eval"
         self._metrics[mode]["kl"].append(k3)
         if router is not None:
             self._metrics[mode]["router_loss"].append(router.detach())  # type: ignore[arg-type]
         if not self.model.training:
-            self._rewards.append(rewards)
+            self._batch_rewards.append(rewards)
         elif is_first:
             self.step_zero_checked = True
             added = None if router is None else router.item()
@@ -178,6 +177,16 @@ class DpoTrainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ign
             return None
         weighted: torch.Tensor = self._router_loss * self.router_aux_loss_coef
         return weighted
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Loss of a batch, whose pairs' rewards are kept in the order of the rows, also over several processes."""
+        self._batch_rewards.clear()
+        result = super().prediction_step(model, inputs, *args, **kwargs)
+        rewards = torch.cat(self._batch_rewards)
+        if "order" in inputs:
+            rewards = rewards[inputs["order"].to(rewards.device).argsort()]
+        self._rewards.append(self.accelerator.gather_for_metrics(rewards))
+        return result
 
     def _check_step_zero(self, loss: float, margins: torch.Tensor, router_loss: float | None) -> None:
         found = check_step_zero(self, loss, margins, self.tolerance, router_loss)
@@ -278,11 +287,6 @@ def train(
     def make(state: GuardState) -> DpoTrainer:
         policy, reference = _models(section, base, adapter, run)
         asked = arguments(section, run.folder, bool(held_out), *BEST, len(rows), state)
-        tokens = state.tokens_per_batch or section.tokens_per_batch
-        if tokens is not None:  # then they divide the rows of a step into forwards
-            whole = section.per_device_train_batch_size * section.gradient_accumulation_steps
-            asked |= dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), whole)
-            asked["gradient_accumulation_steps"] = 1
         lora = None if adapter is not None or section.full else fresh_lora(section, policy, run.progress)
         try:
             trainer = DpoTrainer(
@@ -309,10 +313,7 @@ def train(
             if trainer.ref_model is None:
                 copy_to_reference(trainer.model, adapter)
             check_reference(trainer.model, trainer.ref_model, adapter)
-        if distributed.several():
-            run.progress.log("forward: TRL's own, padded, since there are several processes")
-            return trainer
-        reason = packed.enable(trainer, tokens)
+        reason = packed.enable(trainer, state.tokens_per_batch or section.tokens_per_batch)
         if reason is not None:
             run.progress.log(f"forward: TRL's own, padded, since {reason}")
         keep_reference(trainer, run.folder.path.parent / REFERENCES, run.progress, section.keep_reference)

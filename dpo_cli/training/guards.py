@@ -28,7 +28,8 @@ RECENT = 5  # logs that a spike is compared with
 class GuardState(Struct):
     """What the guards have changed so far.
 
-    `beta` None, `batch` None and `tokens_per_batch` None: as configured. `batch` is (rows a forward, forwards a step).
+    `beta` None, `batch` None and `tokens_per_batch` None: as configured. `batch` is (rows a forward, forwards a
+    step of all processes together).
     `ended` is the fault that ended the run early.
     """
 
@@ -105,7 +106,7 @@ def after_out_of_memory(
 
     Args:
         state: changed in place.
-        batch: (rows a forward, forwards a step) that did not fit.
+        batch: (rows a forward, forwards a step of all processes together) that did not fit.
         eval_batch: rows a forward in evaluation.
         budget: (most tokens a forward, tokens of the largest pair) where tokens divide a step into forwards.
     """

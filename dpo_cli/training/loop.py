@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import torch
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -32,7 +33,7 @@ class Interrupted(Exception):
     """A signal came in the middle of a step; the step before is saved."""
 
 
-class Watch(TrainerCallback):  # type: ignore[misc]
+class RunCallback(TrainerCallback):  # type: ignore[misc]
     """Writes metrics.jsonl, shows progress, asks the guards, and ends the run when a signal asks for it."""
 
     def __init__(
@@ -72,7 +73,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
                 rows = metric_rows(state.log_history)
                 beta = getattr(self.trainer, "beta", 1.0)
                 found = guards.after_log(self.guards, rows, self.gate or GateSection(), beta)
-                self._tell(state.global_step, found)
+                self._report(state.global_step, found)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -81,20 +82,20 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         if self.gate is not None:
             rows = metric_rows(state.log_history)
             found = guards.after_evaluation(self.guards, rows, self.gate, self.trainer.args.beta)
-            self._tell(state.global_step, found)
+            self._report(state.global_step, found)
             self._apply()
             if any(finding.action == "rollback" for finding in found):
                 self.rollback = control.should_training_stop = True
                 control.should_save = False
             elif self.guards.ended is not None:
                 control.should_training_stop = control.should_save = True
-        self.trainer.keep_place(owes_evaluation=False)
+        self.trainer.remember_step(owes_evaluation=False)
         return control
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        self.trainer.settle()
+        self.trainer.finish_step()
         if state.global_step >= state.max_steps:
             control.should_log = True
         elif self._asked_to_stop() or state.global_step == self.run.pause_at:
@@ -107,7 +108,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             self.run.folder.after_save()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.trainer.keep_place(owes_evaluation=False)
+        self.trainer.remember_step(owes_evaluation=False)
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._leave_mid_step(state.global_step)
@@ -116,7 +117,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         if not self.trainer.owes_evaluation:  # before KL is measured, under a random state of its own
-            self.trainer.keep_place(owes_evaluation=True)
+            self.trainer.remember_step(owes_evaluation=True)
         self._leave_mid_step(state.global_step)
 
     def _asked_to_stop(self) -> bool:
@@ -134,7 +135,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         if self.stop.signal is None or distributed.several():
             return
         if step and step not in self.run.folder.complete_checkpoints():
-            self.trainer.save_kept_place()
+            self.trainer.save_remembered_step()
         raise Interrupted
 
     def _apply(self) -> None:
@@ -151,12 +152,12 @@ class Watch(TrainerCallback):  # type: ignore[misc]
         if self.guards.beta is not None:
             self.trainer.beta = self.guards.beta
 
-    def _tell(self, step: int, found: list[GuardFinding]) -> None:
+    def _report(self, step: int, found: list[GuardFinding]) -> None:
         for finding in found:
-            tell(finding, step, self.run)
+            report_finding(finding, step, self.run)
 
 
-def tell(finding: GuardFinding, step: int, run: RunContext) -> None:
+def report_finding(finding: GuardFinding, step: int, run: RunContext) -> None:
     """Record and show what a guard found and does."""
     run.record(finding.fault, step, action=finding.action, **finding.details)
     numbers = ", ".join(
@@ -179,7 +180,7 @@ def fit(
     Args:
         make: makes a trainer, as the guards' state says.
         run: where everything is.
-        gate: what the guards watch for; None: signals and lack of memory alone.
+        gate: what the guards look for; None: signals and lack of memory alone.
 
     Raises:
         UserError: SIGTERM came, the last whole step is saved (exit 143); memory lacks for a single row; the loss is
@@ -187,11 +188,15 @@ def fit(
         KeyboardInterrupt: Ctrl-C came, the last whole step is saved.
     """
     folder = run.folder
+    if note := distributed.restart_note(folder.path):
+        found = note["finding"] and msgspec.convert(note["finding"], GuardFinding)
+        _smaller_batch(found, gate is None or gate.smaller_batch, note["step"], run)
     state = folder.guard_state()
     with Stop() as stop:
         while state.ended is None:
             outcome, step, trainer = _attempt(make, run, stop, state, gate)
-            batch = trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps
+            forwards = trainer.args.gradient_accumulation_steps * distributed.count()
+            batch = trainer.args.per_device_train_batch_size, forwards
             eval_batch, budget = trainer.args.per_device_eval_batch_size, trainer.token_budget
             del trainer
             gc.collect()
@@ -204,18 +209,13 @@ def fit(
             if outcome == "out_of_memory":
                 halve = gate is None or gate.smaller_batch
                 finding = guards.after_out_of_memory(state, batch, eval_batch, budget) if halve else None
-                if finding is None:
-                    raise UserError(
-                        f"the memory does not suffice for {'one row' if halve else 'a forward'}",
-                        where=str(run.folder.path),
-                        hint=advice("out_of_memory"),
-                        code=Exit.FAILED,
-                    )
-                tell(finding, step, run)
                 folder.save_guard_state(max(folder.complete_checkpoints(), default=0), state)
+                if distributed.several():
+                    distributed.restart(folder.path, {"step": step, "finding": finding})
+                _smaller_batch(finding, halve, step, run)
                 continue
             if outcome == "nan":
-                tell(guards.after_nan(state, gate or GateSection()), step, run)
+                report_finding(guards.after_nan(state, gate or GateSection()), step, run)
             if state.ended is None:
                 _roll_back(run, state, step, gate)
     if state.ended is not None:
@@ -230,6 +230,22 @@ def fit(
         if distributed.is_main_process():
             folder.save_guard_state(newest, state)
         run.record("ended", newest, reason=state.ended)
+
+
+def _smaller_batch(finding: GuardFinding | None, halve: bool, step: int, run: RunContext) -> None:
+    """Tell that forwards take fewer rows from now on.
+
+    Raises:
+        UserError: they can't, or must not.
+    """
+    if finding is None:
+        raise UserError(
+            f"the memory does not suffice for {'one row' if halve else 'a forward'}",
+            where=str(run.folder.path),
+            hint=advice("out_of_memory"),
+            code=Exit.FAILED,
+        )
+    report_finding(finding, step, run)
 
 
 def _attempt(
@@ -250,10 +266,10 @@ def _attempt(
     trainer.guard_state = state
     outcome: LoopResult = "done"
     with distributed.journal(folder.metrics) as metrics:
-        watch = Watch(trainer, run, metrics, stop, state, gate)
-        watch.resumed_from = checkpoint
+        callback = RunCallback(trainer, run, metrics, stop, state, gate)
+        callback.resumed_from = checkpoint
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(watch)
+        trainer.add_callback(callback)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         except Interrupted:
@@ -261,11 +277,9 @@ def _attempt(
         except Diverged:
             outcome = "nan"
         except torch.OutOfMemoryError:
-            if distributed.several():  # the others wait for this one, and torchrun ends them
-                raise
             outcome = "out_of_memory"
     step = trainer.state.global_step
-    if watch.rollback:
+    if callback.rollback:
         outcome = "rollback"
     elif outcome == "done" and stop.signal is not None and step < trainer.state.max_steps:
         outcome = "stopped"

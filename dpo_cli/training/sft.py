@@ -1,7 +1,8 @@
 """Supervised fine-tuning of a fresh LoRA adapter on prompt-completion rows: what DPO starts from.
 
-The loss is on the completion's tokens alone, its stop token included. Writes through `trainer.py`. Not covered:
-packing, and going on from an adapter.
+The loss is on the completion's tokens alone, its stop token included. Forwards are packed and score completions
+alone, where that comes to TRL's log-probabilities (`forward/packed.py`). Writes through `trainer.py`. Not covered:
+going on from an adapter.
 """
 
 from pathlib import Path
@@ -13,17 +14,18 @@ from trl import SFTConfig, SFTTrainer
 from dpo_cli.config.settings import SftSection
 from dpo_cli.errors import UserError
 from dpo_cli.training.encode import Sequences
+from dpo_cli.training.forward import packed
+from dpo_cli.training.forward.collator import IGNORED
 from dpo_cli.training.guards import GuardState
 from dpo_cli.training.loop import fit
 from dpo_cli.training.run_folder import RunContext
 from dpo_cli.training.trainer import ResumableTrainer, arguments, fresh_lora, load_base
 
 BEST = ("eval_loss", -1)
-IGNORED = -100  # a label that carries no loss
 
 
-class SftTrainer(ResumableTrainer, SFTTrainer):  # type: ignore[misc]
-    """TRL's trainer, which resumes exactly."""
+class SftTrainer(packed.PackedSteps, ResumableTrainer, SFTTrainer):  # type: ignore[misc]
+    """TRL's trainer, which resumes exactly, with packed forwards."""
 
     best = BEST
 
@@ -54,7 +56,7 @@ def train(
         model = load_base(base, section)
         lora = fresh_lora(section, model, run.progress)
         try:
-            return SftTrainer(
+            trainer = SftTrainer(
                 model=model,
                 args=SFTConfig(**arguments(section, run.folder, bool(held_out), *BEST, len(rows), state)),
                 train_dataset=dataset(rows),
@@ -64,6 +66,10 @@ def train(
             )
         except ValueError as error:
             raise UserError(f"TRL refuses this setting: {error}") from None
+        reason = packed.enable(trainer, state.tokens_per_batch or section.tokens_per_batch)
+        if reason is not None:
+            run.progress.log(f"forward: TRL's own, padded, since {reason}")
+        return trainer
 
     fit(make, run)
 

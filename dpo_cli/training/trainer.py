@@ -61,7 +61,7 @@ class ResumableTrainer:
     guard_state: GuardState = GuardState()
     token_budget: tuple[int, int] | None = None
     owes_evaluation: bool = False
-    _kept_meters: dict[str, Any] | None = None
+    _remembered_meters: dict[str, Any] | None = None
 
     args: TrainingArguments
     state: TrainerState
@@ -79,7 +79,7 @@ class ResumableTrainer:
         """TRL writes one with every checkpoint; nobody reads it."""
 
     def _send_telemetry(self) -> None:
-        """Nothing is sent; by the time this runs, it is too late for HF_HUB_DISABLE_TELEMETRY."""
+        """Send no telemetry: HF_HUB_DISABLE_TELEMETRY has been read long before this runs."""
 
     def _save(self, output_dir: str, state_dict: dict[str, Any] | None = None) -> None:
         # `ref` is the SFT adapter: it is loaded from there again, never from a checkpoint. Asking whether the
@@ -91,7 +91,7 @@ class ResumableTrainer:
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
-        meters = self._kept_meters or self.meters()
+        meters = self._remembered_meters or self.meters()
         self.accelerator.wait_for_everyone()  # each process adds its random state
         if not self.args.should_save:
             return
@@ -109,8 +109,8 @@ class ResumableTrainer:
             self.state.best_metric, self.state.best_global_step = metrics[self.best[0]], self.state.global_step
         return is_best
 
-    def settle(self) -> None:
-        """See how the optimizer step that has just ended went.
+    def finish_step(self) -> None:
+        """Check the loss of the optimizer step that has just ended.
 
         Raises:
             Diverged: the loss is not a number.
@@ -118,14 +118,14 @@ class ResumableTrainer:
         if not math.isfinite(self._summed_loss()):
             raise Diverged
 
-    def keep_place(self, owes_evaluation: bool) -> None:
-        """Remember what a checkpoint of the step that has just ended would hold, weights aside."""
+    def remember_step(self, owes_evaluation: bool) -> None:
+        """Remember what a checkpoint of the step that has just ended would hold besides weights."""
         self.owes_evaluation = owes_evaluation
-        self._place = self.meters(), torch.random.get_rng_state()
+        self._remembered = self.meters(), torch.random.get_rng_state()
 
-    def save_kept_place(self) -> None:
-        """Save the step that ended last, in the middle of the next: its weights are still there."""
-        self._kept_meters, random_state = self._place
+    def save_remembered_step(self) -> None:
+        """Save the step that ended last from within the next step: the weights have not changed since."""
+        self._remembered_meters, random_state = self._remembered
         torch.random.set_rng_state(random_state)
         self._save_checkpoint(self.model, None)
 
@@ -185,13 +185,13 @@ def arguments(
     """
     gpu = torch.cuda.is_available()
     state = state or GuardState()
-    batch, accumulation = state.batch or (section.per_device_train_batch_size, section.gradient_accumulation_steps)
+    batch, accumulation, eval_batch = _batches(section, state)
     return {
         "learning_rate": section.learning_rate,
         "num_train_epochs": section.num_train_epochs,
         "max_steps": capped_steps(section, rows),
         "per_device_train_batch_size": batch,
-        "per_device_eval_batch_size": state.eval_batch or section.per_device_eval_batch_size,
+        "per_device_eval_batch_size": eval_batch,
         "gradient_accumulation_steps": accumulation,
         "lr_scheduler_type": section.lr_scheduler_type,
         **_warmup(section),
@@ -230,6 +230,31 @@ def _warmup(section: TrainingSection) -> dict[str, float]:
         return {"warmup_steps": section.warmup_steps}
     share = WARMUP if section.warmup_ratio is None else section.warmup_ratio
     return {"warmup_steps": min(share, WHOLE)}
+
+
+def _batches(section: TrainingSection, state: GuardState) -> tuple[int, int, int]:
+    """Rows a forward, forwards a step and rows a forward of evaluation, of each process.
+
+    Raises:
+        UserError: the rows of a step can't be divided equally among the processes.
+    """
+    processes = distributed.count()
+    of_all = (section.per_device_train_batch_size, section.gradient_accumulation_steps)
+    if section.batch_per_gpu:
+        of_all = (of_all[0], of_all[1] * processes)
+    batch, accumulation = state.batch or of_all
+    rows, left = divmod(batch * accumulation, processes)
+    if left:
+        raise UserError(
+            f"{batch} x {accumulation} rows a step can't be divided equally among {processes} processes",
+            where="train.gradient_accumulation_steps",
+            hint=f"set it to a multiple of {processes}, or train.batch_per_gpu = true for so many rows a GPU",
+        )
+    eval_batch = state.eval_batch or section.per_device_eval_batch_size
+    if state.tokens_per_batch or section.tokens_per_batch:  # then tokens divide the rows of a step into forwards
+        return rows, 1, rows
+    batch = next(size for size in range(min(batch, rows), 0, -1) if rows % size == 0)
+    return batch, rows // batch, eval_batch
 
 
 def fully_sharded(section: TrainingSection) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Attention over rows that hold `[prompt, chosen, rejected]` of several pairs, each prompt once.
+"""Attention over rows that hold `[prompt, chosen, rejected]` of several pairs, each prompt once, or several examples.
 
-Chosen attends to its prompt and itself, rejected to the same prompt and itself, nobody to another pair. Registered
+Chosen attends to its prompt and itself, rejected to the same prompt and itself, nobody to another example. Registered
 with transformers as `shared_prefix`; calls without a packing (generation, plain forwards) go to its `sdpa`.
 
 On a CPU each pair is two calls of scaled dot product attention. On CUDA that is measured once a card and shape
@@ -28,7 +28,8 @@ class Segments(TypedDict):
     """Where a packed row of T tokens divides; pair by pair `[shared, rest of chosen, rest of rejected]`.
 
     lengths: (tokens before rejected's own, shared tokens, rejected's own tokens) of each pair.
-    keys: (K,) packed index of each key, pair by pair `[shared, chosen, shared, rejected]`, for a variable-length call.
+    keys: (K,) packed index of each key, for a variable-length call: pair by pair `[shared, chosen, shared, rejected]`;
+        None where keys are the row as it stands.
     query_ends: (2 * pairs + 1,) int32, where chosen's and rejected's queries end among T; starts with 0.
     key_ends: (2 * pairs + 1,) int32, the same among K.
     most_queries: the longest run of queries.
@@ -36,7 +37,7 @@ class Segments(TypedDict):
     """
 
     lengths: list[tuple[int, int, int]]
-    keys: Tensor
+    keys: Tensor | None
     query_ends: Tensor
     key_ends: Tensor
     most_queries: int
@@ -46,8 +47,8 @@ class Segments(TypedDict):
 Kernel = Callable[[Tensor, Tensor, Tensor, Segments, float | None], Tensor]
 
 
-def segments(chosen: Tensor, rejected: Tensor, shared: Tensor) -> Segments:
-    """Divide a row by the lengths (pairs,) of prompt plus chosen, prompt plus rejected, and what they share."""
+def pair_segments(chosen: Tensor, rejected: Tensor, shared: Tensor) -> Segments:
+    """Divide a row of pairs by the lengths (pairs,) of prompt plus chosen, prompt plus rejected, and both alike."""
     own = rejected - shared
     starts = (chosen + own).cumsum(0) - (chosen + own)
     at = torch.arange(int(torch.maximum(chosen, rejected).max()))
@@ -61,6 +62,19 @@ def segments(chosen: Tensor, rejected: Tensor, shared: Tensor) -> Segments:
         "key_ends": _ends(key_lengths),
         "most_queries": int(torch.maximum(chosen, own).max()),
         "most_keys": int(key_lengths.max()),
+    }
+
+
+def row_segments(lengths: Tensor) -> Segments:
+    """Divide a row of independent examples by their lengths (rows,)."""
+    ends, longest = _ends(lengths), int(lengths.max())
+    return {
+        "lengths": [(length, 0, 0) for length in lengths.tolist()],
+        "keys": None,
+        "query_ends": ends,
+        "key_ends": ends,
+        "most_queries": longest,
+        "most_keys": longest,
     }
 
 
@@ -87,7 +101,7 @@ def forward(
         value: as key.
         attention_mask: unused where there is a packing.
         scaling: factor of the scores.
-        packing: from `packed.plan`; None for an ordinary call.
+        packing: from `collator.plan_pairs` or `plan_rows`; None for an ordinary call.
         **kwargs: what `sdpa` takes.
     """
     if packing is None:
@@ -143,10 +157,12 @@ def varlen_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segmen
     from torch.nn.attention.varlen import varlen_attn
 
     queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
+    if segments["keys"] is not None:
+        keys, values = (states.index_select(0, segments["keys"]) for states in (keys, values))
     output = varlen_attn(
         queries,
-        keys.index_select(0, segments["keys"]),
-        values.index_select(0, segments["keys"]),
+        keys,
+        values,
         segments["query_ends"],
         segments["key_ends"],
         segments["most_queries"],
@@ -176,9 +192,10 @@ def _kernel(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int
 def _time(kernel: Kernel, device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, size: int) -> float:
     """Seconds that forward and backward take for four pairs of ordinary length."""
     lengths = torch.full((4,), 512)
-    pairs = segments(lengths, lengths, lengths // 2)
-    for name in ("keys", "query_ends", "key_ends"):
-        pairs[name] = pairs[name].to(device)
+    pairs = pair_segments(lengths, lengths, lengths // 2)
+    assert pairs["keys"] is not None
+    pairs["keys"] = pairs["keys"].to(device)
+    pairs["query_ends"], pairs["key_ends"] = pairs["query_ends"].to(device), pairs["key_ends"].to(device)
     tokens = sum(before + own for before, _, own in pairs["lengths"])
     query, key, value = (
         torch.ones(1, count, tokens, size, device=device, dtype=dtype, requires_grad=True)

@@ -2,7 +2,7 @@
 
 TRL's `_compute_loss` ends in a dozen `.item()`, each of which makes the host wait for the device before the backward
 pass is even queued. Here `.item()` gives the tensor back, and `read` brings all of them over in one transfer. Reads
-and writes no files. Not covered: several processes.
+and writes no files.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ class DeferredMetric(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """As for a tensor, but for what would have to wait for a value."""
+        """Call `func` as for a tensor, except for calls that would make the host wait for a value."""
         if func is Tensor.item:
             return args[0]
         if func is Tensor.__bool__:  # TRL asks whether there is a completion token: there is
@@ -28,8 +28,8 @@ class DeferredMetric(Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
 
 
-def later(values: Tensor) -> Tensor:
-    """The same values, to be read later."""
+def defer(values: Tensor) -> Tensor:
+    """A detached view of `values` whose `.item()` gives the tensor back; `read` makes numbers of it."""
     return values.detach().as_subclass(DeferredMetric)
 
 
@@ -39,7 +39,7 @@ def metrics(accelerator: Any) -> Iterator[None]:
     names = ("gather", "gather_for_metrics")
     gather = {name: getattr(accelerator, name) for name in names}
     for name, theirs in gather.items():
-        setattr(accelerator, name, lambda values, theirs=theirs: later(theirs(values)))
+        setattr(accelerator, name, lambda values, theirs=theirs: defer(theirs(values.as_subclass(Tensor))))
     try:
         yield
     finally:

@@ -1,41 +1,55 @@
-"""DPO forwards without double work, behind TRL's own `fused_lm_head=True` call, so that TRL's losses stay as they are.
+"""Training forwards without double work, behind TRL's own `fused_lm_head=True` call, so that TRL's losses stay.
 
 A batch of pairs becomes one row without padding: `[prompt, chosen, rejected]` of each pair, where the prompt is
-whatever chosen and rejected begin with in common (prefix sharing: arXiv:2410.20305). Only completions are scored. The
-result is scattered back to the shape that TRL's `_compute_loss` expects of a padded batch; losses, metrics, evaluation
-and KL are TRL's and the trainer's own. Where something is computed next is planned in the collator, on the CPU, so
-that a step asks the device for nothing.
+whatever chosen and rejected begin with in common (prefix sharing: arXiv:2410.20305); a batch of demonstrations one
+row of them all. Only completions are scored. The result is scattered back to the shape that TRL's loss expects of a
+padded batch; losses, metrics, evaluation and KL are TRL's and the trainer's own. Where something is computed next is
+planned in the collator, on the CPU, so that a step asks the device for nothing.
 
 Reads and writes no files. Not covered, and left to TRL's forward: what `unsupported` names, and whatever else does not
-come to the same log-probabilities on the first rows.
+come to the same log-probabilities on a slice of the first rows.
 """
 
 import functools
 import itertools
 import types
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
+import pyarrow.compute
 import torch
+from accelerate.utils import send_to_device
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from trl.trainer.utils import FusedCausalLMOutput
 
 from dpo_cli.errors import UserError
+from dpo_cli.training import distributed
 from dpo_cli.training.forward import attention, deferred_metrics, fused_lora
-from dpo_cli.training.forward.collator import Collator, Packing, merged, parts
+from dpo_cli.training.forward.collator import (
+    IGNORED,
+    DemonstrationCollator,
+    Packing,
+    PairCollator,
+    merged_metrics,
+    micro_batches,
+)
 from dpo_cli.training.forward.log_probs import score
 
 # The mean log-probability of a token may differ by so much from TRL's forward: rounding, but no other attention.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 BATCH_LOSSES = {"aot", "aot_unpaired", "sft"}  # those that are no mean over pairs
+PROMPT_SLICE, COMPLETION_SLICE = 48, 24  # tokens of the rows on which the packed forward is checked
+PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
 class PackedSteps:
-    """Mixed into a DPOTrainer, before it: a batch that is divided takes one forward and backward a part.
+    """Mixed into a DPOTrainer or SFTTrainer, before it: a divided batch takes a forward and backward a micro-batch.
 
-    The gradient is that of the undivided batch: a part counts by its share of the pairs. Metrics stay on the device
-    until an optimizer step ends (`settle`) or they are logged.
+    The gradient is that of the undivided batch: a micro-batch counts by its share of it. In several processes
+    gradients are exchanged with the last one. Metrics stay on the device until an optimizer step ends (`finish_step`)
+    or they are logged.
     """
 
     args: Any
@@ -50,11 +64,13 @@ class PackedSteps:
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Loss of the batch; its gradient is added to what is there."""
         losses = []
-        with merged(self._metrics["train"], inputs):
-            for number, (self._share, part) in enumerate(parts(inputs)):
-                if number:  # a signal can end the step here
+        divided = micro_batches(inputs)
+        with merged_metrics(self._metrics["train"], inputs):
+            for number, (self._share, part) in enumerate(divided, 1):
+                if number > 1:  # a signal can end the step here
                     self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
-                losses.append(super().training_step(model, part, num_items_in_batch))  # type: ignore[misc]
+                with nullcontext() if number == len(divided) else self.accelerator.no_sync(model):
+                    losses.append(super().training_step(model, part, num_items_in_batch))  # type: ignore[misc]
         return torch.stack(losses).sum()
 
     def prediction_step(
@@ -62,26 +78,24 @@ class PackedSteps:
     ) -> tuple[Tensor, None, None]:
         """Loss of the batch; logits are not kept."""
         losses = []
-        with merged(self._metrics["eval"], inputs):
-            for self._share, part in parts(inputs):
+        with merged_metrics(self._metrics["eval"], inputs):
+            for self._share, part in micro_batches(inputs):
                 losses.append(super().prediction_step(model, part, True, ignore_keys)[0])  # type: ignore[misc]
         return torch.stack(losses).sum(), None, None
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """TRL's loss of a part, times its share of the batch."""
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
-        return (result[0] * self._share, result[1]) if return_outputs else result * self._share
-
-    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        """TRL's loss of a micro-batch, times its share of the batch unless it is a sum over the batch's tokens."""
         with deferred_metrics.metrics(self.accelerator):
-            return super()._compute_loss(model, inputs, return_outputs)  # type: ignore[misc]
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        share = self._share if num_items_in_batch is None else 1.0
+        return (result[0] * share, result[1]) if return_outputs else result * share
 
-    def settle(self) -> None:
-        """See how the optimizer step that has just ended went: the one time that the device is waited for."""
+    def finish_step(self) -> None:
+        """Read the step's metrics and check its loss: the one time in a step that the host waits for the device."""
         self._read_metrics()
-        super().settle()  # type: ignore[misc]
+        super().finish_step()  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's, whose metrics are numbers by then."""
@@ -98,7 +112,7 @@ class PackedSteps:
 
 
 def enable(trainer: Any, tokens_per_batch: int | None = None) -> str | None:
-    """Pack the forwards of a DPOTrainer from now on, where that comes to the same log-probabilities.
+    """Pack the forwards of a DPOTrainer or SFTTrainer from now on, where that comes to the same log-probabilities.
 
     Returns:
         None, or why the trainer goes on with TRL's own forward.
@@ -106,43 +120,58 @@ def enable(trainer: Any, tokens_per_batch: int | None = None) -> str | None:
     Raises:
         UserError: `tokens_per_batch` with a loss that dividing a batch would change.
     """
-    if tokens_per_batch is not None and BATCH_LOSSES & set(trainer.loss_types):
+    losses = set(getattr(trainer, "loss_types", ()))
+    if tokens_per_batch is not None and BATCH_LOSSES & losses:
         raise UserError(
             f"loss {'+'.join(trainer.loss_types)} is no mean over pairs, so a batch of it can't be divided",
             where="train.tokens_per_batch",
             hint="leave tokens_per_batch unset, or take another loss_type",
         )
-    former = trainer.data_collator
-    trainer.data_collator = Collator(
-        former.pad_token_id,
-        former.max_length,
-        former.truncation_mode,
-        former.pad_to_multiple_of,
-        tokens_per_batch=tokens_per_batch,
-        pack=False,
-    )
-    models = [model for model in (trainer.model, trainer.ref_model) if model is not None]
+    trainer.data_collator = _collator(trainer, tokens_per_batch)
+    models = [model for model in (trainer.model, getattr(trainer, "ref_model", None)) if model is not None]
     bare = [model.get_base_model() if hasattr(model, "peft_config") else model for model in models]
-    lengths = _lengths(trainer)
-    longest = max(prompt + max(chosen, rejected) for prompt, chosen, rejected in lengths)
+    longest, packed, padded = _longest(trainer)
     reason = next(filter(None, (unsupported(model, longest) for model in bare)), None)
-    if reason is None and trainer.use_weighting:
+    if reason is None and trainer.aux_loss_enabled:
+        reason = "a mixture of experts balances its load over the tokens of a padded batch"
+    if reason is None and getattr(trainer, "use_weighting", False):
         reason = "WPO weights need more than log-probabilities"
     if reason is None:
         reason = _try(trainer, bare)
     if tokens_per_batch is not None:
-        largest = max(map(sum, lengths)) if reason is None else 2 * longest
-        trainer.token_budget = (tokens_per_batch, largest)
+        trainer.token_budget = (tokens_per_batch, packed if reason is None else padded)
     return reason
 
 
-def _lengths(trainer: Any) -> list[tuple[int, int, int]]:
-    """Tokens of prompt, chosen and rejected of each pair that there is."""
-    lengths: list[tuple[int, int, int]] = []
+def _is_paired(trainer: Any) -> bool:
+    return PAIR_COLUMNS[0] in trainer.train_dataset.column_names
+
+
+def _collator(trainer: Any, tokens_per_batch: int | None) -> PairCollator | DemonstrationCollator:
+    """A collator that does as the trainer's own, and divides by tokens; packing is off."""
+    former = trainer.data_collator
+    token, multiple = former.pad_token_id, former.pad_to_multiple_of
+    if not _is_paired(trainer):
+        return DemonstrationCollator(token, pad_to_multiple_of=multiple, tokens_per_batch=tokens_per_batch, pack=False)
+    return PairCollator(
+        token, former.max_length, former.truncation_mode, multiple, tokens_per_batch=tokens_per_batch, pack=False
+    )
+
+
+def _longest(trainer: Any) -> tuple[int, int, int]:
+    """Most tokens of a row, of a packed example and of a padded one, over all that there are."""
+    most = (0, 0, 0)
     for dataset in filter(None, (trainer.train_dataset, trainer.eval_dataset)):
-        columns = [map(len, dataset[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
-        lengths += zip(*columns, strict=True)
-    return lengths
+        names = PAIR_COLUMNS if _is_paired(trainer) else ("input_ids",)
+        lengths = [
+            torch.from_numpy(pyarrow.compute.list_value_length(dataset.with_format("arrow")[:][name]).to_numpy())
+            for name in names
+        ]
+        rows = [lengths[0] + side for side in lengths[1:]] or lengths
+        longest = functools.reduce(torch.maximum, rows)
+        own = int(longest.max()), int(sum(lengths).max()), int(len(rows) * longest.max())  # type: ignore[union-attr]
+        most = max(most[0], own[0]), max(most[1], own[1]), max(most[2], own[2])
+    return most
 
 
 def _try(trainer: Any, models: list[Any]) -> str | None:
@@ -150,9 +179,9 @@ def _try(trainer: Any, models: list[Any]) -> str | None:
     forwards = [model.forward for model in models]
     for model in models:
         fused_lora.fuse(model)
-        _patch(model, _reads_reference(model, trainer.ref_model), trainer.accelerator.autocast)
+        _patch(model, _reads_reference(model, getattr(trainer, "ref_model", None)), trainer.accelerator.autocast)
     trainer.data_collator.pack = True
-    reason = _difference(trainer)
+    reason = distributed.broadcast(_difference(trainer))  # one decision for all processes
     if reason is not None:
         trainer.data_collator.pack = False
         for model, forward in zip(models, forwards, strict=True):
@@ -190,26 +219,39 @@ def unsupported(model: Any, longest: int) -> str | None:
         return f"its {rope} position embedding depends on the longest row of a batch"
     if getattr(config, "attention_dropout", 0):
         return "attention dropout is on"
-    if hasattr(config, "output_router_logits"):
-        return "a mixture of experts balances its load over the tokens of a padded batch"
     return None
 
 
 def _difference(trainer: Any) -> str | None:
-    """What is wrong with the packed forward on the first rows; None if it comes to TRL's log-probabilities."""
-    batch = trainer._prepare_inputs(trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[-1]]))
-    [(_, batch)] = parts(batch)[:1]
-    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    """What is wrong with the packed forward on slices of two rows; None if it comes to TRL's log-probabilities."""
+    collator = trainer.data_collator
+    rows = [_slice(trainer.train_dataset[number]) for number in (0, -1)]
+    batch = collator.planned(collator.padded(rows))
+    model = trainer.model
+    batch = send_to_device(batch, next(model.parameters()).device)
+    labels = batch.get("labels")
+    if labels is None:
+        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    tolerance = TOLERANCE[torch.bfloat16 if trainer.args.bf16 else trainer.model.dtype]
+    tolerance = TOLERANCE[torch.bfloat16 if trainer.args.bf16 else model.dtype]
     with torch.no_grad(), trainer.accelerator.autocast():
-        theirs = trainer.model(**inputs, labels=labels, fused_lm_head=True).log_probs
+        theirs = model(**inputs, labels=labels, fused_lm_head=True).log_probs
         try:
-            ours = trainer.model(**inputs, labels=labels, packing=batch["packing"], fused_lm_head=True).log_probs
+            ours = model(**inputs, labels=labels, packing=batch["packing"], fused_lm_head=True).log_probs
         except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError) as error:
             return f"{type(error).__name__}: {' '.join(str(error).split())}"
     mean = (ours - theirs).abs().sum().item() / max(1, len(batch["packing"]["targets"]))
     return None if mean <= tolerance else f"log-probabilities would differ by {mean:.2g} nats a token"
+
+
+def _slice(row: dict[str, list[int]]) -> dict[str, list[int]]:
+    """The end of a row's prompt and the beginning of its completions: enough to see whether two forwards agree."""
+    if "prompt_ids" in row:
+        sides = {name: row[name][:COMPLETION_SLICE] for name in PAIR_COLUMNS[1:]}
+        return {"prompt_ids": row["prompt_ids"][-PROMPT_SLICE:], **sides}
+    start = next((at for at, label in enumerate(row["labels"]) if label != IGNORED), 0)
+    part = slice(max(0, start - PROMPT_SLICE), start + COMPLETION_SLICE)
+    return {"input_ids": row["input_ids"][part], "labels": row["labels"][part]}
 
 
 def _reads_reference(model: Any, ref_model: Any) -> Callable[[], bool]:
@@ -243,7 +285,7 @@ def _patch(model: Any, is_reference: Callable[[], bool], autocast: Callable[[], 
         ids = kwargs.get("input_ids")
         if packing is None or not fused_lm_head or labels is None or ids is None:
             return theirs(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
-        mask = labels[:, 1:] != -100
+        mask = labels[:, 1:] != IGNORED
 
         def spread(values: Tensor | None) -> Tensor | None:
             if values is None:
@@ -272,7 +314,7 @@ def _patch(model: Any, is_reference: Callable[[], bool], autocast: Callable[[], 
             )
         spreads = {name: spread(value) for name, value in scores._asdict().items()}
         if spreads["mean_logits"] is not None:
-            spreads["mean_logits"] = deferred_metrics.later(spreads["mean_logits"])
+            spreads["mean_logits"] = deferred_metrics.defer(spreads["mean_logits"])
         return FusedCausalLMOutput(label_mask=mask, **spreads)
 
     model.forward = types.MethodType(forward, model)

@@ -12,7 +12,9 @@ reference live.
 
 import dataclasses
 import hashlib
+import itertools
 import json
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,12 +23,14 @@ from typing import Any
 import torch
 from msgspec import Struct
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from trl.trainer.utils import use_adapter
 
 from dpo_cli.data.resumable import Resumable
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Progress
-from dpo_cli.training.forward.collator import Collator, row_keys
+from dpo_cli.training import distributed
+from dpo_cli.training.forward.collator import PairCollator, row_key, row_keys
 from dpo_cli.training.forward.packed import TOLERANCE
 
 TOKENS = 4096  # in a forward: enough to fill a card, less memory than a training step takes
@@ -58,7 +62,7 @@ def keep_reference(trainer: Any, folder: Path, progress: Progress, wanted: bool 
     Raises:
         UserError: what is kept is not what the reference computes, or memory does not suffice for one pair.
     """
-    collator: Collator = trainer.data_collator
+    collator: PairCollator = trainer.data_collator
     if wanted is False or not collator.pack:
         progress.log("reference: live, " + ("as set" if collator.pack else "as the forward is TRL's"))
         return
@@ -69,25 +73,30 @@ def keep_reference(trainer: Any, folder: Path, progress: Progress, wanted: bool 
         progress.log("reference: live, as no row comes up twice")
         return
     path = folder / f"{content_key(trainer)[:16]}.jsonl"
-    examples = [row for name in used for row in rows[name]]
-    pairs = dict(zip(_keys(collator, examples), examples, strict=True))
-    with Resumable(path, Known, wait=True) as kept:  # another run may be computing just these
-        missing = kept.missing({id: pair for pair in pairs for id in pair}).keys()
+    pairs = {_keys(collator, example): example for name in used for example in rows[name]}
+    # Rank 0 writes; another run may be computing just these rows, and is waited for.
+    with Resumable(path, Known, wait=True) if distributed.is_main_process() else nullcontext() as kept:
+        known = distributed.broadcast(kept.known if kept else {})
+        missing = {id for pair in pairs for id in pair if id not in known}
         whole = [row for pair, row in pairs.items() if missing.isdisjoint(pair)]
         progress.log(
             f"reference: kept for {' and '.join(f'{name} ({passes[name]:.3g} passes)' for name in used)}; "
             f"{len(whole)} of {len(pairs)} pairs are known"
         )
         if whole:
-            _check(trainer, whole[0], kept)
+            _check(trainer, whole[0], known, path)
         # Always the same groups, whatever is known of them: a run that was killed here comes to the same values.
-        for group in _groups(pairs):
-            if missing.isdisjoint(id for pair in group for id in pair):
-                continue
-            for id, log_probs in _compute_what_fits(trainer, [pairs[pair] for pair in group]):
+        groups = [group for group in _groups(pairs) if not missing.isdisjoint(id for pair in group for id in pair)]
+        for first in range(0, len(groups), distributed.count()):
+            # Each process computes a group; where fewer are left than processes, some compute the same one.
+            own = groups[min(first + distributed.rank(), len(groups) - 1)]
+            computed = distributed.gather(_compute_what_fits(trainer, [pairs[pair] for pair in own]))
+            for id, log_probs in dict(itertools.chain(*computed)).items():
                 if id in missing:
-                    kept.deliver(Known(id, bytearray(log_probs.numpy().tobytes())))
-    collator.reference = {id: row.tensor() for id, row in kept.known.items()}
+                    known[id] = row = Known(id, bytearray(log_probs.numpy().tobytes()))
+                    if kept:
+                        kept.deliver(row)
+    collator.reference = {id: row.tensor() for id, row in known.items()}
 
 
 def content_key(trainer: Any) -> str:
@@ -97,6 +106,8 @@ def content_key(trainer: Any) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
         if ".default." not in name:  # what is trained
+            if isinstance(value, DTensor):  # sharded over the processes: each hashes its part
+                value = value.to_local()
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
             digest.update(value.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
     settings = [
@@ -107,32 +118,46 @@ def content_key(trainer: Any) -> str:
     for one in settings:
         kept = {key: value for key, value in one.items() if key not in NAMES_ONLY} if isinstance(one, dict) else one
         digest.update(json.dumps(kept, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
+    parts = distributed.gather(digest.hexdigest())
+    return parts[0] if len(set(parts)) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def _train_passes(trainer: Any) -> float:
     """How often a training row comes up."""
     if trainer.args.max_steps <= 0:
         return float(trainer.args.num_train_epochs)
-    pairs = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
-    return float(trainer.args.max_steps * pairs / len(trainer.train_dataset))
+    return float(trainer.args.max_steps * _pairs_a_step(trainer) / len(trainer.train_dataset))
 
 
 def _evaluations(trainer: Any) -> float:
-    pairs = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
-    steps = _train_passes(trainer) * len(trainer.train_dataset) / pairs
-    return float(steps // trainer.args.eval_steps) if trainer.args.eval_strategy == "steps" else 1.0
+    """How often a held-out row comes up; the last step is evaluated whatever its number."""
+    steps = math.ceil(_train_passes(trainer) * len(trainer.train_dataset) / _pairs_a_step(trainer))
+    return float(math.ceil(steps / trainer.args.eval_steps)) if trainer.args.eval_strategy == "steps" else 1.0
 
 
-def _plain(collator: Collator, pack: bool) -> Collator:
-    return dataclasses.replace(collator, tokens_per_batch=None, reference=None, pack=pack)
+def _pairs_a_step(trainer: Any) -> int:
+    own = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
+    return int(own * distributed.count())
 
 
-def _keys(collator: Collator, examples: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """(key of chosen, key of rejected) of each pair, cut as the collator cuts them."""
-    collate = _plain(collator, pack=False)
-    pairs = [row_keys(collate([example])) for example in examples]
-    return [(chosen, rejected) for chosen, rejected in pairs]
+def _plain(collator: PairCollator) -> PairCollator:
+    return dataclasses.replace(collator, tokens_per_batch=None, reference=None, pack=True)
+
+
+def _keys(collator: PairCollator, example: dict[str, list[int]]) -> tuple[str, str]:
+    """(key of chosen, key of rejected) of a pair, cut as the collator cuts it."""
+    prompt = example["prompt_ids"]
+    chosen, rejected = (prompt + example[name] for name in ("chosen_ids", "rejected_ids"))
+    most = collator.max_length
+    if most is None:
+        return row_key(chosen, len(prompt)), row_key(rejected, len(prompt))
+    from_start = collator.truncation_mode == "keep_start"
+
+    def cut(row: list[int]) -> str:
+        start = min(len(prompt), most) if from_start else max(0, len(prompt) - max(0, len(row) - most))
+        return row_key(row[:most] if from_start else row[-most:], start)
+
+    return cut(chosen), cut(rejected)
 
 
 def _groups(pairs: dict[tuple[str, str], dict[str, Any]]) -> Iterator[list[tuple[str, str]]]:
@@ -154,7 +179,7 @@ def _tokens(example: dict[str, Any]) -> int:
 
 
 def _compute_what_fits(trainer: Any, examples: list[dict[str, Any]]) -> list[tuple[str, Tensor]]:
-    """As `_compute`, in halves where memory lacks."""
+    """(row key, log-probabilities) of pairs from `_compute`, in halves where memory does not suffice for all."""
     try:
         return list(_compute(trainer, examples))
     except torch.OutOfMemoryError:
@@ -170,7 +195,7 @@ def _compute_what_fits(trainer: Any, examples: list[dict[str, Any]]) -> list[tup
 
 def _compute(trainer: Any, examples: list[dict[str, Any]]) -> Iterator[tuple[str, Tensor]]:
     """(row key, its log-probabilities under the reference) of pairs."""
-    collated = _plain(trainer.data_collator, pack=True)(examples)
+    collated = _plain(trainer.data_collator)(examples)
     batch = trainer._prepare_inputs(collated)
     model = trainer.ref_model or trainer.model
     adapters = getattr(model, "peft_config", None)
@@ -192,13 +217,13 @@ def _compute(trainer: Any, examples: list[dict[str, Any]]) -> Iterator[tuple[str
         yield key, row[mask]
 
 
-def _check(trainer: Any, example: dict[str, Any], kept: Resumable[Known]) -> None:
+def _check(trainer: Any, example: dict[str, Any], known: dict[str, Known], path: Path) -> None:
     tolerance = TOLERANCE[torch.bfloat16 if trainer.args.bf16 else trainer.model.dtype]
     for key, log_probs in _compute(trainer, [example]):
-        if not (log_probs - kept.known[key].tensor()).abs().sum() <= tolerance * max(1, len(log_probs)):  # also for NaN
+        if not (log_probs - known[key].tensor()).abs().sum() <= tolerance * max(1, len(log_probs)):  # also for NaN
             raise UserError(
                 "it does not hold what this reference computes",
-                where=str(kept.path),
+                where=str(path),
                 hint="delete it",
                 code=Exit.FAILED,
             )
