@@ -46,7 +46,7 @@ WHOLE = (
 @pytest.mark.parametrize(
     ("sets", "choice", "as_trl"),
     [
-        ((), "reference: kept for train (1.45 passes) and eval (2 passes); 0 of 27 pairs are known", ()),
+        ((), "reference: kept for train (1.45 passes) and eval (3 passes); 0 of 27 pairs are known", ()),
         (("train.keep_reference=false",), "reference: live, as set", ()),
         (("train.gradient_checkpointing=true",), "reference: kept", ()),
         (("train.tokens_per_batch=150",), "reference: kept", WHOLE),
