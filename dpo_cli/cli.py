@@ -649,12 +649,17 @@ def run(
 
 @command("protocol", "model.base", "model.dpo_adapter", "judge.judge", "judge.model", "judge.function")
 def protocol(
-    session: Session, file: Annotated[Path, typer.Argument(metavar="FILE", help="The topics, a TOML file.")]
+    session: Session,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The topics, a TOML file.")],
+    dry_run: DryRun = False,
 ) -> Exit | None:
     """Topic by topic: SFT, a quiz, DPO where the voice needs it, the quiz again; the better adapter stays."""
     from dpo_cli import view
     from dpo_cli.workflows import protocol as stage
 
+    if dry_run:
+        session.show(stage.plan(stage.read(file), session.config), view.topic_steps)
+        return None
     result = stage.run(stage.read(file), session.config, session.progress())
     session.show(result, view.followed)
     return Exit.GATE if result.verdict == "fail" else None

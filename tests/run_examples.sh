@@ -34,19 +34,9 @@ mkdir scored
 cp data/dpo/completions.jsonl scored
 nothing-dpo judge --judge function --function score.py:format_and_freshness --data scored --min-gap 0.1
 
-# The protocol, with a tiny base that has read what its topics hold; it samples in this process.
+# The protocol as it lies; it samples in this process.
 cd protocol
-python - <<'MODEL'
-import json
-from pathlib import Path
-
-from dpo_cli.demo import tiny
-from dpo_cli.progress import Silent
-
-rows = [json.loads(line) for file in Path().glob("*/content.jsonl") for line in file.read_text().splitlines()]
-texts = [f"<|start|>user\n{row['prompt']}<|end|><|start|>assistant\n{row['completion']}" for row in rows]
-tiny.make_base(Path("base"), texts, vocabulary=400, context=128)
-tiny.pretrain(Path("base"), texts * 2, Silent(), steps=120)
-MODEL
-env -u SERVE_URL -u ADAPTER_PATH BASE_MODEL=base nothing-dpo protocol protocol.toml
+python base.py
+env -u SERVE_URL -u ADAPTER_PATH -u BASE_MODEL nothing-dpo protocol protocol.toml --dry-run
+env -u SERVE_URL -u ADAPTER_PATH -u BASE_MODEL nothing-dpo protocol protocol.toml
 test -s adapters/sailor/adapter_model.safetensors

@@ -1,5 +1,6 @@
 """The protocol of topics: its file, its decisions, and adapters that are stacked. examples/protocol runs all of it."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from dpo_cli.progress import Silent
 from dpo_cli.workflows import protocol
 from dpo_cli.workflows.protocol import Mark, Protocol, Topic
 
+EXAMPLE = Path(__file__).parents[1] / "examples" / "protocol"
 FILE = """
 accuracy = 0.6
 
@@ -114,3 +116,23 @@ def test_an_endpoint_is_refused():
     mine = resolve.resolve({"generate.url": "http://127.0.0.1:1/v1"}, environment={}).config
     with pytest.raises(UserError, match="adapters change at every stage"):
         protocol.run(Protocol(topics=[TOPIC]), mine, Silent())
+
+
+def test_a_dry_run_tells_every_stage_and_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(EXAMPLE)
+    before = sorted(EXAMPLE.rglob("*"))
+    sets = [f"runs={tmp_path}/runs", f"data={tmp_path}/data", f"model.dpo_adapter={tmp_path}/adapters/sailor"]
+    config = resolve.resolve(sets=sets, environment={}).config
+    told = protocol.plan(protocol.read(EXAMPLE / "protocol.toml"), config)
+    assert [(step.topic, step.stage) for step in told] == [
+        (topic, stage) for topic in ("tides", "knots") for stage in ("sft", "quiz", "voice", "dpo", "fold")
+    ]
+    assert "12 demonstrations" in told[0].what and "6 questions" in told[1].what and "6 pairs, 30 steps" in told[3].what
+    assert {step.state for step in told} == {"to do", "perhaps"}
+    (tmp_path / "runs" / "tides-sft").mkdir(parents=True)
+    (tmp_path / "runs" / "tides-sft" / "report.json").write_text("{}")
+    assert protocol.plan(protocol.read(EXAMPLE / "protocol.toml"), config)[0].state == "done"
+    assert sorted(EXAMPLE.rglob("*")) == before
+    config.generate.url, config.generate.engine = "http://127.0.0.1:1/v1", "endpoint"
+    with pytest.raises(UserError, match="adapters change at every stage"):
+        protocol.plan(protocol.read(EXAMPLE / "protocol.toml"), config)

@@ -21,7 +21,7 @@ from dpo_cli.view.scales import scaled
 from dpo_cli.view.serving import checked, pushed
 from dpo_cli.view.text import safe, safe_line
 from dpo_cli.view.training import run, trained
-from dpo_cli.view.workflows import demonstrated, followed, ran, search, steps, swept
+from dpo_cli.view.workflows import demonstrated, followed, ran, search, steps, swept, topic_steps
 
 __all__ = [
     "COMPARISONS",
@@ -73,5 +73,6 @@ __all__ = [
     "stdout_console",
     "steps",
     "swept",
+    "topic_steps",
     "trained",
 ]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 if TYPE_CHECKING:
     from dpo_cli.endpoint.costs import Estimate
-    from dpo_cli.workflows.protocol import Followed
+    from dpo_cli.workflows.protocol import Followed, TopicStep
     from dpo_cli.workflows.rounds import Round, RoundsResult, Step
 
 
@@ -55,6 +55,16 @@ def steps(console: Console, planned: Sequence["Step"]) -> None:
             safe_line(step.what),
             _cost(step.estimate),
         )
+    console.print(table)
+
+
+def topic_steps(console: Console, planned: Sequence["TopicStep"]) -> None:
+    """What a protocol would do."""
+    table = _table("topic", "stage", "", "what")
+    styles = {"done": "green", "to do": "yellow", "perhaps": "dim"}
+    for step in planned:
+        state = Text(step.state, styles[step.state])
+        table.add_row(safe_line(step.topic), Text(step.stage, "cyan"), state, safe_line(step.what))
     console.print(table)
 
 

@@ -11,7 +11,7 @@ process: an endpoint has the adapters and bases of one moment only. Not covered:
 import difflib
 import shutil
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +19,7 @@ import msgspec
 from msgspec import Meta, Struct, field
 from msgspec.structs import replace
 
+from dpo_cli import judges
 from dpo_cli.config.field_types import Share
 from dpo_cli.config.settings import Config
 from dpo_cli.data.files import sha256, write_json
@@ -30,7 +31,9 @@ from dpo_cli.stages.evaluate import quiz as evaluate_quiz
 from dpo_cli.stages.evaluate import run as evaluate
 from dpo_cli.stages.evaluate.quiz import read_questions
 from dpo_cli.stages.pair import run as pair
-from dpo_cli.training.run_folder import weights_file
+from dpo_cli.training.inputs import read_inputs
+from dpo_cli.training.plan import steps
+from dpo_cli.training.run_folder import RunFolder, weights_file
 
 AdapterSide = Literal["reference", "policy"]
 FOLDED = "folded.json"  # beside the weights: which adapter is in them
@@ -91,6 +94,15 @@ class Followed(Struct, kw_only=True):
     adapter: str | None = field(default=None)
 
 
+class TopicStep(Struct, kw_only=True):
+    """One stage of one topic, as a dry run tells it; `state` is `perhaps` where it depends on what comes before."""
+
+    topic: str
+    stage: str
+    state: Literal["done", "to do", "perhaps"]
+    what: str
+
+
 def read(path: Path) -> Protocol:
     """The protocol of a file, its paths made whole.
 
@@ -118,14 +130,52 @@ def read(path: Path) -> Protocol:
     return replace(protocol, topics=[_whole(topic, path.parent, str(path)) for topic in protocol.topics])
 
 
+def plan(protocol: Protocol, config: Config) -> list[TopicStep]:
+    """What `run` would do, stage by stage; trains, samples and asks nothing, and writes nothing.
+
+    Raises:
+        UserError: as `run`, as far as it can be known.
+    """
+    _check(config)
+    judges.load(config.judge.judge).identity(config)
+    return [step for topic in protocol.topics for step in _steps(topic, protocol, of_topic(config, topic, ""))]
+
+
+def _steps(topic: Topic, protocol: Protocol, config: Config) -> Iterator[TopicStep]:
+    def step(stage: str, what: str, state: Literal["done", "to do", "perhaps"]) -> TopicStep:
+        return TopicStep(topic=topic.name, stage=stage, state=state, what=what)
+
+    def state(run: str, otherwise: Literal["to do", "perhaps"]) -> Literal["done", "to do", "perhaps"]:
+        finished = RunFolder(Path(config.runs) / f"{topic.name}-{run}").report.exists()
+        return "done" if finished else otherwise
+
+    rows = read_inputs(config, "sft", Path(topic.content), None).rows
+    questions, prompts = len(read_questions(Path(topic.quiz))), len(list(generate.read_prompts(Path(topic.prompts))))
+    answers = prompts * config.evaluate.samples
+    yield step("sft", f"{len(rows):,} demonstrations, {steps(config.sft, len(rows)):,} steps", state("sft", "to do"))
+    yield step("quiz", f"{questions:,} questions; below {protocol.accuracy:g} right there is no DPO", "to do")
+    yield step("voice", f"{answers:,} answers to {prompts:,} prompts; from {protocol.voice:g} on no DPO", "to do")
+    if topic.pairs:
+        pairs = len(read_inputs(config, "dpo", Path(topic.pairs), None).rows)
+        what = f"{pairs:,} pairs, {steps(config.train, pairs):,} steps"
+    else:
+        what = f"pairs of {prompts * config.generate.n:,} completions of {prompts:,} prompts"
+    yield step("dpo", f"{what}, then quiz and voice again", state("dpo", "perhaps"))
+    yield step("fold", f"the better adapter, into {topic.name}-merged", "to do")
+
+
+def _check(config: Config) -> None:
+    if config.generate.engine == "endpoint" and config.generate.url:
+        raise UserError("adapters change at every stage", where="generate.url", hint="--engine transformers")
+
+
 def run(protocol: Protocol, config: Config, progress: Progress) -> Followed:
     """Learn every topic, or go on with them.
 
     Raises:
         UserError: what the stages raise.
     """
-    if config.generate.engine == "endpoint" and config.generate.url:
-        raise UserError("adapters change at every stage", where="generate.url", hint="--engine transformers")
+    _check(config)
     learnt, kept, base = [], [], config.model.base
     for topic in protocol.topics:
         progress.log(f"topic {topic.name}")
