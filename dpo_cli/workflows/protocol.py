@@ -150,7 +150,7 @@ def _steps(topic: Topic, protocol: Protocol, config: Config) -> Iterator[TopicSt
         return "done" if finished else otherwise
 
     rows = read_inputs(config, "sft", Path(topic.content), None).rows
-    questions, prompts = len(read_questions(Path(topic.quiz))), len(list(generate.read_prompts(Path(topic.prompts))))
+    questions, prompts = len(read_questions(Path(topic.quiz))), len(list(generate.read_prompts(config)))
     answers = prompts * config.evaluate.samples
     yield step("sft", f"{len(rows):,} demonstrations, {steps(config.sft, len(rows)):,} steps", state("sft", "to do"))
     yield step("quiz", f"{questions:,} questions; below {protocol.accuracy:g} right there is no DPO", "to do")
