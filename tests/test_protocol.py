@@ -127,7 +127,11 @@ def test_a_dry_run_tells_every_stage_and_writes_nothing(tmp_path, monkeypatch):
     assert [(step.topic, step.stage) for step in told] == [
         (topic, stage) for topic in ("tides", "knots") for stage in ("sft", "quiz", "voice", "dpo", "fold")
     ]
-    assert "12 demonstrations" in told[0].what and "6 questions" in told[1].what and "6 pairs, 30 steps" in told[3].what
+    assert (
+        "demonstrations, 120 steps" in told[0].what
+        and "6 questions" in told[1].what
+        and "6 pairs, 30 steps" in told[3].what
+    )
     assert {step.state for step in told} == {"to do", "perhaps"}
     (tmp_path / "runs" / "tides-sft").mkdir(parents=True)
     (tmp_path / "runs" / "tides-sft" / "report.json").write_text("{}")
