@@ -61,7 +61,7 @@ class BadRows:
         """Take a row that can't be read."""
         reason = str(error)
         if self.skip:
-            known = error.row if isinstance(error, Fault) else row
+            known = row.row if isinstance(row, Fault) else row
             self.rows.append(BadRow(str(file), line, reason, _plain(known)))
         elif self._first is None:
             hint = error.hint if isinstance(error, Fault) else getattr(error, "hint", None)

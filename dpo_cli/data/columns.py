@@ -35,19 +35,21 @@ BAD = (
 ANSWER = ("completion", "response", "output", "answer", "answers", "target")
 LABEL = ("label", "kto_tag")
 CANDIDATES = ("generations", "completions", "responses", "answers", "candidates")
-MARKS = ("ratings", "scores", "rewards", "ranks", "overall_scores")
+MARKS = ("ratings", "rating", "scores", "rewards", "ranks", "overall_scores")
 
 # What `--columns` may map to: role -> the name under which it is read here.
 ROLES = {
     "prompt": "prompt", "messages": "messages", "system": "system", "input": "input", "history": "history",
     "tools": "tools", "chosen": "chosen", "rejected": "rejected", "completion": "completion", "answer": "answer",
     "chosen_score": "chosen_score", "rejected_score": "rejected_score", "margin": "margin", "label": "label",
+    "chosen_reasoning": "chosen_reasoning", "rejected_reasoning": "rejected_reasoning",
     "generations": "generations", "ratings": "ratings", "id": "id", "ignore": "",
 }  # fmt: skip
 
 NAMES = frozenset(
     {*MESSAGES, *ASKED, *SYSTEM, *TOOLS, *GOOD, *BAD, *ANSWER, *LABEL, *CANDIDATES, *MARKS, "history", "id"}
 )
+_PLACES = ("input", "system", "history", "tools", "chosen_reasoning", "rejected_reasoning")
 # What a row may say about itself that is nothing to train on.
 HARMLESS = re.compile(
     r"(_id|id|ids|idx|index|uid|uuid|(prompt|row|question|conversation|sample|example|chosen|rejected|pair|turn)_?id|"
@@ -192,8 +194,8 @@ class Cells:
                 raise ValueError(f'the row has "{own}"; only text can be read')
             if name in CONTENT or name in REASONING:
                 raise ValueError(
-                    f'the column "{own}" has no place here; --columns ROLE={own} gives it one (input, system, …), '
-                    f"--columns ignore={own} leaves it out"
+                    f'the column "{own}" has no place here; --columns ROLE={own} gives it one (roles: '
+                    f"{', '.join(_PLACES)}), --columns ignore={own} leaves it out"
                 )
             self.dropped[own] += 1
 

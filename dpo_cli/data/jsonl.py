@@ -14,7 +14,9 @@ from typing import Any, Self, TypeVar
 
 import msgspec
 
+from dpo_cli.data.bad_rows import Fault
 from dpo_cli.data.files import PRIVATE, disk_error, encode_line, lock, sync, write_all, write_file
+from dpo_cli.data.reader import decode_row
 from dpo_cli.errors import UserError
 
 T = TypeVar("T")
@@ -166,7 +168,7 @@ def _decode(path: Path, kind: type[T], torn_end: bool = False) -> Iterator[tuple
     for first, lines in _blocks(path):
         try:
             rows = list(map(decode, lines))
-        except msgspec.MsgspecError:
+        except (msgspec.MsgspecError, UnicodeError, RecursionError):
             pass
         else:
             yield from enumerate(rows, first)
@@ -177,10 +179,13 @@ def _decode(path: Path, kind: type[T], torn_end: bool = False) -> Iterator[tuple
                     yield number, decode(line)
             except msgspec.ValidationError as error:
                 raise UserError(_explain(error), where=f"{path}:{number}") from None
-            except msgspec.DecodeError as error:
-                if torn_end and not line.endswith(b"\n"):
+            except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+                # What a crash left of a row of ours begins as one; another file's only line is not to be cut off.
+                if torn_end and not line.endswith(b"\n") and line.startswith(b"{"):
                     return
-                raise UserError(f"not a JSON object: {error}", where=f"{path}:{number}") from None
+                fault = decode_row(line)
+                reason, hint = (str(fault), fault.hint) if isinstance(fault, Fault) else (str(error), None)
+                raise UserError(reason, where=f"{path}:{number}", hint=hint) from None
 
 
 def _blocks(path: Path) -> Iterator[tuple[int, list[bytes]]]:

@@ -135,7 +135,7 @@ class Rows:
         """
         try:
             return parse_pair(row.line) if kind is Preference else _decoder(kind).decode(row.line)  # type: ignore[return-value]
-        except ValueError as error:  # msgspec's errors are ValueErrors
+        except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
             raise UserError(str(error), where=self.place(row)) from None
 
     def _index(self, count: int | None) -> None:

@@ -1,8 +1,13 @@
 """A pair made of the cells of a row: its sides, what they begin with, and what the row says of them. Reads nothing."""
 
+import re
+from typing import Any
+
 from dpo_cli.data.columns import MESSAGES, Cells, number
 from dpo_cli.data.messages import Message, Prompt, message_key, read_messages
 from dpo_cli.data.records import Preference, preference_id
+
+HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 def read_side(cells: Cells, names: tuple[str, ...], side: str) -> list[Message]:
@@ -96,3 +101,32 @@ def longer(shared: list[Message], given: list[Message]) -> list[Message]:
 def last_turn(messages: list[Message]) -> int:
     """Where the assistant's last answer begins; 0 where there is none at the end."""
     return len(messages) - 1 if len(messages) > 1 and messages[-1]["role"] == "assistant" else 0
+
+
+def transcript_prompt(prompt: Prompt) -> Prompt:
+    """The prompt, where it is one text that holds a conversation as HH writes it, the answer left open."""
+    if len(prompt.messages) != 1:
+        return prompt
+    text = prompt.messages[0]["content"]
+    if not HH_TURN.match(text) or not text.rstrip().endswith("\n\nAssistant:"):
+        return prompt
+    return Prompt(transcript(f"{text.rstrip()} ", "prompt")[:-1], prompt.tools)
+
+
+def transcript(text: Any, field: str) -> list[Message]:
+    """The messages of a conversation as HH writes it.
+
+    Raises:
+        ValueError: it is none, or does not end with the assistant.
+    """
+    start, *turns = HH_TURN.split(text) if isinstance(text, str) else ("not a text",)
+    if start.strip() or not turns or turns[-2] != "Assistant":
+        raise ValueError(f'"{field}" is not a "\\n\\nHuman: … \\n\\nAssistant: …" transcript')
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[who], "content": said.strip()} for who, said in zip(turns[::2], turns[1::2], strict=True)]
+
+
+def stripped(side: list[Message]) -> list[Message]:
+    """A side without the blank that follows `Assistant:` in a transcript."""
+    made: list[Message] = [{**message, "content": message["content"].strip()} for message in side]
+    return made

@@ -6,11 +6,11 @@ OpenAI (also Azure, Fireworks, Together), LLaMA-Factory, axolotl, ms-swift, Argi
 Plain `chosen` and `rejected` without a prompt are divided where TRL divides them, at what both begin with.
 """
 
-import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from dpo_cli.data.bad_rows import Fault
 from dpo_cli.data.columns import (
     ANSWER,
     ASKED,
@@ -23,7 +23,18 @@ from dpo_cli.data.columns import (
     read_turns,
     with_system,
 )
-from dpo_cli.data.formats.pairs import divide, last_turn, longer, make, read_side, without_chosen
+from dpo_cli.data.formats.pairs import (
+    HH_TURN,
+    divide,
+    last_turn,
+    longer,
+    make,
+    read_side,
+    stripped,
+    transcript,
+    transcript_prompt,
+    without_chosen,
+)
 from dpo_cli.data.formats.ratings import ScoredAnswers, is_ranked, is_rated, is_raw, read_kto, read_nemo_rl, read_rated
 from dpo_cli.data.messages import Message, Prompt, read_messages, read_tools
 from dpo_cli.data.records import Preference
@@ -32,7 +43,6 @@ HINT = (
     'rows with "prompt", "chosen" and "rejected" (texts or lists of {"role", "content"} messages), '
     "or --columns prompt=NAME,chosen=NAME,rejected=NAME"
 )
-_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 def read_row(
@@ -78,7 +88,7 @@ def detect(cells: Cells) -> tuple[str, Callable[[Cells], Preference | ScoredAnsw
     """Name and reader of the format that a row is of.
 
     Raises:
-        ValueError: it is of no known format.
+        Fault: it is of no known format.
     """
     for name, fits, read in _OTHERS:
         if fits(cells):
@@ -87,13 +97,13 @@ def detect(cells: Cells) -> tuple[str, Callable[[Cells], Preference | ScoredAnsw
     if good is None or bad is None:
         missing = "chosen" if good is None else "rejected"
         if cells.has((*ASKED, *MESSAGES)):
-            raise ValueError(f'no "{missing}"')
-        raise ValueError(f"no known preference format; the row has {', '.join(cells.names) or 'nothing'}")
+            raise Fault(f'no "{missing}"; the row has {", ".join(cells.names)}', hint=HINT)
+        raise Fault(f"no known preference format; the row has {', '.join(cells.names) or 'nothing'}", hint=HINT)
     asked = cells.has(("prompt", *MESSAGES, *ASKED))
     if asked is None:
         if not isinstance(good, str):
             return "trl-implicit-prompt", _pair
-        return ("hh", _hh) if _HH_TURN.match(good) else ("trl-implicit-prompt-plain", _common_text)
+        return ("hh", _hh) if HH_TURN.match(good) else ("trl-implicit-prompt-plain", _common_text)
     return _named(cells, asked, isinstance(good, str)), _pair
 
 
@@ -114,7 +124,10 @@ def _pair(cells: Cells) -> Preference:
     chosen, rejected = (read_side(cells, names, side) for names, side in ((GOOD, "chosen"), (BAD, "rejected")))
     given = read_conversation(cells, keep_answer=True) if cells.has(("prompt", *MESSAGES, *ASKED)) else None
     if given is not None:
-        given = without_chosen(_transcript_prompt(given), chosen)
+        asked = transcript_prompt(given)
+        if asked is not given:
+            chosen, rejected = stripped(chosen), stripped(rejected)
+        given = without_chosen(asked, chosen)
     if given is not None and chosen[0]["role"] == rejected[0]["role"] == "assistant":
         return make(cells, given, chosen, rejected)
     prompt, chosen, rejected = divide(chosen, rejected)
@@ -122,16 +135,6 @@ def _pair(cells: Cells) -> Preference:
         return make(cells, Prompt(longer(prompt, given.messages), given.tools), chosen, rejected)
     prompt = with_system(prompt, cells)
     return make(cells, Prompt(prompt, read_tools(cells.take("tools"))), chosen, rejected)
-
-
-def _transcript_prompt(prompt: Prompt) -> Prompt:
-    """The prompt, where it is one text that holds a conversation as HH writes it, the answer left open."""
-    if len(prompt.messages) != 1:
-        return prompt
-    text = prompt.messages[0]["content"]
-    if not _HH_TURN.match(text) or not text.rstrip().endswith("\n\nAssistant:"):
-        return prompt
-    return Prompt(_transcript(f"{text.rstrip()} ", "prompt")[:-1], prompt.tools)
 
 
 def _common_text(cells: Cells) -> Preference:
@@ -150,17 +153,9 @@ def _common_text(cells: Cells) -> Preference:
 
 def _hh(cells: Cells) -> Preference:
     r"""Anthropic HH: each side is a transcript, `\n\nHuman: … \n\nAssistant: …`, its last turn the answer."""
-    sides = [_transcript(cells.take(*names), side) for names, side in ((GOOD, "chosen"), (BAD, "rejected"))]
+    sides = [transcript(cells.take(*names), side) for names, side in ((GOOD, "chosen"), (BAD, "rejected"))]
     prompt, chosen, rejected = divide(*sides)
     return make(cells, Prompt(with_system(prompt, cells)), chosen, rejected)
-
-
-def _transcript(text: Any, field: str) -> list[Message]:
-    start, *turns = _HH_TURN.split(text) if isinstance(text, str) else ("not a text",)
-    if start.strip() or not turns or turns[-2] != "Assistant":
-        raise ValueError(f'"{field}" is not a "\\n\\nHuman: … \\n\\nAssistant: …" transcript')
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[who], "content": said.strip()} for who, said in zip(turns[::2], turns[1::2], strict=True)]
 
 
 def _openai(cells: Cells) -> Preference:

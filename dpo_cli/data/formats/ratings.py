@@ -9,7 +9,7 @@ from typing import Any
 from msgspec import Struct
 
 from dpo_cli.data.columns import ANSWER, BAD, CANDIDATES, LABEL, MARKS, Cells, number, read_conversation
-from dpo_cli.data.formats.pairs import last_turn, make
+from dpo_cli.data.formats.pairs import last_turn, make, transcript_prompt
 from dpo_cli.data.messages import Message, Tool, read_messages
 from dpo_cli.data.records import Preference
 
@@ -78,7 +78,7 @@ def read_rated(cells: Cells) -> ScoredAnswers:
         values = [None if one is None else -(number(one, "ranks") or 0.0) for one in values]
     if not isinstance(values, list) or len(values) != len(candidates):
         raise ValueError(f'"{marks}" is not a list of as many scores as there are {name}')
-    prompt = read_conversation(cells)
+    prompt = transcript_prompt(read_conversation(cells))
     answers, scores = [], []
     for one, value in zip(candidates, values, strict=True):
         score = number(value, marks or "score") if value is not None else None
