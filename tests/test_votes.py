@@ -1,13 +1,16 @@
 """Votes beyond the cyclic orders, and a rubric that is asked criterion by criterion."""
 
 import json
+import re
 from collections import Counter
 
 import pytest
 from batch_server import BatchServer
 from judging import LONG, SHORT, config, judgments, reply, row, rows, run, write
 from openai_server import Call, Server, candidates
+from typer.testing import CliRunner
 
+from dpo_cli.cli import app
 from dpo_cli.config.settings import JudgeSection
 from dpo_cli.data.records import Order, rationale
 from dpo_cli.endpoint import batch
@@ -182,6 +185,9 @@ def test_criteria_are_scored_apart_and_combined_by_weight(tmp_path):
         run(settings)
         assert server.calls.total() == 4
     (judgment,) = judgments(tmp_path).values()
+    shown = CliRunner().invoke(app, ["inspect", "judgments", judgment.id, "--data", str(tmp_path)]).stdout
+    assert re.search(r"Truth: A [19]  B [19]", shown)
+    assert re.search(r"Warmth: A [26]  B [26]", shown)
     assert judgment.scores == [2.25, 7.25]
     assert judgment.judge["criteria"] == ["Truth", "Warmth"]
     for order in judgment.orders:

@@ -142,7 +142,11 @@ def reply(number_of: int, order: Order, names: Sequence[str] = ()) -> Renderable
     title = Text(f"order {number_of}").append(f"  {shown}", "dim")
     if order.model:
         title.append("  ").append_text(safe_line(order.model))
-    return Group("", Rule(title, align="left", style="dim"), Padding(safe(rationale(order)), (0, 0, 0, 2)))
+    parts: list[RenderableType] = ["", Rule(title, align="left", style="dim")]
+    for name, scores in order.criteria.items():
+        given = "  ".join(f"{label} {number(score)}" for label, score in scores.items())
+        parts.append(Padding(safe_line(f"{name}: ", "bold").append(given, "not bold"), (0, 0, 0, 2)))
+    return Group(*parts, Padding(safe(rationale(order)), (0, 0, 0, 2)))
 
 
 def judged(console: Console, result: "Judged") -> None:
