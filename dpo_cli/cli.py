@@ -545,9 +545,9 @@ def jobs(
     "evaluate", "evaluate.prompts", "evaluate.columns", "evaluate.skip_bad",
     "evaluate.samples", "evaluate.gate", "evaluate.rate", "evaluate.max_usd",
     "evaluate.match", "evaluate.seed", "judge.judge", "judge.model", "judge.url", "judge.function",
-    "judge.reward_model", "judge.rubric", "judge.price", "judge.flex", "judge.batch", "judge.wait", "generate.engine",
-    "generate.url", "model.base", "model.adapter", "model.dpo_adapter", "model.name", "model.dpo_name",
-    "generate.temperature", "generate.max_tokens", "generate.extra_body", "judge.extra_body",
+    "judge.reward_model", "judge.rubric", "judge.votes", "judge.price", "judge.flex", "judge.batch", "judge.wait",
+    "generate.engine", "generate.url", "model.base", "model.adapter", "model.dpo_adapter", "model.name",
+    "model.dpo_name", "generate.temperature", "generate.max_tokens", "generate.extra_body", "judge.extra_body",
     names={"judge.model": "--judge-model", "judge.url": "--judge-url", "judge.extra_body": "--judge-extra-body"},
 )  # fmt: skip
 def evaluate(

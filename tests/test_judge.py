@@ -23,7 +23,7 @@ from dpo_cli.endpoint.shutdowns import SHUTDOWNS, shutdown_of, shutdown_warning
 from dpo_cli.errors import UserError
 from dpo_cli.judges import names
 from dpo_cli.judges._forms import Verdict
-from dpo_cli.judges._orders import OrderVerdict, aggregate, cyclic_orders, hear, preference
+from dpo_cli.judges._orders import OrderVerdict, aggregate, cyclic_orders, order_verdict, preference
 from dpo_cli.judges._ranking import label_of
 from dpo_cli.judges._request import request
 from dpo_cli.judges._task import Task, make_task
@@ -249,7 +249,10 @@ def test_scores_between_the_integers_are_kept():
 def test_equal_scores_without_a_ranking_share_their_place():
     """The judge ranked B first in the first order, and said nothing of the two in the second: 1 and 0, then halves."""
     orders = [Order([0, 1], {"A": 5, "B": 5}, ""), Order([1, 0], {"A": 5, "B": 5}, "")]
-    heard = [hear(orders[0], Verdict({"A": 5, "B": 5}, ["B", "A"])), hear(orders[1], Verdict({"A": 5, "B": 5}, []))]
+    heard = [
+        order_verdict(orders[0], Verdict({"A": 5, "B": 5}, ["B", "A"])),
+        order_verdict(orders[1], Verdict({"A": 5, "B": 5}, [])),
+    ]
     assert aggregate(heard[1:]) == ({0: 5, 1: 5}, {0: 0.5, 1: 0.5})
     assert aggregate(heard) == ({0: 5, 1: 5}, {0: 0.25, 1: 0.75})
 

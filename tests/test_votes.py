@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 from batch_server import BatchServer
-from judging import LONG, SHORT, config, judgments, reply, row, rows, run, write
+from judging import LONG, SHORT, Log, config, judgments, reply, row, rows, run, write
 from openai_server import Call, Server, candidates
 from typer.testing import CliRunner
 
@@ -19,6 +19,7 @@ from dpo_cli.judges._orders import cyclic_orders, plan_votes
 from dpo_cli.judges._ranking import any_inverts
 from dpo_cli.judges._rubric import read_criteria
 from dpo_cli.judges._task import make_task
+from dpo_cli.stages import judge
 
 RUBRIC = """You judge answers to a child.
 
@@ -97,6 +98,15 @@ def test_repeats_are_asked_and_paid_apart_and_kept_in_the_ledger(tmp_path):
     assert judgment.scores == [1, 3]
     assert judgment.judge["votes"] == 5
     assert "orders" not in judgment.judge
+
+
+def test_orders_beyond_the_cyclic_ones_are_said_not_to_be_asked(tmp_path):
+    write(tmp_path, rows(1))
+    log = Log()
+    with Server() as server:
+        judge.run(config(tmp_path, server.url, orders=5), log)
+        assert server.calls.total() == 3
+    assert any("--votes 5" in line for line in log.lines)
 
 
 def test_votes_are_another_judge_than_orders(tmp_path):

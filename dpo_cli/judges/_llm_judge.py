@@ -18,7 +18,7 @@ from dpo_cli.errors import UserError
 from dpo_cli.judges import _panel
 from dpo_cli.judges._control_tokens import tokens_of
 from dpo_cli.judges._forms import Form, Verdict
-from dpo_cli.judges._orders import OrderVerdict, Vote, hear, is_enough, plan_votes
+from dpo_cli.judges._orders import OrderVerdict, Vote, is_enough, order_verdict, plan_votes
 from dpo_cli.judges._prompt import show
 from dpo_cli.judges._request import request
 from dpo_cli.judges._rubric import Criterion, read_criteria
@@ -53,7 +53,7 @@ class LlmJudge:
     async def judgment(self, task: Task) -> Judgment:
         """The judgment of one task: scored, skipped where the judge refuses, or an error where it can't be had."""
         paid: list[Reply] = []
-        heard: list[OrderVerdict] = []
+        verdicts: list[OrderVerdict] = []
         judgment = Judgment(id=task.id, completions_id=task.completions_id)
         try:
             for model in self.settings.models:
@@ -63,14 +63,14 @@ class LlmJudge:
                         break
                     said = [await self._ask(task, vote, model, criterion, paid) for criterion in self.criteria]
                     mine.append(self._combine(vote, model, said))
-                heard += mine
+                verdicts += mine
         except _Refused as refusal:
             judgment.skipped = f"the judge refused: {refusal}"
         except (_Invalid, Rejected) as error:
             judgment.error = str(error)
             judgment.failures = task.failures + 1
         else:
-            judgment = _panel.decide(task, heard)
+            judgment = _panel.decide(task, verdicts)
         judgment.usage = sum((reply.usage for reply in paid), Usage())
         judgment.usd = sum(reply.usd for reply in paid)
         return judgment
@@ -156,7 +156,7 @@ class LlmJudge:
         name = model if len(self.settings.models) > 1 else None
         if len(said) == 1:
             text, verdict = said[0]
-            return hear(Order(vote.order, verdict.scores, text, name), verdict)
+            return order_verdict(Order(vote.order, verdict.scores, text, name), verdict)
         by_name = {one.name: verdict.scores for one, (_, verdict) in zip(self.criteria, said, strict=True)}
         whole = sum(one.weight for one in self.criteria)
         scores = {
@@ -164,7 +164,7 @@ class LlmJudge:
             for label in said[0][1].scores
         }
         raw = json.dumps({one.name: text for one, (text, _) in zip(self.criteria, said, strict=True)})
-        return hear(Order(vote.order, scores, raw, name, by_name), Verdict(scores, []))
+        return order_verdict(Order(vote.order, scores, raw, name, by_name), Verdict(scores, []))
 
 
 def criteria_for(form: Form, rubric: str | None) -> list[Criterion]:

@@ -65,7 +65,7 @@ def plan_votes(task: Task, settings: JudgeSection) -> list[Vote]:
     return [Vote(distinct[asked % len(distinct)], asked // len(distinct)) for asked in range(settings.votes)]
 
 
-def is_enough(task: Task, settings: JudgeSection, asked: int, heard: Sequence[OrderVerdict]) -> bool:
+def is_enough(task: Task, settings: JudgeSection, asked: int, verdicts: Sequence[OrderVerdict]) -> bool:
     """Whether no further vote need be asked: with `judge.orders` `auto`, after two that do not conflict.
 
     They conflict where one of them inverts the best and the worst of their mean; as long as one of the two is without
@@ -73,10 +73,10 @@ def is_enough(task: Task, settings: JudgeSection, asked: int, heard: Sequence[Or
     """
     if settings.orders != "auto" or settings.votes is not None or asked < 2:
         return False
-    return len(heard) < 2 or conclude(task, *aggregate(heard), [one.order for one in heard]).consistent is True
+    return len(verdicts) < 2 or conclude(task, *aggregate(verdicts), [one.order for one in verdicts]).consistent is True
 
 
-def hear(order: Order, verdict: Verdict) -> OrderVerdict:
+def order_verdict(order: Order, verdict: Verdict) -> OrderVerdict:
     """What a verdict says of the completions that were shown in an order."""
     return OrderVerdict(order, preference(order.order, verdict), ranked=bool(verdict.ranking))
 
@@ -91,16 +91,16 @@ def preference(order: list[int], verdict: Verdict) -> list[int]:
     return [index_of[label] for label in labels]
 
 
-def aggregate(heard: Sequence[OrderVerdict]) -> tuple[dict[int, float], dict[int, float]]:
+def aggregate(verdicts: Sequence[OrderVerdict]) -> tuple[dict[int, float], dict[int, float]]:
     """Mean score and mean Borda points (the number of candidates beaten in an order) of each completion."""
-    total = dict.fromkeys(sorted(heard[0].best_first), 0.0)
+    total = dict.fromkeys(sorted(verdicts[0].best_first), 0.0)
     borda = dict(total)
-    for one in heard:
+    for one in verdicts:
         scores = {index: one.order.scores[label_of(place)] for place, index in enumerate(one.order.order)}
         points = {index: len(one.best_first) - 1.0 - place for place, index in enumerate(one.best_first)}
         for index, score in scores.items():
             equals = [points[other] for other in scores if scores[other] == score]
             total[index] += score
             borda[index] += points[index] if one.ranked else sum(equals) / len(equals)
-    count = len(heard)  # dividing the sum, so that thirds break no tie
+    count = len(verdicts)  # dividing the sum, so that thirds break no tie
     return {index: score / count for index, score in total.items()}, {key: sum_ / count for key, sum_ in borda.items()}

@@ -20,7 +20,7 @@ import msgspec
 from dpo_cli.data.records import Judgment, Order
 from dpo_cli.judges._agreement import agree
 from dpo_cli.judges._forms import Verdict
-from dpo_cli.judges._orders import OrderVerdict, aggregate, hear
+from dpo_cli.judges._orders import OrderVerdict, aggregate, order_verdict
 from dpo_cli.judges._ranking import conclude, label_of
 from dpo_cli.judges._task import Task
 from dpo_cli.judges._verdict import read_all
@@ -28,27 +28,27 @@ from dpo_cli.judges._verdict import read_all
 DIGITS = 9  # a sum of weighted means has noise below that, which must break no tie
 
 
-def decide(task: Task, heard: Sequence[OrderVerdict], weights: Mapping[str, float] | None = None) -> Judgment:
+def decide(task: Task, verdicts: Sequence[OrderVerdict], weights: Mapping[str, float] | None = None) -> Judgment:
     """The judgment of one model or a panel: the weighted mean of its models' mean scores, then of their Borda points.
 
     Args:
         task: what was judged.
-        heard: every verdict.
+        verdicts: every verdict.
         weights: model -> weight; unset: equal.
     """
     by_model: dict[str | None, list[OrderVerdict]] = defaultdict(list)
-    for one in heard:
+    for one in verdicts:
         by_model[one.order.model].append(one)
     share = {model: weights.get(model or "", 0.0) if weights else 1.0 for model in by_model}
     rated = {model: aggregate(theirs) for model, theirs in by_model.items()}
 
     def mean(part: int) -> dict[int, float]:
         whole = sum(share.values())
-        indices = rated[heard[0].order.model][part]
+        indices = rated[verdicts[0].order.model][part]
         sums = {index: sum(share[model] * found[part][index] for model, found in rated.items()) for index in indices}
         return {index: round(total / whole, DIGITS) for index, total in sums.items()}
 
-    return conclude(task, mean(0), mean(1), [one.order for one in heard], weights)
+    return conclude(task, mean(0), mean(1), [one.order for one in verdicts], weights)
 
 
 def agreement_weights(judgments: Sequence[Judgment]) -> dict[str, float]:
@@ -99,7 +99,7 @@ def _again(task: Task, row: Judgment, weights: Mapping[str, float]) -> Judgment:
 def _recall(order: Order) -> OrderVerdict:
     """A verdict from its record: the scores as they stand there, the ranking from the reply that gave them."""
     if order.criteria:
-        return hear(order, Verdict(order.scores, []))
+        return order_verdict(order, Verdict(order.scores, []))
     labels = [label_of(place) for place in range(len(order.order))]
     said = (verdict for verdict, *_ in read_all(order.raw, labels) if verdict and verdict.scores == order.scores)
-    return hear(order, next(said, Verdict(order.scores, [])))
+    return order_verdict(order, next(said, Verdict(order.scores, [])))

@@ -66,9 +66,9 @@ def judge(tasks: Sequence[Task], config: Config, deliver: Callable[[Judgment], N
     if tasks:
         with progress.aside(), full_screen("--judge human") as screen:
             shuffled = sorted(tasks, key=lambda task: content_id(seed, task.id))
-            sitting = _Sitting(shuffled, seed, screen, deliver, progress)
-            sitting.run()
-        left = len(tasks) - sitting.number
+            session = _RankingSession(shuffled, seed, screen, deliver, progress)
+            session.run()
+        left = len(tasks) - session.number
         if left:
             progress.log(f"{left} of {len(tasks)} prompts left: the same command goes on")
     if theirs:
@@ -110,7 +110,7 @@ def typed(groups: Groups) -> str:
     return " ".join("=".join(LABELS[candidate] for candidate in group) for group in groups)
 
 
-class _Sitting:
+class _RankingSession:
     """One session: `number` prompts are done, and `groups` is the ranking of the next one so far."""
 
     def __init__(

@@ -100,6 +100,8 @@ def estimate(tasks: Sequence[Task], config: Config, form: Form = RANKING) -> Est
         one = price_estimate(owed, size, typical, owed * cap, price, given, assumed, others)
         if warning := _ending(model):
             one.assumptions.append(warning)
+        if capped := _capped(tasks, settings):
+            one.assumptions.append(capped)
         found.append(one)
     return reduce(add, found)
 
@@ -122,6 +124,15 @@ async def _warn_of_endings(endpoint: Endpoint, models: Sequence[str], log: Calla
             log(warning)
 
 
+def _capped(tasks: Sequence[Task], settings: JudgeSection) -> str | None:
+    """That fewer orders are asked than `judge.orders` says, where there are no more cyclic ones."""
+    fewest = min((len(task.shown) for task in tasks), default=0)
+    if settings.votes is not None or not isinstance(settings.orders, int) or not 1 < fewest < settings.orders:
+        return None
+    more = f"--votes {settings.orders} goes on with their reversals, then repeats"
+    return f"--orders {settings.orders} of {fewest} candidates: there are {fewest} cyclic orders; {more}"
+
+
 def settle(tasks: Iterable[Task], judgments: Mapping[str, Judgment], config: Config) -> list[Judgment]:
     """A panel's judgments that change once its models are weighed; one model's never do."""
     return _panel.settle(list(tasks), judgments) if len(config.judge.models) > 1 else []
@@ -141,6 +152,8 @@ def judge(
     if not settings.batch and (open_ := waiting(Path(config.data) / BATCHES)):
         twice = f"{open_:,} requests wait in batches, and would be paid twice"
         raise UserError(twice, where=str(Path(config.data) / BATCHES), hint="nothing-dpo judge --batch")
+    if capped := _capped(tasks, settings):
+        progress.log(capped)
     return asyncio.run(_judge(tasks, config, deliver, progress, form))
 
 
