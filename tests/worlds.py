@@ -10,7 +10,7 @@ import hashlib
 import math
 import random
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -155,7 +155,12 @@ def make(folder: Path, sizes: Sizes | None = None, seed: int = 0) -> Config:
 
 
 def align(
-    config: Config, name: str, label: str = "zest", beta: float = 0.1, learning_rate: float | None = None
+    config: Config,
+    name: str,
+    label: str = "zest",
+    beta: float = 0.1,
+    learning_rate: float | None = None,
+    sets: Mapping[str, Any] | None = None,
 ) -> tuple[Config, Trained]:
     """DPO by the stages: judge the world's completions, pair them and train, in folders of their own.
 
@@ -165,15 +170,23 @@ def align(
         label: the judging function: `zest`, or one that errs.
         beta: strength of the pull towards the SFT adapter.
         learning_rate: unset: the world's.
+        sets: dotted keys of `[pair]` and `[train]` with values, which win.
     """
     data = Path(config.data).with_name(f"data-{name}")
     data.mkdir(exist_ok=True)
     shutil.copyfile(Path(config.data) / "completions.jsonl", data / "completions.jsonl")
+    own: dict[str, dict[str, Any]] = {"pair": {}, "train": {"beta": beta}}
+    if learning_rate is not None:
+        own["train"]["learning_rate"] = learning_rate
+    for key, value in (sets or {}).items():
+        section, _, field = key.partition(".")
+        own[section][field] = value
     mine = replace(
         config, data=str(data),
         model=replace(config.model, dpo_adapter=str(data / "adapter")),
         judge=replace(config.judge, function=f"{Path(__file__).resolve()}:{label}"),
-        train=replace(config.train, beta=beta, learning_rate=learning_rate or config.train.learning_rate),
+        pair=replace(config.pair, **own["pair"]),
+        train=replace(config.train, **own["train"]),
     )  # fmt: skip
     judge.run(mine, Silent())
     run.run(mine)
