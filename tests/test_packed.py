@@ -56,6 +56,8 @@ def test_losses_come_to_what_trl_comes_to(tmp_path, loss):
         {"gradient_checkpointing": True},
         {"lora": False},
         {"ld_alpha": 0.5},
+        {"use_weighting": True},
+        {"use_weighting": True, "lora": False},
         {"max_length": 12},
         {"max_length": 12, "truncation_mode": "keep_end"},
         {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.2]},

@@ -16,6 +16,7 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 TILE = 2**24  # logits held at once: 64 MB
 VOCABULARY_CHUNK = 32768  # TRL's own
 METRICS = ("log_probs", "entropy", "mean_logits", "is_top1")
+SQUARES = "log_sum_sq_probs"
 
 
 class TokenScores(NamedTuple):
@@ -25,9 +26,12 @@ class TokenScores(NamedTuple):
     entropy: Tensor | None
     mean_logits: Tensor | None
     is_top1: Tensor | None
+    log_sum_sq_probs: Tensor | None = None
 
 
-def score(hidden: Tensor, head: Any, targets: Tensor, softcap: float | None, metrics: bool) -> TokenScores:
+def score(
+    hidden: Tensor, head: Any, targets: Tensor, softcap: float | None, metrics: bool, squares: bool = False
+) -> TokenScores:
     """Score `targets` (N,) from hidden states (N, H) through `head`, a linear layer of weight (V, H).
 
     Args:
@@ -36,30 +40,34 @@ def score(hidden: Tensor, head: Any, targets: Tensor, softcap: float | None, met
         targets: (N,) token ids.
         softcap: Gemma's `final_logit_softcapping`.
         metrics: also the values that only metrics need.
+        squares: also log sum_v p_v^2, by which WPO weighs a pair.
     """
     weight, bias = head.weight, head.bias
     frozen = not (weight.requires_grad and torch.is_grad_enabled())
     plain = bias is None and softcap is None and weight.dtype == hidden.dtype == torch.float32
     if frozen and plain and hidden.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-        return TokenScores(*_FrozenHead.apply(hidden, weight, targets, metrics))  # type: ignore[no-untyped-call]
-    outputs = METRICS if metrics else METRICS[:1]
-    log_probs, entropy, _, mean_logits, is_top1 = ChunkedLogProbFunction.apply(
+        return TokenScores(*_FrozenHead.apply(hidden, weight, targets, metrics, squares))  # type: ignore[no-untyped-call]
+    outputs = (METRICS if metrics else METRICS[:1]) + (SQUARES,) * squares
+    log_probs, entropy, squared, mean_logits, is_top1 = ChunkedLogProbFunction.apply(
         hidden, weight, bias, targets, 1.0, VOCABULARY_CHUNK, softcap, 1.0, outputs
     )
-    return TokenScores(log_probs, entropy, mean_logits, is_top1)
+    return TokenScores(log_probs, entropy, mean_logits, is_top1, squared)
 
 
 class _FrozenHead(torch.autograd.Function):
-    """(hidden, weight, targets, metrics) -> the fields of Scores."""
+    """(hidden, weight, targets, metrics, squares) -> the fields of TokenScores."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, metrics: bool) -> tuple[Tensor | None, ...]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, metrics: bool, squares: bool
+    ) -> tuple[Tensor | None, ...]:
         ctx.set_materialize_grads(False)
         count, vocabulary = len(hidden), len(weight)
         rows = max(1, min(count, TILE // vocabulary))
         logits = hidden.new_empty(rows, vocabulary)
         top, total, expected = (hidden.new_empty(count) for _ in range(3))
         target = hidden.new_empty(count)
+        squared = hidden.new_empty(count) if squares else None
         needs_grad = ctx.needs_input_grad[0]
         mean_embedding = torch.empty_like(hidden) if needs_grad else None
         for start in range(0, count, rows):
@@ -71,6 +79,8 @@ class _FrozenHead(torch.autograd.Function):
             weighted = tile.clone() if metrics and mean_embedding is None else None
             tile.sub_(top[part, None]).exp_()
             torch.sum(tile, -1, out=total[part])
+            if squared is not None:
+                squared[part] = tile.square().sum(-1)
             if mean_embedding is not None:
                 torch.mm(tile, weight, out=mean_embedding[part])
             elif weighted is not None:
@@ -80,14 +90,17 @@ class _FrozenHead(torch.autograd.Function):
         if mean_embedding is not None:
             mean_embedding /= total[:, None]
             ctx.save_for_backward(weight[targets].sub_(mean_embedding))
+        if squared is not None:
+            squared = squared.log() - 2 * total.log()
+            ctx.mark_non_differentiable(squared)
         if not metrics:
-            return target - log_z, None, None, None
+            return target - log_z, None, None, None, squared
         expected = expected / total if mean_embedding is None else (hidden * mean_embedding).sum(-1)
         is_top1 = target >= top
         ctx.mark_non_differentiable(is_top1)
-        return target - log_z, log_z - expected, hidden @ weight.mean(0), is_top1
+        return target - log_z, log_z - expected, hidden @ weight.mean(0), is_top1, squared
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         (direction,) = ctx.saved_tensors
-        return (None if grad is None else direction * grad[:, None]), None, None, None
+        return (None if grad is None else direction * grad[:, None]), None, None, None, None

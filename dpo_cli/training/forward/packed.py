@@ -134,8 +134,6 @@ def enable(trainer: Any, tokens_per_batch: int | None = None) -> str | None:
     reason = next(filter(None, (unsupported(model, longest) for model in bare)), None)
     if reason is None and trainer.aux_loss_enabled:
         reason = "a mixture of experts balances its load over the tokens of a padded batch"
-    if reason is None and getattr(trainer, "use_weighting", False):
-        reason = "WPO weights need more than log-probabilities"
     if reason is None:
         reason = _try(trainer, bare)
     if tokens_per_batch is not None:
@@ -179,7 +177,8 @@ def _try(trainer: Any, models: list[Any]) -> str | None:
     forwards = [model.forward for model in models]
     for model in models:
         fused_lora.fuse(model)
-        _patch(model, _reads_reference(model, getattr(trainer, "ref_model", None)), trainer.accelerator.autocast)
+        is_reference = _reads_reference(model, getattr(trainer, "ref_model", None))
+        _patch(model, is_reference, trainer.accelerator.autocast, getattr(trainer, "use_weighting", False))
     trainer.data_collator.pack = True
     reason = distributed.broadcast(_difference(trainer))  # one decision for all processes
     if reason is not None:
@@ -264,7 +263,7 @@ def _reads_reference(model: Any, ref_model: Any) -> Callable[[], bool]:
     return lambda: layer.disable_adapters or layer.active_adapters == ["ref"]
 
 
-def _patch(model: Any, is_reference: Callable[[], bool], autocast: Callable[[], Any]) -> None:
+def _patch(model: Any, is_reference: Callable[[], bool], autocast: Callable[[], Any], squares: bool) -> None:
     """Let `model(..., labels, packing, fused_lm_head=True)` run packed; every other call is as before.
 
     `autocast` stands here as well, since a reference of its own is wrapped in it below this patch.
@@ -311,6 +310,7 @@ def _patch(model: Any, is_reference: Callable[[], bool], autocast: Callable[[], 
                 labels[:, 1:].flatten()[packing["targets"]],
                 softcap,
                 metrics=not reference,
+                squares=squares and not reference,
             )
         spreads = {name: spread(value) for name, value in scores._asdict().items()}
         if spreads["mean_logits"] is not None:
