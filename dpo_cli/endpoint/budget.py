@@ -118,7 +118,8 @@ class Budget:
 
 def estimate_tokens(reply: Reply) -> int:
     """Tokens of output that a reply's texts, reasoning included, are likely to be."""
-    return math.ceil(_bytes_said(reply) / BYTES_A_TOKEN)
+    said = sum(len(part.encode()) for one in reply.choices for part in (one.text, one.reasoning, one.refusal or ""))
+    return math.ceil((said or len(reply.raw)) / BYTES_A_TOKEN)
 
 
 def is_plausible(reply: Reply, size: int, output: int | None) -> bool:
@@ -126,15 +127,16 @@ def is_plausible(reply: Reply, size: int, output: int | None) -> bool:
 
     A token is at least a byte, but for those that a chat template adds; a prompt has at least one, and so has a text.
     """
-    most = 2 * max(output or 0, _bytes_said(reply)) + _TEMPLATE_TOKENS
+    most = 4 * max(output or 0, _said(reply)) + _TEMPLATE_TOKENS
     usage = reply.usage
     if not reply.counted or not 0 < usage.input <= size + _TEMPLATE_TOKENS:
         return False
-    return usage.output <= most and (usage.output > 0 or not _bytes_said(reply))
+    return usage.output <= most and (usage.output > 0 or not _said(reply))
 
 
-def _bytes_said(reply: Reply) -> int:
-    said = sum(len(part.encode()) for one in reply.choices for part in (one.text, one.reasoning, one.refusal or ""))
+def _said(reply: Reply) -> int:
+    """Characters of a reply's texts; of all of it where none could be read."""
+    said = sum(len(one.text) + len(one.reasoning) + len(one.refusal or "") for one in reply.choices)
     return said or len(reply.raw)
 
 

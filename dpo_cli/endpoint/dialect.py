@@ -10,7 +10,7 @@ import asyncio
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import combinations
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from msgspec import Struct, field
 
@@ -58,6 +58,9 @@ GATE_SECONDS = 10.0  # a refusal comes at once; an answer that takes longer is n
 MOST_SEARCHES = 3  # searches without a result; then only fields that a refusal names are left out
 
 
+_Shape: TypeAlias = tuple[Any, ...]
+
+
 class Send(Protocol):
     """What sends a request: `Endpoint.chat`, or what stands for it."""
 
@@ -66,10 +69,14 @@ class Send(Protocol):
 
 
 class _Known(Struct):
-    """What is known of an endpoint and a model: field -> form, the (field, form) that were taken, lost searches."""
+    """What is known of an endpoint and a model: field -> form, the (field, form) that were taken, lost searches.
+
+    `shapes` are those of requests that were taken in these forms.
+    """
 
     forms: dict[str, int] = field(default_factory=dict)
     taken: set[tuple[str, int]] = field(default_factory=set)
+    shapes: set[_Shape] = field(default_factory=set)
     searches: int = 0
 
 
@@ -115,25 +122,22 @@ class Dialect:
             Rejected: the request is refused in every form, or not answered.
             UserError: no such model, or what `Endpoint.chat` raises.
         """
-        new = self._is_new(body)
-        held = new and await self._enter()
+        shape = _shape(body)
+        if shape not in self._known.shapes:
+            return await self._negotiate(body, shape, replicate)
+        sent = transform(body, self._known.forms)
         try:
-            sent = transform(body, self._known.forms)
-            try:
-                return self._took(sent, await self.send(sent, replicate, final=not self._is_new(body)))
-            except Rejected as refusal:
-                if not is_about_fields(refusal, sent):
-                    raise await self._explain(refusal) from None
-                if not held:
-                    await self._gate.acquire()
-                    held = True
-                return await self._search(body, sent, replicate, refusal)
-        finally:
-            if held:
-                self._gate.release()
+            return await self.send(sent, replicate)
+        except Rejected as refusal:
+            if not is_about_fields(refusal, sent):
+                raise await self._explain(refusal) from None
+            self._endpoint.spend.failed -= 1  # not yet
+            return await self._negotiate(body, shape, replicate, refusal)
 
     def changes(self, body: dict[str, Any]) -> dict[str, Any]:
         """What of a request is sent otherwise than it was meant: field -> what is sent, None if it is left out."""
+        if not self._known.forms:
+            return {}
         sent = transform(body, self._known.forms)
         found = {name: sent.get(name) for name in FORMS if name in body and sent.get(name) != body[name]}
         if sent["messages"] != body["messages"]:
@@ -142,16 +146,44 @@ class Dialect:
             found["max_tokens"] = None
         return found
 
-    async def _enter(self) -> bool:
+    async def _negotiate(
+        self, body: dict[str, Any], shape: _Shape, replicate: int, refusal: Rejected | None = None
+    ) -> Reply:
+        """Send a request whose form was never taken, or was refused just now."""
+        held = await self._enter(refusal is not None)
+        sent = transform(body, self._known.forms)
+        try:
+            if refusal is None:
+                try:
+                    reply = await self.send(sent, replicate, final=not self._is_new(sent))
+                except Rejected as error:
+                    if not is_about_fields(error, sent):
+                        raise
+                    held = held or await self._enter(forever=True)
+                    reply = await self._search(body, sent, replicate, error)
+                else:
+                    self._took(sent, reply)
+            else:
+                reply = await self._search(body, sent, replicate, refusal)
+        except Rejected as error:
+            self._endpoint.spend.failed += error.status > 0
+            raise await self._explain(error) from None
+        finally:
+            if held:
+                self._gate.release()
+        self._known.shapes.add(shape)
+        return reply
+
+    async def _enter(self, forever: bool) -> bool:
         """Wait for whoever tries a new form; not for a server that is slow to answer."""
         try:
-            async with asyncio.timeout(GATE_SECONDS):
+            async with asyncio.timeout(None if forever else GATE_SECONDS):
                 return await self._gate.acquire()
         except TimeoutError:
             return False
 
-    def _is_new(self, body: dict[str, Any]) -> bool:
-        return not _features(transform(body, self._known.forms), self._known.forms) <= self._known.taken
+    def _is_new(self, sent: dict[str, Any]) -> bool:
+        return not _features(sent, self._known.forms) <= self._known.taken
 
     def _took(self, sent: dict[str, Any], reply: Reply) -> Reply:
         self._known.taken |= _features(sent, self._known.forms)
@@ -169,7 +201,7 @@ class Dialect:
                 return self._took(sent, await self.send(sent, replicate, final=False))
             except Rejected as error:
                 if not is_about_fields(error, sent):
-                    raise await self._explain(error) from None
+                    raise
                 refusal = error
         last, heard, left = refusal, {_gist(refusal)}, True
         while left:
@@ -195,8 +227,8 @@ class Dialect:
         self._known.searches += sent != transform(body, self._known.forms)
         if refusal.status >= 500:  # no refusal, then, but an error like any other
             sent = transform(body, self._known.forms)
-            return self._took(sent, await self.send(sent, replicate))
-        raise await self._explain(refusal)
+            return self._took(sent, await self.send(sent, replicate, final=True))
+        raise refusal
 
     async def _again(self, body: dict[str, Any], replicate: int) -> Reply | None:
         """The reply to a request as it was first, if its server error has passed; else it was a refusal indeed."""
@@ -233,6 +265,7 @@ class Dialect:
     def _learn(self, forms: dict[str, int], refusal: Rejected) -> None:
         before = self._known.forms
         self._known.forms = forms
+        self._known.shapes.clear()
         for name, form in forms.items():
             if form != before.get(name, 0):
                 self._log(f"{self._model} at {self._endpoint.url} {_say(name, form)} ({refusal.message})")
@@ -248,6 +281,8 @@ class Dialect:
 
 def transform(body: dict[str, Any], forms: Mapping[str, int]) -> dict[str, Any]:
     """A request with some of its fields in another form."""
+    if not forms:
+        return body
     sent = dict(body)
     for name, form in forms.items():
         if form == 0:
@@ -300,6 +335,11 @@ def _is_in(name: str, sent: dict[str, Any]) -> bool:
     if name == SYSTEM:
         return any(message["role"] == "system" for message in sent.get("messages", ()))
     return name in sent
+
+
+def _shape(body: dict[str, Any]) -> _Shape:
+    """What tells apart requests of which one may be refused and the other not."""
+    return (*body, body.get("n", 1) > 1, _is_in(SYSTEM, body))
 
 
 def _features(sent: dict[str, Any], forms: Mapping[str, int]) -> set[tuple[str, int]]:

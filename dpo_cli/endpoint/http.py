@@ -7,7 +7,7 @@ import asyncio
 import os
 import re
 from collections.abc import Callable
-from types import SimpleNamespace, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import parse_qsl, urljoin, urlsplit, urlunsplit
 
@@ -116,7 +116,7 @@ class Connection:
     ) -> None:
         self.url, self._query = _base_url(url)
         self.responses = 0
-        self._connected = False
+        self._asking: asyncio.Task[None] | None = None
         self._log = log
         self._variable = api_key_variable
         self._key = os.environ.get(api_key_variable, "") if api_key_variable else ""
@@ -128,10 +128,7 @@ class Connection:
     async def __aenter__(self) -> Self:
         import aiohttp
 
-        traces = aiohttp.TraceConfig()
-        traces.on_connection_create_end.append(self._connects)
         self._session = aiohttp.ClientSession(
-            trace_configs=[traces],
             # Under uvicorn's 5 s, so that no request goes into a connection which the server is closing.
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4.0),
             timeout=aiohttp.ClientTimeout(total=self._timeout, sock_connect=CONNECT_SECONDS),
@@ -145,20 +142,30 @@ class Connection:
         self._silence = asyncio.get_running_loop().call_later(SILENCE_SECONDS, self._say_what_is_awaited)
         return self
 
-    async def _connects(self, *_: Any) -> None:
-        self._connected = True
-
     def _say_what_is_awaited(self) -> None:
-        if self._connected and not self.responses:
-            self._log(f"{self.url} is connected; waiting up to {self._timeout:g} s for its first reply")
-        elif not self.responses:
+        if not self.responses:
+            self._asking = asyncio.create_task(self._explain_silence())
+
+    async def _explain_silence(self) -> None:
+        """Whether there is a connection to be had: a look of its own, so that no request pays for it."""
+        parts = urlsplit(self.url)
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS):
+                port = parts.port or (443 if parts.scheme == "https" else 80)
+                _, writer = await asyncio.open_connection(parts.hostname, port)
+            writer.close()
+        except (TimeoutError, OSError):
             self._log(f"waiting for a connection to {self.url}")
+        else:
+            self._log(f"{self.url} is connected; waiting up to {self._timeout:g} s for its first reply")
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._session is not None
         self._silence.cancel()
+        if self._asking is not None:
+            self._asking.cancel()
         await self._session.close()
 
     async def send(self, method: str, path: str, *, limit: int | None = None, **content: Any) -> bytes:
@@ -180,7 +187,7 @@ class Connection:
 
         assert self._session is not None
         try:
-            response = await self._follow(method, f"{self.url}{path}{self._query}", limit or MOST_BYTES, content)
+            response, body = await self._follow(method, f"{self.url}{path}{self._query}", limit or MOST_BYTES, content)
         except aiohttp.InvalidURL as error:
             raise UserError(f"not a URL: {error}", where=self.url) from None
         except aiohttp.ClientSSLError as error:
@@ -193,11 +200,13 @@ class Connection:
             raise Retryable(0, f"connection lost: {error}", paid=True) from None
         self.responses += 1
         if response.status != 200:
-            raise self.fault(path, response.status, read_error(response.body), retry_after(response.headers))
-        return bytes(response.body)
+            raise self.fault(path, response.status, read_error(body), retry_after(response.headers))
+        return body
 
-    async def _follow(self, method: str, address: str, limit: int, content: dict[str, Any]) -> SimpleNamespace:
-        """The status, headers and body of a response; redirects are followed within the origin only.
+    async def _follow(
+        self, method: str, address: str, limit: int, content: dict[str, Any]
+    ) -> "tuple[aiohttp.ClientResponse, bytes]":
+        """A response and its body; redirects are followed within the origin only.
 
         Raises:
             UserError: the redirect leads elsewhere.
@@ -206,13 +215,9 @@ class Connection:
         assert self._session is not None
         for _ in range(MOST_REDIRECTS):
             async with self._session.request(method, address, allow_redirects=False, **content) as response:
-                body = bytearray()
-                async for chunk in response.content.iter_any():
-                    body += chunk
-                    if len(body) > limit:
-                        raise TooLong(0, f"the reply is longer than {limit >> 20} MiB, and is not read further")
+                body = await _read(response, limit)
                 if response.status not in (301, 302, 303, 307, 308):
-                    return SimpleNamespace(status=response.status, headers=response.headers, body=bytes(body))
+                    return response, body
                 target = urljoin(address, response.headers.get("Location", ""))
                 if _origin(target) != _origin(address) or (method != "GET" and response.status < 307):
                     raise redirected(self.url, target)
@@ -241,6 +246,23 @@ class Connection:
                 refusal = Rejected(status, message, error.param, error.code)
             return Retryable(status, said, after=after, congestion=status in (408, 429, 503), refusal=refusal)
         return Rejected(status, message, error.param, error.code)
+
+
+async def _read(response: "aiohttp.ClientResponse", limit: int) -> bytes:
+    """The body of a response, unpacked.
+
+    Raises:
+        TooLong: there is more of it.
+    """
+    length = response.content_length
+    if length is not None and length <= limit and "Content-Encoding" not in response.headers:
+        return await response.read()
+    body = bytearray()
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > limit:
+            raise TooLong(0, f"the reply is longer than {limit >> 20} MiB, and is not read further")
+    return bytes(body)
 
 
 def redirected(url: str, target: str) -> UserError:

@@ -160,14 +160,16 @@ def read_reply(content: bytes) -> Reply:
         raise Unreadable(
             "no choices in it" if "choices" in body else f"none of its fields is `choices`: {', '.join(body)}"
         )
-    places = [_count(one.get("index")) for one in choices]
-    order = sorted(range(len(choices)), key=lambda at: at if (place := places[at]) is None else place)
+    if len(choices) > 1:
+        places = [_count(one.get("index")) for one in choices]
+        order = sorted(range(len(choices)), key=lambda at: at if (place := places[at]) is None else place)
+        choices = [choices[at] for at in order]
     usage, counted = read_usage(body.get("usage"))
     model = body.get("model")
     return Reply(
-        [_choice(choices[at]) for at in order],
+        list(map(_choice, choices)),
         usage,
-        _clean(model) if isinstance(model, str) else "",
+        model if isinstance(model, str) else "",
         prompt_token_ids=_numbers(body.get("prompt_token_ids"), _ids),
         counted=counted,
     )
@@ -196,12 +198,21 @@ def _decode(content: bytes) -> Any:
         return msgspec.json.decode(content)
     except ValueError:
         text = content.decode("utf-8", "replace").strip()
-    if text.startswith(("data:", "event:", ":")):
-        return _join_events(text)
     try:
-        return json.loads(text, strict=False)
+        body = _join_events(text) if text.startswith(("data:", "event:", ":")) else _load(text)
+        return msgspec.json.decode(_clean(json.dumps(body, ensure_ascii=False)))
     except RecursionError:
         raise Unreadable("nested too deeply") from None
+
+
+def _load(text: str) -> Any:
+    """JSON, in which what is no finite number is null."""
+
+    def finite(number: str) -> float | None:
+        value = float(number)
+        return value if math.isfinite(value) else None
+
+    return json.loads(text, strict=False, parse_constant=lambda _: None, parse_float=finite)
 
 
 def _join_events(text: str) -> dict[str, Any]:
@@ -220,7 +231,7 @@ def _join_events(text: str) -> dict[str, Any]:
         if value.strip() == "[DONE]":
             ended = True
             continue
-        event = json.loads(value, strict=False)
+        event = _load(value)
         if not isinstance(event, dict):
             continue
         joined |= {key: event[key] for key in ("usage", "model", "error") if event.get(key)}
@@ -245,17 +256,17 @@ def _choice(value: dict[str, Any]) -> Choice:
         message = {"content": value.get("text")}  # in place of a message, where the prompt was bare
         error = error or (None if isinstance(value.get("text"), str) else UNREADABLE)
     text, thinking, refusal = _texts(message.get("content"))
-    beside = next((one for key in ("reasoning_content", "reasoning") if isinstance(one := message.get(key), str)), "")
+    beside = message.get("reasoning_content") or message.get("reasoning")
     said, calls, reason = message.get("refusal"), message.get("tool_calls"), value.get("finish_reason")
     return Choice(
-        _clean(text),
+        text,
         _ENDINGS.get(reason.lower(), reason) if isinstance(reason, str) else "",
-        _clean(said if isinstance(said, str) else refusal) or None,
+        (said if isinstance(said, str) else refusal) or None,
         _numbers(value.get("token_ids"), _ids),
         _numbers(value.get("logprobs"), _log_probs),
         _numbers(value.get("prompt_logprobs"), _prompt_log_probs),
-        _clean(beside or thinking),
-        json.loads(_clean(json.dumps(calls))) if isinstance(calls, list) else [],
+        beside if isinstance(beside, str) else thinking,
+        calls if isinstance(calls, list) else [],
         _error({"error": error}).message or UNREADABLE if error else "",
     )
 
@@ -283,6 +294,8 @@ def _clean(text: str) -> str:
 
 def _count(value: Any) -> int | None:
     """A number of things, however it is written; None: it is none."""
+    if type(value) is int and 0 <= value < 2**53:
+        return value
     try:
         number = None if isinstance(value, bool | None) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -291,8 +304,11 @@ def _count(value: Any) -> int | None:
 
 
 def _first_count(value: Any, *names: str) -> int | None:
-    found = (_count(value.get(name)) for name in names) if isinstance(value, dict) else iter(())
-    return next((one for one in found if one is not None), None)
+    if isinstance(value, dict):
+        for name in names:
+            if (found := _count(value.get(name))) is not None:
+                return found
+    return None
 
 
 def _numbers(value: Any, read: Callable[[Any], list[T]]) -> list[T]:

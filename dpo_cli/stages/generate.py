@@ -219,6 +219,8 @@ class _Open(Struct):
 
     def twins(self) -> list[int]:
         """Places of new completions that are identical to one before them."""
+        if len(self.row.completions) < 2:
+            return []
         keys = [message_key(answer) for answer in self.row.answers]
         return [place for place in range(self.had, len(keys)) if keys[place] in keys[:place]]
 
