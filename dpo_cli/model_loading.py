@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.save_and_load import load_peft_weights
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from dpo_cli.adapter import BASE_EMBEDDINGS, CONFIG, EMBEDDINGS, adapted_layers
 from dpo_cli.base_model import absolute, check_base
@@ -74,7 +74,34 @@ def load_network(base: str | Path, dtype: Any, **more: Any) -> Any:
         raise UserError(
             f"{name} is {_shape(shapes[0])} in the weights and {_shape(shapes[1])} by config.json", where=str(base)
         )
+    _mend_generation_config(network)
+    if network.base_model is network and isinstance(getattr(network, "model", None), torch.nn.Module):
+        network.base_model_prefix = "model"  # Llama 4's text model has a name for it that it does not use itself
+    text = network.config.get_text_config()
+    if hasattr(text, "output_router_logits") and not hasattr(text, "num_experts"):
+        text.router_aux_loss_coef = 0.0  # TRL asks for the number of experts under this name
     return network
+
+
+def _mend_generation_config(network: Any) -> None:
+    """Make the base's generation settings such that transformers saves them.
+
+    Some bases come with a temperature and no sampling, which loads and can't be saved: a run of all weights would end
+    at its first checkpoint.
+    """
+    settings = getattr(network, "generation_config", None)
+    for mend in (None, {"do_sample": True}, {"temperature": None, "top_p": None, "top_k": None}):
+        if settings is None:
+            return
+        for name, value in (mend or {}).items():
+            setattr(settings, name, value)
+        try:
+            settings.validate(strict=True)
+        except ValueError:
+            continue
+        return
+    kept = {name: getattr(settings, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    network.generation_config = GenerationConfig(**kept)
 
 
 def _shape(shape: Any) -> str:
@@ -228,8 +255,16 @@ def merged(model: PeftModel) -> Any:
     touches = [name for name, module in bare.named_modules() if isinstance(module, BaseTunerLayer)]
     if any(name.endswith(EMBEDDINGS) for name in touches) or _saves_embeddings(model):
         untie(bare)
-    with warnings.catch_warnings(action="ignore"):
-        return model.merge_and_unload()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return model.merge_and_unload()
+    except RuntimeError as error:
+        raise UserError(f"the adapter can't be merged: {' '.join(str(error).split())}") from None
+
+
+def can_merge(model: PeftModel) -> bool:
+    """Whether an adapter's change can be put into the base's weights: biases of LoRA need biases of the base."""
+    return not any(getattr(config, "lora_bias", False) for config in model.peft_config.values())
 
 
 def _saves_embeddings(model: PeftModel) -> bool:

@@ -16,6 +16,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--matrix", action="store_true", help="every architecture and kind of adapter")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--matrix"):
+        for item in items:
+            if item.get_closest_marker("matrix"):
+                item.add_marker(pytest.mark.skip(reason="--matrix runs it"))
+
+
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """A tiny base, an SFT adapter on it, and pairs."""

@@ -153,7 +153,7 @@ def test_the_tolerance_of_step_zero_is_a_setting(start, tmp_path, monkeypatch):
 
     places = (f"runs={tmp_path / 'runs'}", f"model.dpo_adapter={tmp_path / 'out'}", "train.max_steps=1")
     config = settings(start, start / "base", *places, "gate.step_zero_tolerance=100")
-    monkeypatch.setattr(dpo, "check_reference", lambda model, reference, adapter: shift(model, "ref", 0.05))
+    monkeypatch.setattr(dpo, "check_reference", lambda model, adapter: shift(model, "ref", 0.05))
     assert train.run(config, Silent()).step_zero.ok
 
 
@@ -164,7 +164,7 @@ def test_a_failed_step_zero_is_reported_and_no_result(start, tmp_path, monkeypat
     from dpo_cli.training import dpo
 
     config = settings(start, start / "base", f"runs={tmp_path / 'runs'}", f"model.dpo_adapter={tmp_path / 'out'}")
-    monkeypatch.setattr(dpo, "check_reference", lambda model, reference, adapter: shift(model, "ref", 0.05))
+    monkeypatch.setattr(dpo, "check_reference", lambda model, adapter: shift(model, "ref", 0.05))
     with pytest.raises(UserError, match="step zero"):
         train.run(config, Silent())
     report = json.loads((tmp_path / "runs/dpo/report.json").read_text())
@@ -176,12 +176,12 @@ def test_the_reference_must_hold_the_sft_adapter(start, trainer_of):
     from dpo_cli.training.reference_check import check_reference
 
     trainer = trainer_of()
-    check_reference(trainer.model, None, start / "sft")
+    check_reference(trainer.model, start / "sft")
     with pytest.raises(UserError, match="does not hold the SFT adapter's weights"):
-        check_reference(trainer.model, None, start / "other")
+        check_reference(trainer.model, start / "other")
     base_as_reference(trainer)
     with pytest.raises(UserError, match="not a frozen copy"):
-        check_reference(trainer.model, None, start / "sft")
+        check_reference(trainer.model, start / "sft")
 
 
 def test_loss_margin_and_kl_of_one_batch_by_hand(trainer_of):

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import msgspec
 from msgspec import Struct, field
 
-from dpo_cli.config.settings import Config, GenerateSection
+from dpo_cli.adapter import is_model, read_adapter
+from dpo_cli.base_model import check_base, find_base
+from dpo_cli.config.settings import Config, GenerateSection, ModelSection
 from dpo_cli.data.records import Message, Tool, Usage
 from dpo_cli.errors import UserError, require
 from dpo_cli.progress import Progress
@@ -112,15 +114,30 @@ def choose(config: Config, progress: Progress) -> str:
     Raises:
         UserError: there is neither.
     """
+    if config.generate.engine == "transformers":
+        _check_models(config.model)
     if config.generate.engine != "endpoint" or config.generate.url is not None:
         return config.generate.engine
-    if config.model.adapter is None or not Path(config.model.adapter).is_dir():
+    base, adapter = config.model.base, config.model.adapter
+    if find_base(base) is None if adapter is None else not Path(adapter).is_dir():
+        missing = f"base model at {base}" if adapter is None else f"adapter at {adapter}"
         raise UserError(
-            f"nothing to sample from: no endpoint, and no adapter at {config.model.adapter}",
+            f"nothing to sample from: no endpoint, and no {missing}",
             hint="export SERVE_URL=http://HOST:PORT/v1, or --engine transformers --base MODEL --adapter FOLDER",
         )
-    progress.log(f"no SERVE_URL: sampling in this process from {config.model.base} with {config.model.adapter}")
+    _check_models(config.model)
+    progress.log(f"no SERVE_URL: sampling in this process from {base}" + (f" with {adapter}" if adapter else " alone"))
     return "transformers"
+
+
+def _check_models(section: ModelSection) -> None:
+    """Refuse a damaged base or adapter before anything is loaded, sampled or paid."""
+    if section.adapter is not None and is_model(Path(section.adapter)):
+        check_base(section.adapter)
+        return
+    check_base(section.base)
+    if section.adapter is not None:
+        read_adapter(Path(section.adapter), section.base, section.same_base)
 
 
 def estimate(requests: list[Request], config: Config) -> "Estimate":

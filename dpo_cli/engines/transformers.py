@@ -25,7 +25,7 @@ from dpo_cli.config.settings import Config, GenerateSection, ModelSection
 from dpo_cli.data.records import Message, Tool, Usage, content_id
 from dpo_cli.data.thinking import opening
 from dpo_cli.engines import Request, Sampled, Sampling, _unpadded, sampling
-from dpo_cli.model_loading import attach, load_network, load_tokenizer, merged
+from dpo_cli.model_loading import attach, can_merge, load_network, load_tokenizer, merged
 from dpo_cli.progress import Progress
 
 GREEDY = 1e-5  # vLLM's: a lower temperature is zero
@@ -107,7 +107,7 @@ def load(
     if adapter is not None:
         network = attach(network, Path(adapter))
         quantised = found is not None and found.quantised is not None
-        if merge if merge is not None else dtype == torch.float32 and not quantised:
+        if merge if merge is not None else dtype == torch.float32 and not quantised and can_merge(network):
             network = merged(network)
     network.requires_grad_(False).eval().to(device)
 

@@ -14,6 +14,7 @@ import msgspec
 
 from dpo_cli import errors
 from dpo_cli.adapter import Adapter, read_adapter
+from dpo_cli.base_model import check_base
 from dpo_cli.config.resolve import as_dict
 from dpo_cli.config.settings import Config
 from dpo_cli.data import files, jsonl
@@ -23,6 +24,7 @@ from dpo_cli.progress import Progress, Silent
 from dpo_cli.training import distributed, plan
 from dpo_cli.training.encode import Encoded
 from dpo_cli.training.encode_inputs import encode_inputs, exchange
+from dpo_cli.training.fold import fold_base, folded
 from dpo_cli.training.gates import check_gates, describe, has_moved, open_gates, why_unmoved, worst
 from dpo_cli.training.guards import KL, best_step
 from dpo_cli.training.inputs import Inputs, Stage, download_base, read_inputs
@@ -85,8 +87,15 @@ def run(
     folder = RunFolder(Path(config.runs) / name, after_save)
     inputs = read_inputs(config, stage, data, limit)
     base = download_base(config.model.base)
+    check_base(str(base))
     adapter = _sft_adapter(config) if stage == "dpo" else None
     output = _output(config, stage)
+    if adapter and config.model.adapter_into_base and not dry_run:
+        if distributed.is_main_process():
+            fold_base(config, base, _texts(inputs), progress)
+        distributed.broadcast(None)
+        config = folded(config)
+        base, adapter = Path(config.model.base), None
     section = config.train if stage == "dpo" else config.sft
     result = Trained(
         stage=stage,
@@ -179,6 +188,11 @@ def _train(
 
             _say_plan(config, base, rows, held_out, run.progress)
             start = adapter.path if adapter else None
+            if adapter and adapter.unserved:
+                what = ", ".join(adapter.unserved)
+                run.progress.log(
+                    f"vLLM does not serve {what}: nothing-dpo push adapter FOLDER --merge when it is trained"
+                )
             asked = [exchange(row) for row in inputs.rows[: config.gate.token_rows]]
             check_tokens(encoder, asked, config.generate.url, start, run)
             dpo.train(config, base, start, encoder.tokenizer, rows.rows, held_out.rows, run)
@@ -301,8 +315,12 @@ def _merge(config: Config, base: Path, adapter: Path, inputs: Inputs) -> Merged:
     """Fold the adapter into the base beside it, checked on a few of the rows."""
     from dpo_cli.training.merge_adapter import merge
 
-    texts = [row.prompt[-1]["content"] + "\n" + row.completions[0][0]["content"] for row in inputs.rows[:4]]
-    return merge(base, adapter, merged_folder(adapter), texts)
+    return merge(base, adapter, merged_folder(adapter), _texts(inputs), config.model)
+
+
+def _texts(inputs: Inputs) -> list[str]:
+    """A few rows, to compare models on."""
+    return [row.prompt[-1]["content"] + "\n" + row.completions[0][0]["content"] for row in inputs.rows[:4]]
 
 
 def _finished_before(result: Trained, folder: RunFolder, output: Path, base: str) -> Trained:
@@ -344,7 +362,8 @@ def _sft_adapter(config: Config) -> Adapter | None:
             where=str(path),
             hint="nothing-dpo train --stage sft makes one; --set model.adapter=none trains a fresh LoRA instead",
         )
-    return read_adapter(path, config.model.base, config.model.same_base)
+    section = config.model
+    return read_adapter(path, section.base, section.same_base, resizes=section.adapter_into_base)
 
 
 def _output(config: Config, stage: Stage) -> Path:

@@ -32,6 +32,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import use_adapter
 
+from dpo_cli.adapter import FOLD
 from dpo_cli.config.settings import Config, TrainSection
 from dpo_cli.data import jsonl
 from dpo_cli.errors import UserError
@@ -309,10 +310,9 @@ def train(
             raise UserError(f"TRL refuses this setting: {error}") from None
         if is_in_4bit(policy):
             restore_precision(trainer.model)
-        if adapter is not None and not section.full:
-            if trainer.ref_model is None:
-                copy_to_reference(trainer.model, adapter)
-            check_reference(trainer.model, trainer.ref_model, adapter)
+        if adapter is not None and trainer.ref_model is None:
+            copy_to_reference(trainer.model, adapter)
+            check_reference(trainer.model, adapter)
         reason = packed.enable(trainer, state.tokens_per_batch or section.tokens_per_batch)
         if reason is not None:
             run.progress.log(f"forward: TRL's own, padded, since {reason}")
@@ -330,10 +330,12 @@ def _models(section: TrainSection, base: Path, adapter: Path | None, run: RunCon
     if adapter is None:
         return model, None
     policy = attach(model, adapter, trainable=True, progress=run.progress)
+    if not hasattr(policy.get_output_embeddings(), "bias"):
+        raise UserError("trained tokens of an embedding that is the head as well", where=str(adapter), hint=FOLD)
     if policy.peft_config["default"].bias == "none":
         return policy, None
     # Trained biases stand in the base itself, where a second adapter has none of its own.
-    return policy, attach(load_base(base, section), adapter).requires_grad_(False).eval()
+    return policy, fold(base, adapter, model.dtype).requires_grad_(False).eval()
 
 
 def _folded(base: Path, adapter: Path | None) -> Any:

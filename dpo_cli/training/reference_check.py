@@ -15,22 +15,20 @@ from dpo_cli.training.guards import LN2
 from dpo_cli.training.run_history import StepZero
 
 
-def check_reference(model: Any, reference: Any, adapter: Path) -> None:
+def check_reference(model: Any, adapter: Path) -> None:
     """See that the reference holds exactly the SFT adapter's weights, and that they are frozen.
 
     Args:
-        model: the policy, which holds the reference as its adapter `ref` unless that is a model of its own.
-        reference: that model, or None.
+        model: the policy, which holds the reference as its adapter `ref`.
         adapter: folder of the SFT adapter.
 
     Raises:
         UserError: it does not. Resuming could otherwise go on against another reference, at a loss that looks right.
     """
-    holder, name = (model, "ref") if reference is None else (reference, "default")
-    ours = [value for key, value in holder.named_parameters() if reference is not None or f".{name}" in key]
-    if name not in getattr(holder, "peft_config", {}) or any(value.requires_grad for value in ours):
+    ours = [value for key, value in model.named_parameters() if ".ref." in key or key.endswith(".ref")]
+    if "ref" not in model.peft_config or any(value.requires_grad for value in ours):
         raise UserError("the reference is not a frozen copy of the SFT adapter", where=str(adapter), code=Exit.FAILED)
-    if not same_weights(file_weights(adapter, holder), adapter_weights(holder, name)):
+    if not same_weights(file_weights(adapter, model), adapter_weights(model, "ref")):
         raise UserError("the reference does not hold the SFT adapter's weights", where=str(adapter), code=Exit.FAILED)
 
 

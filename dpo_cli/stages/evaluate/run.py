@@ -55,6 +55,7 @@ from dpo_cli.stages.evaluate.sampling import (
 )
 from dpo_cli.stages.evaluate.win_rate import distinct, length_controlled_win_rate
 from dpo_cli.statistics import bootstrap
+from dpo_cli.training.fold import folded
 
 __all__ = [
     "Compared",
@@ -89,6 +90,7 @@ def run(config: Config, progress: Progress, limit: int | None = None, fresh: boo
         UserError: no prompts, a gate that is none, the budget is reached, nothing could be compared, or what the engine
             or the judge raises.
     """
+    config = folded(config)
     gates = read_gates(config.evaluate.gates)
     purse = RunBudget(config.evaluate.max_usd)
     bench = EvaluationJudge(config, progress, purse)

@@ -27,6 +27,7 @@ from dpo_cli.progress import Progress
 from dpo_cli.stages.push import card, secrets
 from dpo_cli.stages.push.card import Facts
 from dpo_cli.storage import PutResult, Source, sync
+from dpo_cli.training.fold import folded
 from dpo_cli.training.run_folder import ADAPTER_FILES, MODEL_FILES, TOKENIZER_FILES, merged_folder, weights_file
 from dpo_cli.training.run_history import Merged, Trained, read_report
 
@@ -76,6 +77,7 @@ def run(
         UserError: an adapter that did not pass its gates, or that no run made (exit code 3); a secret in what would be
             sent; or what the storage raises.
     """
+    config = folded(config) if what != "data" else config
     if merge and what != "adapter":
         raise UserError("--merge is for an adapter", hint=f"nothing-dpo push adapter {dest} --merge")
     _check_card(dest)
@@ -191,7 +193,7 @@ def _merge(config: Config, folder: Path, pushed: Pushed, dry_run: bool) -> Path:
         raise UserError("no pairs to check the merged model on", where=config.data, hint="--data FOLDER")
     pairs = islice(_pairs(file), CHECK_TEXTS)
     texts = [f"{pair.prompt[-1]['content']}\n{text_of(pair.chosen)}" for pair in pairs]
-    pushed.merged = merge(download_base(config.model.base), folder, output, texts)
+    pushed.merged = merge(download_base(config.model.base), folder, output, texts, config.model)
     return output
 
 

@@ -76,17 +76,18 @@ def check(plan: ServePlan, config: Config, url: str, progress: Progress) -> Chec
     from dpo_cli.training.inputs import download_base
     from dpo_cli.training.trainer import redirect_logs
 
-    base = download_base(config.model.base)
+    base = Path(plan.model) if Path(plan.model).is_dir() else download_base(plan.model)
     with redirect_logs(progress):
         sequences = [ids[:MOST_TOKENS] for ids in encode(base, config.model, rows)]
         bare, known = log_probs(base, {name: adapter.path for name, adapter in plan.adapters.items()}, sequences)
-    known[BASE] = bare
+    known[plan.whole or BASE] = bare
+    names = [*plan.adapters, *([plan.whole] if plan.whole else [])]
     tolerance = TOLERANCE.get(config.serve.dtype, OTHERWISE)
     result = Checked(url=url, verdict="pass", served=[], prompts=len(sequences), tolerance=tolerance)
-    progress.begin("check", len(plan.adapters) * len(sequences))
+    progress.begin("check", len(names) * len(sequences))
     try:
-        for number, name in enumerate(plan.adapters):
-            if fault := _listing_fault(listed.get(name)):
+        for number, name in enumerate(names):
+            if fault := _listing_fault(listed.get(name), name == plan.whole):
                 result.served.append(Served(name=name, ok=False, differences={}, tokens=0, reason=fault))
                 continue
             heard = []
@@ -96,7 +97,8 @@ def check(plan: ServePlan, config: Config, url: str, progress: Progress) -> Chec
             differences = {other: _difference(heard, values) for other, values in known.items()}
             one = _judged(name, differences, len(heard), tolerance)
             result.served.append(one)
-            result.notes += _notes(one, listed[name].get("root"), str(plan.adapters[name].path))
+            there = plan.model if name == plan.whole else str(plan.adapters[name].path)
+            result.notes += _notes(one, listed[name].get("root"), there)
     finally:
         progress.end()
     result.verdict = "pass" if all(one.ok for one in result.served) else "fail"
@@ -117,11 +119,11 @@ def _rows(config: Config) -> list[list[Message]]:
     return [prompt.messages for prompt in islice(PromptFile(file, config.generate.columns), PROMPTS)]
 
 
-def _listing_fault(model: dict[str, Any] | None) -> str | None:
-    """Why a listed model can't be the adapter of its name."""
+def _listing_fault(model: dict[str, Any] | None, whole: bool) -> str | None:
+    """Why a listed model can't be the adapter of its name, or the whole model."""
     if model is None:
         return "is not served"
-    if model.get("parent") is None:
+    if model.get("parent") is None and not whole:
         return "is served as a base model, not as an adapter"
     return None
 

@@ -198,10 +198,10 @@ def _moved(plan: ServePlan) -> tuple[ServePlan, dict[str, str]]:
 
     model = there(plan.model)
     modules = [
-        {"name": name, "path": there(str(adapter.path)), "base_model_name": model}
+        {"name": name, "path": there(str(adapter.path)), "base_model_name": plan.whole or model}
         for name, adapter in plan.adapters.items()
     ]
-    moved = {"host": "0.0.0.0", "port": PORT, "lora-modules": modules}
+    moved = {"host": "0.0.0.0", "port": PORT} | ({"lora-modules": modules} if modules else {})
     if "chat-template" in plan.arguments:
         moved["chat-template"] = there(str(plan.arguments["chat-template"]))
     return replace(plan, model=model, arguments=plan.arguments | moved), places

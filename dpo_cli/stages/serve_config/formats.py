@@ -21,7 +21,7 @@ def as_json(plan: ServePlan) -> str:
     arguments = dict(plan.arguments)
     content = {
         "model": plan.model,
-        "lora_modules": arguments.pop("lora-modules"),
+        "lora_modules": arguments.pop("lora-modules", []),
         "arguments": arguments,
         "environment": plan.environment,
     }

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
 from dpo_cli.config.settings import ModelSection
 from dpo_cli.data.records import Message
+from dpo_cli.model_loading import attach, load_network
 from dpo_cli.training.trainer import load_encoder
 
 
@@ -31,15 +31,12 @@ def log_probs(
     Weights have the base's own type; the softmax is taken in float32.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto").to(device).eval()
+    model = load_network(base, "auto").to(device).eval()
     bare, found = _all(model, sequences), {}
     peft: PeftModel | None = None
     for number, (name, path) in enumerate(adapters.items()):
         key = f"adapter{number}"  # PEFT makes modules of these names, and takes no dots
-        if peft is None:
-            peft = PeftModel.from_pretrained(model, path, adapter_name=key).eval()
-        else:
-            peft.load_adapter(path, adapter_name=key)
+        peft = attach(model if peft is None else peft, path, key).eval()
         peft.set_adapter(key)
         found[name] = _all(peft, sequences)
     return bare, found
