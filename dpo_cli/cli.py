@@ -722,7 +722,10 @@ def serve_config(
         session.show(result, view.checked)
         return None if result.verdict == "pass" else Exit.GATE
     if not load:
-        typer.echo(stage.render(plan, session.config, "json" if session.json else form))
+        form = "json" if session.json else form
+        typer.echo(stage.render(plan, session.config, form))
+        for line in stage.how_to_try(plan, session.config, form):
+            session.suggest(line)
     return None
 
 

@@ -33,6 +33,15 @@ def amount(quantity: str) -> Decimal:
     return Decimal(match[1]) * SCALES.get(match[2] or "", Decimal(1))
 
 
+def substituted(value: str, environment: dict[str, str]) -> str:
+    """A container's arg or variable as Kubernetes hands it on: `$$` is `$`, `$(NAME)` the variable of that name."""
+    return re.sub(
+        r"\$\$|\$\(([A-Za-z_][A-Za-z0-9_]*)\)",
+        lambda match: "$" if match[0] == "$$" else environment.get(match[1], match[0]),
+        value,
+    )
+
+
 def faults(document: dict[str, Any]) -> list[str]:
     """Everything that is wrong with a Job or a Service; empty: it would be taken."""
     found = [*_names(document)]

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from kube_rules import faults, restricted_pod, unknown_fields
+from kube_rules import faults, restricted_pod, substituted, unknown_fields
 
 JOB_OF_POD = "batch.kubernetes.io/job-name"
 TICK = 0.02
@@ -279,7 +279,8 @@ def _run(pod: Pod, life: Life) -> int:
 def _run_process(pod: Pod, vol: Path) -> int:
     """Run the container's command, with `/vol` in a folder and without its secrets."""
     container = pod.document["spec"]["containers"][0]
-    given = {one["name"]: one["value"] for one in container["env"] if "value" in one and "HOME" not in one["name"]}
+    values = {one["name"]: one["value"] for one in container["env"] if "value" in one}
+    given = {name: substituted(value, values) for name, value in values.items() if "HOME" not in name}
     process = subprocess.Popen(
         [sys.executable if word == "python" else word for word in container["command"]], text=True,
         env=os.environ | {name: value.replace('"/vol/', f'"{vol}/') for name, value in given.items()},

@@ -15,6 +15,7 @@ from training import Lines, metrics, settings, write_data, write_rows
 from dpo_cli.adapter import check_adapter
 from dpo_cli.errors import Exit
 from dpo_cli.jobs import launch
+from dpo_cli.jobs import spec as jobs_spec
 from dpo_cli.jobs.backends import gke
 
 
@@ -90,7 +91,7 @@ def test_sampling_that_is_preempted_ends_in_time_and_pays_for_nothing_twice(tmp_
                     lives[0].preempt.set()
 
         progress = Preempted()
-        done = launch.run("gke", launch.spec("gke", config, "generate"), config, progress)
+        done = launch.run("gke", jobs_spec.make(config, "generate"), config, progress)
         assert done.status.exit_code == Exit.OK, (done.status, progress.lines)
     first, _ = (pod.document for pod in cluster.pods_of("nothing-dpo-generate-generate"))
     assert first["status"]["containerStatuses"][0]["state"]["terminated"]["exitCode"] == Exit.PREEMPTED

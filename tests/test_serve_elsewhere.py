@@ -1,12 +1,16 @@
 """The configuration for another machine: Kubernetes, Modal, Compose. What a cluster would refuse is asserted."""
 
+import ast
 import importlib.util
 import json
+import shlex
+from pathlib import Path
 
 import kubernetes_validate
 import pytest
 import yaml
 from adapters import base_model, save_adapter
+from kube_rules import substituted
 
 from dpo_cli.config.resolve import resolve
 from dpo_cli.errors import UserError
@@ -54,7 +58,7 @@ def words(form, text, folder):
         assert "$" not in "".join(service["command"]).replace("$$", "")  # it would be a variable
         return [word.replace("$$", "$") for word in service["entrypoint"] + service["command"]]
     container = next(yaml.safe_load_all(text))["spec"]["template"]["spec"]["containers"][0]
-    return container["command"] + container["args"]
+    return [substituted(word, {}) for word in container["command"] + container["args"]]
 
 
 @pytest.mark.parametrize("form", CONTAINERS)
@@ -161,3 +165,29 @@ def test_two_folders_of_one_name_outside_are_refused(work, tmp_path):
         save_adapter(tmp_path / place / "same", work / "models/base")
     with pytest.raises(UserError, match="same name"):
         render("compose", f"model.adapter={tmp_path}/a/same", f"model.dpo_adapter={tmp_path}/b/same")
+
+
+def test_no_secret_of_the_pod_is_served_as_a_name(work):
+    """What Kubernetes makes of the args is what was meant, `$(HF_TOKEN)` in a name included."""
+    deployment = yaml.safe_load(render("k8s", "model.dpo_name=x$(HF_TOKEN)$$y").split("---")[0])
+    [container] = deployment["spec"]["template"]["spec"]["containers"]
+    args = [substituted(word, {"HF_TOKEN": "hf-secret-value"}) for word in container["args"]]
+    assert not any("hf-secret-value" in word for word in args)
+    assert any('"name":"x$(HF_TOKEN)$$y"' in word.replace(" ", "") for word in args)
+
+
+@pytest.mark.parametrize("form", ["cli", "json", "yaml", *CONTAINERS])
+def test_each_format_says_how_to_try_the_new_adapter(work, form):
+    own = ["model.base=models/base", "model.adapter=adapters/sft", "model.dpo_adapter=adapters/dpo", "gke.bucket=shelf"]
+    config = resolve(sets=own, environment={}).config
+    lines = serve_config.how_to_try(serve_config.plan(config), config, form)
+    words = shlex.split(lines[-1])
+    assert words[0] == "curl" and json.loads(words[words.index("-d") + 1])["model"] == "seinfeld-dpo"
+    if form in ("k8s", "modal"):
+        assert any(str(Path("models/base").absolute()) in line for line in lines[:-1]), "the base is on this machine"
+
+
+def test_what_comes_from_settings_is_quoted_in_the_modal_app(work):
+    text = render("modal", 'serve.image=vllm/vllm-openai:v0.32.0"+evil()+"', "modal.volume=o'clock")
+    calls = [ast.unparse(node.func) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    assert "evil" not in calls and "modal.Volume.from_name" in calls

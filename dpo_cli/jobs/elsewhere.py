@@ -28,7 +28,8 @@ def refuse(config: Config, command: Command, backend: str) -> None:
             raise UserError(f"--engine transformers gets no card on {backend}", where="generate.engine", hint=hint)
         _refuse_url(config.generate.url, "generate.url", backend)
     if command == "judge":
-        if config.judge.judge != "llm":
+        ours = (config.judge.function or "").startswith("dpo_cli.")  # of this package, which is there
+        if config.judge.judge != "llm" and not (config.judge.judge == "function" and ours):
             hint = "leave --backend out: it runs on this machine"
             raise UserError(f"--judge {config.judge.judge} does not run on {backend}", where="judge.judge", hint=hint)
         _refuse_url(config.judge.url, "judge.url", backend)

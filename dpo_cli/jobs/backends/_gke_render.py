@@ -287,7 +287,11 @@ def _container(name: str, spec: Spec, gke: GkeSection) -> k8s.V1Container:
         # No shell, which would hide its exit code and keep SIGTERM from it.
         command=["python", "-m", "dpo_cli.jobs.worker"],
         env=[
-            *(k8s.V1EnvVar(name=key, value=value) for key, value in _environment(name, spec, gke).items()),
+            # Kubernetes would substitute `$(NAME)` in a value.
+            *(
+                k8s.V1EnvVar(name=key, value=value.replace("$", "$$"))
+                for key, value in _environment(name, spec, gke).items()
+            ),
             *(_from_secret(variable, secret) for variable, secret in secrets(spec, gke).items()),
             *([k8s.V1EnvVar(name="NODE_RANK", value_from=_index())] if spec.nodes > 1 else []),
         ],

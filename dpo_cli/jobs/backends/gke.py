@@ -280,7 +280,7 @@ def _spec_of(there: Any, name: str) -> Spec:
     """The spec that a Job runs."""
     for variable in there.spec.template.spec.containers[0].env or []:
         if variable.name == SPEC:
-            return msgspec.json.decode(variable.value, type=Spec)
+            return msgspec.json.decode(variable.value.replace("$$", "$"), type=Spec)
     raise UserError("a Job that is not ours has this name", where=name, hint="--name OTHER")
 
 

@@ -7,7 +7,8 @@ GPU or replica.
 
 import json
 import math
-from pathlib import Path
+import shlex
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from msgspec.structs import replace
@@ -83,7 +84,7 @@ def as_k8s(plan: ServePlan, config: Config) -> str:
 
 def _container(plan: ServePlan, config: Config) -> dict[str, Any]:
     environment: list[dict[str, Any]] = [
-        {"name": name, "value": value}
+        {"name": name, "value": _literal(value)}
         for name, value in (
             {"HOME": "/cache", "USER": "vllm", "HF_HOME": "/cache/huggingface"} | plan.environment
         ).items()
@@ -95,8 +96,8 @@ def _container(plan: ServePlan, config: Config) -> dict[str, Any]:
     return {
         "name": "vllm",
         "image": config.serve.image,
-        "command": ["vllm", "serve", plan.model],
-        "args": [word for words in flags(plan) for word in words],
+        "command": ["vllm", "serve", _literal(plan.model)],
+        "args": [_literal(word) for words in flags(plan) for word in words],
         "env": environment,
         "ports": [{"name": "http", "containerPort": PORT}],
         "resources": {
@@ -163,7 +164,7 @@ import modal
 
 COMMAND = {command}
 
-image = modal.Image.debian_slim(python_version="3.12").uv_pip_install("vllm=={version}").env({environment!r})
+image = modal.Image.debian_slim(python_version="3.12").uv_pip_install({f"vllm=={version}"!r}).env({environment!r})
 app = modal.App("{NAME}")
 volume = modal.Volume.from_name({config.modal.volume!r}, create_if_missing=True)
 cache = modal.Volume.from_name({config.modal.cache_volume!r}, create_if_missing=True)
@@ -181,6 +182,26 @@ cache = modal.Volume.from_name({config.modal.cache_volume!r}, create_if_missing=
 @modal.web_server(port={PORT}, startup_timeout={START_SECONDS})
 def serve():
     subprocess.Popen(COMMAND)'''
+
+
+def bring(plan: ServePlan, config: Config, form: str) -> list[str]:
+    """The commands that bring what lies on this machine to where a format's server reads it.
+
+    Args:
+        plan: what to serve.
+        config: names the volume or the bucket.
+        form: `k8s` or `modal`; any other reads it here.
+    """
+    root = {"k8s": f"gs://{config.gke.bucket}", "modal": f"modal://{config.modal.volume}"}.get(form)
+    if root is None:
+        return []
+    copy = "gcloud storage cp -r" if form == "k8s" else f"modal volume put {shlex.quote(config.modal.volume)}"
+    commands = []
+    for here, there in _moved(plan)[1].items():
+        place = PurePosixPath(there).relative_to(VOLUME)
+        target = f"{root}/{place.parent}/" if form == "k8s" else f"/{place}"
+        commands.append(f"{copy} {shlex.quote(here)} {shlex.quote(target.replace('/./', '/'))}")
+    return commands
 
 
 def _moved(plan: ServePlan) -> tuple[ServePlan, dict[str, str]]:
@@ -208,7 +229,7 @@ def _moved(plan: ServePlan) -> tuple[ServePlan, dict[str, str]]:
 
 
 def _literal(word: str) -> str:
-    """Compose would take `$NAME` for a variable."""
+    """Compose would take `$NAME` for a variable, Kubernetes `$(NAME)`, which may be a secret of the pod's."""
     return word.replace("$", "$$")
 
 
