@@ -231,6 +231,11 @@ LENIENT = {
     "objects": wrapped(scores={"A": {"score": 3, "why": "flat"}, "B": {"score": "8"}}),
     "a list of labels and scores": wrapped(scores=[{"label": "B", "score": 8}, {"label": "A", "score": 3}]),
     "a list that the ranking confirms": wrapped(scores=[3, 8]),
+    "a ranking by rank": wrapped(ranking={"1": "B", "2": "A"}),
+    "a ranking of ranks": wrapped(ranking={"A": 2, "B": 1}),
+    "scores beside each other": '{"A": 3, "B": 8}',
+    "all of each candidate": '{"A": {"rationale": "flat", "score": 3}, "B": {"rationale": "vivid", "score": 8}}',
+    "ratings": '{"ratings": {"A": "3/10.", "B": 8}}',
     "the same one twice": reply(GOOD) + str(json.loads(reply(GOOD))),
 }  # fmt: skip
 
@@ -284,6 +289,8 @@ INVALID = {
     "only thought": "<think>" + reply(GOOD),
     "two verdicts in a list": "[" + reply(GOOD) + "," + reply({"A": 9, "B": 1}) + "]",
     "open strings": '{"' * 20_000,
+    "a ranking of equal ranks": wrapped(ranking={"A": 1, "B": 1}),
+    "one of two beside each other": '{"A": 3}',
     "two verdicts": reply(GOOD) + reply({"A": 9, "B": 1}),
     "too deep": '{"scores": ' * 20_000,
     "too many braces": "{" * 20_000,

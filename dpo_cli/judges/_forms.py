@@ -32,7 +32,7 @@ another one beside it. What else it says, and how, does not matter."""
 _LABEL = re.compile(
     r"\W*(?:\d+\s*[.):]\s*)?(?:(?:candidate|completion|response|answer|option|text|label)[\W_]*)?([a-z]{1,2})\W*", re.I
 )
-_SCORE_TEXT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:(?:/|out of)\s*10(?:\.0)?)?\s*", re.I)
+_SCORE_TEXT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:(?:/|out of)\s*10(?:\.0)?)?\s*\.?\s*", re.I)
 _BETWEEN = re.compile(r"[>≻»,;=\n]|→|->")
 _TRUTHS = {"true": True, "yes": True, "false": False, "no": False}
 
@@ -47,15 +47,15 @@ class Verdict(Struct):
 class Form(Struct, frozen=True):
     """What is asked about the candidates: the shape of the reply, its schema, and how it becomes a verdict.
 
-    `key` is the key of the reply that holds the verdict; `rubric` replaces the judge's own where the question is
-    another one; `signed` asks for the code of the request as well.
+    `keys` are those of the reply that may hold the verdict, the one that is asked for first; `rubric` replaces the
+    judge's own where the question is another one; `signed` asks for the code of the request as well.
     """
 
     shape: Callable[[Sequence[str]], str]
     explained: str
     schema: Callable[[Sequence[str]], dict[str, Any]]
     check: Callable[[dict[str, Any], Sequence[str]], Verdict]
-    key: str
+    keys: tuple[str, ...]
     rubric: str | None = None
     signed: bool = False
 
@@ -66,7 +66,9 @@ def read_ranking(value: dict[str, Any], labels: Sequence[str]) -> Verdict:
     Raises:
         ValueError: it does not say both; says what is wrong.
     """
-    given, said = value.get("scores"), value.get("ranking")
+    given, said = _first(value, "scores", "ratings", "score"), value.get("ranking")
+    if given is None and (beside := _beside(value, labels)):
+        given = beside
     ranking = [] if said in (None, "", []) else _labels(said, labels)
     if isinstance(given, list) and given and all(isinstance(one, dict) for one in given):
         pairs = [(_first(one, "label", "candidate", "name"), _first(one, "score", "rating")) for one in given]
@@ -92,7 +94,7 @@ def read_rating(value: dict[str, Any], labels: Sequence[str]) -> Verdict:
     Raises:
         ValueError: there is none; says what is wrong.
     """
-    return Verdict(dict.fromkeys(labels, _score(value.get("score"))), list(labels))
+    return Verdict(dict.fromkeys(labels, _score(_first(value, "score", "rating"))), list(labels))
 
 
 def read_grade(value: dict[str, Any], labels: Sequence[str]) -> Verdict:
@@ -101,12 +103,22 @@ def read_grade(value: dict[str, Any], labels: Sequence[str]) -> Verdict:
     Raises:
         ValueError: it does not say.
     """
-    correct = value.get("correct")
+    correct = _first(value, "correct", "is_correct")
     if isinstance(correct, str):
         correct = _TRUTHS.get(correct.strip().lower())
     if not isinstance(correct, bool):
         raise ValueError("`correct` is neither true nor false")
     return Verdict(dict.fromkeys(labels, float(correct)), list(labels))
+
+
+def _beside(value: dict[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+    """What an object says of each label in keys of its own; nothing unless of all."""
+    found = {}
+    for key, part in value.items():
+        match = _LABEL.fullmatch(key) if isinstance(key, str) else None
+        if match and match[1].upper() in labels:
+            found[key] = part
+    return found if len(found) == len(labels) > 1 else {}
 
 
 def _first(value: dict[str, Any], *keys: str) -> Any:
@@ -122,7 +134,9 @@ def _label(value: Any, labels: Sequence[str]) -> str:
 
 
 def _labels(value: Any, labels: Sequence[str]) -> list[str]:
-    """A ranking, given as a list or as text."""
+    """A ranking, given as a list, as text, or as an object of ranks."""
+    if isinstance(value, dict):
+        value = _by_rank(value)
     parts = [part for part in _BETWEEN.split(value) if part.strip()] if isinstance(value, str) else value
     if isinstance(parts, list) and len(parts) == 1 and len(labels) > 1 and isinstance(parts[0], str):
         parts = [part for part in _BETWEEN.split(parts[0]) if part.strip()]
@@ -137,10 +151,19 @@ def _labels(value: Any, labels: Sequence[str]) -> list[str]:
     return found
 
 
+def _by_rank(value: dict[str, Any]) -> list[Any]:
+    """The labels of `{"1": "A", "2": "B"}` or of `{"A": 1, "B": 2}`, the lowest rank first; none of anything else."""
+    if all(str(key).isdecimal() for key in value):
+        return [value[key] for key in sorted(value, key=int)]
+    if all(type(rank) is int for rank in value.values()) and len(set(value.values())) == len(value):
+        return sorted(value, key=lambda label: value[label])
+    return []
+
+
 def _score(value: Any) -> float:
     """A score given as 8, 8.5, "8", "8/10" or {"score": 8}."""
     if isinstance(value, dict):
-        value = value.get("score")
+        value = _first(value, "score", "rating")
     if isinstance(value, str) and (found := _SCORE_TEXT.fullmatch(value)):
         value = float(found[1])
     if type(value) not in (int, float):
@@ -170,11 +193,15 @@ RANKING = Form(
         "ranking": {"type": "array", "items": {"type": "string", "enum": list(labels)}},
     },
     read_ranking,
-    "scores",
+    ("scores", "ratings", "score"),
 )
 # One candidate by itself.
 RATING = Form(
-    lambda _: '{"rationale": "text", "score": integer}', _RATED, lambda _: {"score": _SCORE}, read_rating, "score"
+    lambda _: '{"rationale": "text", "score": integer}',
+    _RATED,
+    lambda _: {"score": _SCORE},
+    read_rating,
+    ("score", "rating"),
 )
 # One answer to a question, beside the right one, which is the last message of the prompt.
 GRADE = Form(
@@ -182,7 +209,7 @@ GRADE = Form(
     _GRADED,
     lambda _: {"correct": {"type": "boolean"}},
     read_grade,
-    "correct",
+    ("correct", "is_correct"),
     GRADING,
 )
 

@@ -68,32 +68,41 @@ def read_all(text: str, labels: Sequence[str], form: Form = RANKING) -> Iterator
         return
     answer = text.rpartition("</think>")[2] if "</think>" in text and not text.lstrip().startswith(("{", "[")) else text
     for value, source in find_values(answer):
-        verdict, fault = _read(value, labels, form, 3)
+        whole = "{" not in answer.partition(source)[0]  # else it may be a part of an object that can't be read
+        verdict, fault = _read(value, labels, form, 3, whole)
         yield verdict, fault, source
 
 
-def _read(value: Any, labels: Sequence[str], form: Form, levels: int) -> tuple[Verdict | None, str]:
-    """A value as a verdict, also where it is wrapped in another object, in a list or in a string."""
+def _read(value: Any, labels: Sequence[str], form: Form, levels: int, whole: bool) -> tuple[Verdict | None, str]:
+    """A value as a verdict, also where it is wrapped in another object, in a list or in a string.
+
+    Only an object that is `whole` may hold its scores under no key.
+    """
     if isinstance(value, dict):
         lowered = {key.strip().lower() if isinstance(key, str) else key: part for key, part in value.items()}
-        if form.key in lowered:
+        if any(key in lowered for key in form.keys) or (whole and _has_labels(value, labels)):
             try:
                 return form.check(lowered, labels), ""
             except ValueError as error:
                 return None, str(error)
     if levels == 0:
-        return None, f"no `{form.key}`"
-    if isinstance(value, str) and form.key in value:
+        return None, f"no `{form.keys[0]}`"
+    if isinstance(value, str) and form.keys[0] in value:
         parts: list[Any] = [part for part, _ in find_values(value)]
     else:
         parts = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
-    read = [_read(part, labels, form, levels - 1) for part in parts if isinstance(part, dict | list)]
+    read = [_read(part, labels, form, levels - 1, whole) for part in parts if isinstance(part, dict | list)]
     verdicts = [verdict for verdict, _ in read if verdict is not None]
     if verdicts and all(verdict == verdicts[0] for verdict in verdicts):
         return verdicts[0], ""
     if verdicts:
         return None, "two different verdicts"
-    return None, next((fault for _, fault in read), f"no `{form.key}`" if parts else "no JSON object")
+    return None, next((fault for _, fault in read), f"no `{form.keys[0]}`" if parts else "no JSON object")
+
+
+def _has_labels(value: dict[Any, Any], labels: Sequence[str]) -> bool:
+    """Whether an object may hold the scores of several candidates without a key for them."""
+    return len(labels) > 1 and len(value) >= len(labels) and any(str(key).strip().upper() == labels[0] for key in value)
 
 
 def _quotes(source: str, material: str) -> bool:
