@@ -49,7 +49,7 @@ def put(path, content):
         ("rows.csv", "\ufeff" + TABLE.format(";")),
         ("rows.tsv", TABLE.format("\t")),
         ("rows.txt", TABLE.format("|").encode("utf-16")),
-        ("rows.jsonl.gz", gzip.compress(LINES.encode())),
+        ("rows.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)),
         ("rows.gz", gzip.compress(TABLE.format(",").encode())),
         ("rows", bz2.compress(LINES.encode())),
         ("rows.xz", lzma.compress(json.dumps(ROWS).encode())),
@@ -151,7 +151,7 @@ def test_what_can_not_be_read_is_named_by_line(tmp_path, content, line, what):
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        (gzip.compress(LINES.encode())[:-12], "breaks off"),
+        (gzip.compress(LINES.encode(), mtime=0)[:-12], "breaks off"),
         (b"PAR1 and no parquet", "not a whole parquet file"),
         (b"PK\x03\x04....", "a zip archive"),
         ("Which tide?\nAnd which wind?\n", "neither JSON nor a table"),
