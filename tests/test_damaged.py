@@ -1,0 +1,179 @@
+"""Damaged bases and adapters: one true line, exit 2, from train, generate and serve-config alike."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from adapters import base_model, edit_settings, edit_weights, save_adapter
+from training import Lines, read_rows, settings, write_data
+
+from dpo_cli.errors import Exit, UserError
+from dpo_cli.progress import Silent
+from dpo_cli.stages import generate, serve_config, train
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+def edit(file, **changes):
+    """A breakage of a JSON file of the base."""
+
+    def change(folder: Path) -> None:
+        path = folder / "base" / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+def gone(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def write(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def cut(name):
+    def truncate(folder: Path) -> None:
+        file = folder / name
+        file.write_bytes(file.read_bytes()[:-200])
+
+    return truncate
+
+
+def nan_in_base(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "base/model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def lacks_a_layer(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "base/model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def no_template(folder: Path) -> None:
+    (folder / "base/chat_template.jinja").unlink()
+
+
+def remote_code(folder: Path) -> None:
+    edit("config.json", model_type="mine", auto_map={"AutoConfig": "mine.Config"})(folder)
+    (folder / "base/mine.py").write_text("print('it runs')")
+
+
+def in_adapter(change):
+    return lambda folder: change(folder / "sft")
+
+
+def deeper(tensors):
+    for key in list(tensors):
+        tensors[key.replace("layers.1.", "layers.9.")] = tensors.pop(key)
+
+
+DAMAGED = {
+    "no config": (gone("base/config.json"), "no config.json"),
+    "empty config": (write("base/config.json", "{}"), "names no model_type"),
+    "garbage config": (write("base/config.json", "{nonsense"), "not a JSON object"),
+    "unknown model": (edit("config.json", model_type="nobody-knows"), "nobody-knows"),
+    "size that is none": (edit("config.json", hidden_size="x"), "hidden_size is 'x'"),
+    "other sizes": (edit("config.json", intermediate_size=128), "intermediate_size|in the weights|other shapes"),
+    "remote code": (remote_code, "needs code of its own"),
+    "no weights": (gone("base/model.safetensors"), "no weights"),
+    "truncated weights": (cut("base/model.safetensors"), "cut short"),
+    "weights that are a pointer": (write("base/model.safetensors", POINTER), "Git LFS pointer"),
+    "weights without a layer": (lacks_a_layer, "lack 1 tensors|has no layer"),
+    "NaN in weights": (nan_in_base, "model.norm.weight holds NaN"),
+    "index without its shards": (
+        write("base/model.safetensors.index.json", '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'),
+        "weights are missing: model-00001-of-00002",
+    ),
+    "no tokenizer": (gone("base/tokenizer.json"), "no tokenizer"),
+    "garbage tokenizer": (write("base/tokenizer.json", '{"a": 1}'), "has no vocabulary"),
+    "truncated tokenizer": (cut("base/tokenizer.json"), "not a JSON object"),
+    "tokenizer that is a pointer": (write("base/tokenizer.json", POINTER), "Git LFS pointer"),
+    "no template": (no_template, "no chat template"),
+    "an adapter as base": (
+        lambda folder: shutil.copyfile(folder / "sft/adapter_config.json", folder / "base/adapter_config.json")
+        and (folder / "base/config.json").unlink(),
+        "no config.json",
+    ),
+    "alpha that is no number": (in_adapter(edit_settings(lora_alpha="x")), "lora_alpha is 'x'"),
+    "no targets": (in_adapter(edit_settings(target_modules=[])), "target_modules is empty"),
+    "targets that are numbers": (in_adapter(edit_settings(target_modules=[1])), "names no modules"),
+    "pattern that is none": (in_adapter(edit_settings(rank_pattern=[4])), "rank_pattern"),
+    "garbage adapter settings": (write("sft/adapter_config.json", "nonsense"), "not a JSON object"),
+    "adapter that is a pointer": (write("sft/adapter_model.safetensors", POINTER), "Git LFS pointer"),
+    "adapter of a deeper model": (in_adapter(edit_weights(deeper)), "has no layer"),
+}  # fmt: skip
+# What vLLM finds out for itself, or what serve-config has no need of.
+NOT_SERVED_FROM = {"no template", "unknown model", "other sizes", "weights without a layer"}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    import torch
+
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("whole")
+    save_adapter(folder / "sft", base_model(folder / "base"))
+    write_data(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_base_or_adapter_is_refused_in_one_line_by_every_command(whole, tmp_path, name):
+    damage, words = DAMAGED[name]
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    edit_settings(base_model_name_or_path=str(tmp_path / "base"))(tmp_path / "sft")
+    damage(tmp_path)
+    config = settings(
+        tmp_path, tmp_path / "base", "generate.engine=transformers", f"generate.prompts={tmp_path / 'data/val.jsonl'}"
+    )
+    commands = {"train": lambda: train.run(config, Silent()), "generate": lambda: generate.run(config, Silent())}
+    if name not in NOT_SERVED_FROM:
+        commands["serve-config"] = lambda: serve_config.plan(config)
+    for command, run in commands.items():
+        with pytest.raises(UserError, match=words) as refused:
+            run()
+        assert refused.value.code == Exit.USAGE, command
+        assert str(tmp_path) in str(refused.value) and "\n" not in refused.value.message, command
+
+
+@pytest.mark.parametrize("prefix", ["model._orig_mod.model.", "model.model.language_model."])
+def test_layers_under_another_prefix_are_renamed_and_said_and_refused_where_vllm_would_skip_them(
+    whole, tmp_path, prefix
+):
+    """As torch.compile and multimodal models save them; PEFT and vLLM would apply none of them, without a word."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+
+    def rename(tensors):
+        for key in list(tensors):
+            tensors[key.replace("model.model.", prefix)] = tensors.pop(key)
+
+    edit_weights(rename)(tmp_path / "sft")
+    edit_settings(base_model_name_or_path=str(tmp_path / "base"))(tmp_path / "sft")
+    config = settings(
+        tmp_path, tmp_path / "base", "train.max_steps=1", "gate.kl_limit=100", "generate.engine=transformers",
+        f"generate.prompts={tmp_path / 'data/val.jsonl'}", f"data={tmp_path / 'data'}", "generate.temperature=0",
+        "generate.n=1",
+    )  # fmt: skip
+    progress = Lines()
+    assert train.run(config, progress).step_zero.ok
+    assert any("its layers" in line and "are the base's" in line for line in progress.lines)
+    with pytest.raises(UserError, match="vLLM would answer as the base does"):
+        serve_config.plan(config)
+    generate.run(config, Silent())
+    plain = settings(
+        whole, whole / "base", "generate.engine=transformers", f"data={tmp_path / 'plain'}", "generate.temperature=0",
+        f"generate.prompts={tmp_path / 'data/val.jsonl'}", "generate.n=1",
+    )  # fmt: skip
+    generate.run(plain, Silent())
+    answers = [read_rows(folder / "completions.jsonl") for folder in (tmp_path / "data", tmp_path / "plain")]
+    assert [row["completions"] for row in answers[0]] == [row["completions"] for row in answers[1]]
