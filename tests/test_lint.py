@@ -320,7 +320,8 @@ def test_files_are_checked_and_a_cleaned_copy_is_written(tmp_path):
     assert [finding.severity for finding in result.findings] == ["error"] * 4
     assert result.findings[0].rows[0].where == f"{train}:22"
     assert "estimated" in result.tokens and "tokenizer" in lint(train, val, MAX_LENGTH, len).tokens
-    fixed = write_fixed(read_split(train, val), result.findings, tmp_path / "clean")
+    with read_split(train, val) as pairs:
+        fixed = write_fixed(pairs, result.findings, tmp_path / "clean")
     assert (fixed.train, fixed.val, fixed.dropped, fixed.moved) == (19, 5, 3, 0)
     assert lint(tmp_path / "clean/train.jsonl", tmp_path / "clean/val.jsonl", MAX_LENGTH).errors == 0
     assert (tmp_path / "clean/val.jsonl").read_bytes() == val.read_bytes()

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from dpo_cli.data.files import write_file
+from dpo_cli.data.files import explained, write_file
 from dpo_cli.errors import UserError
 
 FILE = "rejected-rows.jsonl"
@@ -89,7 +89,8 @@ class BadRows:
         """Write rejected-rows.jsonl, or take away one of before; returns its path where there is one."""
         path = folder / FILE
         if not self.rows:
-            path.unlink(missing_ok=True)
+            with explained(path):
+                path.unlink(missing_ok=True)
             return None
         write_file(path, (_encode(row) + b"\n" for row in self.rows), private=True)
         return str(path)

@@ -7,7 +7,7 @@ keeps a second writer out; on file systems without locks (GCS FUSE) there is non
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -34,6 +34,17 @@ def read_rows(path: Path, kind: type[T]) -> Iterator[tuple[int, T]]:
         UserError: `file:line` of the first line that is not such a record.
     """
     yield from _decode(path, kind, torn_end=True)
+
+
+def read_rows_at(path: Path, kind: type[T]) -> Iterator[tuple[int, int, T]]:
+    """As `read_rows`: (the byte at which the line begins, line number, row)."""
+    decode = msgspec.json.Decoder(kind).decode
+    start = 0
+    for first, lines in _blocks(path):
+        for number, line in enumerate(lines, first):
+            if (row := _decode_line(path, number, line, decode, torn_end=True)) is not None:
+                yield start, number, row
+            start += len(line)
 
 
 def read_latest(path: Path, kind: type[T]) -> dict[str, T]:
@@ -174,18 +185,23 @@ def _decode(path: Path, kind: type[T], torn_end: bool = False) -> Iterator[tuple
             yield from enumerate(rows, first)
             continue
         for number, line in enumerate(lines, first):
-            try:
-                if line.strip():
-                    yield number, decode(line)
-            except msgspec.ValidationError as error:
-                raise UserError(_explain(error), where=f"{path}:{number}") from None
-            except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-                # What a crash left of a row of ours begins as one; another file's only line is not to be cut off.
-                if torn_end and not line.endswith(b"\n") and line.startswith(b"{"):
-                    return
-                fault = decode_row(line)
-                reason, hint = (str(fault), fault.hint) if isinstance(fault, Fault) else (str(error), None)
-                raise UserError(reason, where=f"{path}:{number}", hint=hint) from None
+            if (row := _decode_line(path, number, line, decode, torn_end)) is not None:
+                yield number, row
+
+
+def _decode_line(path: Path, number: int, line: bytes, decode: Callable[[bytes], T], torn_end: bool) -> T | None:
+    """One row; None for a blank line, and with `torn_end` for a last line that is cut off."""
+    try:
+        return decode(line) if line.strip() else None
+    except msgspec.ValidationError as error:
+        raise UserError(_explain(error), where=f"{path}:{number}") from None
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        # What a crash left of a row of ours begins as one; another file's only line is not to be cut off.
+        if torn_end and not line.endswith(b"\n") and line.startswith(b"{"):
+            return None
+        fault = decode_row(line)
+        reason, hint = (str(fault), fault.hint) if isinstance(fault, Fault) else (str(error), None)
+        raise UserError(reason, where=f"{path}:{number}", hint=hint) from None
 
 
 def _blocks(path: Path) -> Iterator[tuple[int, list[bytes]]]:

@@ -4,8 +4,8 @@ Each rule takes the pairs and yields findings. Not covered: what a judge would s
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, pairwise
 
 from dpo_cli.analysis.lint.findings import Finding, Pair, error, warning
 from dpo_cli.data.records import Message, ToolCall, text_of
@@ -28,54 +28,68 @@ HEADER = re.compile(
     re.MULTILINE,
 )
 SIDES = ("chosen", "rejected")
+PROMPTS_KEPT = 1 << 14  # whose tokens are kept at hand
 
 
-def check_sides(pairs: Sequence[Pair]) -> Iterator[Finding]:
+def check_rows(pairs: Iterable[Pair], max_length: int, count_tokens: Callable[[str], int] | None) -> Iterator[Finding]:
+    """What every rule finds, one rule after the other; the pairs are read once."""
+    rules: list[Callable[[Pair], Iterator[Finding]]] = [
+        check_sides,
+        check_template,
+        check_thinking,
+        check_cut,
+        LengthRule(max_length, count_tokens).check,
+    ]
+    found: list[list[Finding]] = [[] for _ in rules]
+    for pair in pairs:
+        for own, rule in zip(found, rules, strict=True):
+            own.extend(rule(pair))
+    return chain.from_iterable(found)
+
+
+def check_sides(pair: Pair) -> Iterator[Finding]:
     """Sides without text, and pairs that prefer a text over itself."""
-    for pair in pairs:
-        empty = [side for side in SIDES if not text_of(getattr(pair.row, side)).strip()]
-        if empty:
-            yield error("empty-side", [pair], f"{' and '.join(empty)} without text")
-        elif pair.chosen_key == pair.rejected_key:
-            yield error("identical-sides", [pair], "chosen and rejected say the same")
+    empty = [side for side in SIDES if not text_of(getattr(pair.row, side)).strip()]
+    if empty:
+        yield error("empty-side", [pair], f"{' and '.join(empty)} without text")
+    elif pair.chosen_key == pair.rejected_key:
+        yield error("identical-sides", [pair], "chosen and rejected say the same")
 
 
-def check_cut(pairs: Sequence[Pair]) -> Iterator[Finding]:
+def check_cut(pair: Pair) -> Iterator[Finding]:
     """Pairs of which the token limit ended one side only; where that is not recorded, it can't be told."""
-    for pair in pairs:
-        ends = pair.row.chosen_finish_reason, pair.row.rejected_finish_reason
-        if None in ends or (ends[0] == "length") == (ends[1] == "length"):
-            continue
-        if ends[0] == "length":
-            yield error("cut-side", [pair], "chosen was cut by the token limit: it teaches to stop in mid-sentence")
-        else:
-            yield warning("cut-side", [pair], "rejected was cut by the token limit: the pair may teach length alone")
+    ends = pair.row.chosen_finish_reason, pair.row.rejected_finish_reason
+    if None in ends or (ends[0] == "length") == (ends[1] == "length"):
+        return
+    if ends[0] == "length":
+        yield error("cut-side", [pair], "chosen was cut by the token limit: it teaches to stop in mid-sentence")
+    else:
+        yield warning("cut-side", [pair], "rejected was cut by the token limit: the pair may teach length alone")
 
 
-def check_template(pairs: Sequence[Pair]) -> Iterator[Finding]:
+def check_template(pair: Pair) -> Iterator[Finding]:
     """What the chat template can't carry: its own tokens in a text, roles out of order, in prompts and in sides."""
-    for pair in pairs:
-        row = pair.row
-        for field in ("prompt", *SIDES):
-            tokens = {token for message in getattr(row, field) for token in CONTROL.findall(message["content"])}
-            if tokens:
-                yield error("template", [pair], f"{field} holds {', '.join(sorted(tokens))}")
-        fault = _roles(row.prompt)
+    row = pair.row
+    for field in ("prompt", *SIDES):
+        tokens = {token for message in getattr(row, field) for token in CONTROL.findall(message["content"])}
+        if tokens:
+            yield error("template", [pair], f"{field} holds {', '.join(sorted(tokens))}")
+    fault = _roles(row.prompt)
+    if fault:
+        yield error("template", [pair], fault)
+    for side in SIDES:
+        messages: list[Message] = getattr(row, side)
+        fault = _side_roles(messages)
         if fault:
-            yield error("template", [pair], fault)
-        for side in SIDES:
-            messages: list[Message] = getattr(row, side)
-            fault = _side_roles(messages)
-            if fault:
-                yield error("template", [pair], f"{side} {fault}")
-            elif any(message["role"] in ("user", "system") for message in messages):
-                yield warning("template", [pair], f"{side} holds a message that the model does not write")
-            header = HEADER.search(text_of(messages)) if messages else None
-            if header:
-                yield warning("template", [pair], f"{side} goes on to another turn: {header.group()!r}")
-        unread = sum(isinstance(call["function"].get("arguments"), str) for call in _calls(row.chosen))
-        if unread:
-            yield warning("template", [pair], "chosen calls a tool with arguments that are no JSON object")
+            yield error("template", [pair], f"{side} {fault}")
+        elif any(message["role"] in ("user", "system") for message in messages):
+            yield warning("template", [pair], f"{side} holds a message that the model does not write")
+        header = HEADER.search(text_of(messages)) if messages else None
+        if header:
+            yield warning("template", [pair], f"{side} goes on to another turn: {header.group()!r}")
+    unread = sum(isinstance(call["function"].get("arguments"), str) for call in _calls(row.chosen))
+    if unread:
+        yield warning("template", [pair], "chosen calls a tool with arguments that are no JSON object")
 
 
 def _calls(messages: Sequence[Message]) -> list[ToolCall]:
@@ -124,40 +138,49 @@ def _side_roles(messages: Sequence[Message]) -> str | None:
     return None
 
 
-def check_thinking(pairs: Sequence[Pair]) -> Iterator[Finding]:
+def check_thinking(pair: Pair) -> Iterator[Finding]:
     """Pairs of which one side alone thinks before it answers: what they teach is to think, or not to."""
-    for pair in pairs:
-        thinks = [side for side in SIDES if any(map(_thinks, getattr(pair.row, side)))]
-        if len(thinks) == 1:
-            yield warning("thinking", [pair], f"{thinks[0]} alone thinks before it answers")
+    thinks = [side for side in SIDES if any(map(_thinks, getattr(pair.row, side)))]
+    if len(thinks) == 1:
+        yield warning("thinking", [pair], f"{thinks[0]} alone thinks before it answers")
 
 
 def _thinks(message: Message) -> bool:
     return bool(message.get("reasoning_content")) or "</think>" in message["content"]
 
 
-def check_length(
-    pairs: Sequence[Pair], max_length: int, count_tokens: Callable[[str], int] | None
-) -> Iterator[Finding]:
-    """Pairs over `max_length` tokens, the chat template's own not counted."""
-    count, unit = (count_tokens, "tokens") if count_tokens else (estimate_tokens, "tokens (estimated)")
-    prompts: dict[str, tuple[int, int]] = {}
-    for pair in pairs:
-        if pair.prompt_key not in prompts:
+class LengthRule:
+    """Pairs over `max_length` tokens, the chat template's own not counted.
+
+    Args:
+        max_length: of prompt and completion together.
+        count_tokens: tokens of a text; None: estimated.
+    """
+
+    def __init__(self, max_length: int, count_tokens: Callable[[str], int] | None) -> None:
+        self._limit = max_length
+        self._count, self._unit = (count_tokens, "tokens") if count_tokens else (estimate_tokens, "tokens (estimated)")
+        self._prompts: dict[int, tuple[int, int]] = {}  # pairs of one prompt stand together, most often
+
+    def check(self, pair: Pair) -> Iterator[Finding]:
+        """What is too long of one pair."""
+        prompt, system = self._prompt(pair)
+        side = max(self._count(text_of(pair.row.chosen)), self._count(text_of(pair.row.rejected)))
+        if system + side > self._limit:
+            tokens = f"{system + side} {self._unit} without the conversation"
+            yield error("length", [pair], f"{tokens}; max_length is {self._limit}")
+        elif prompt + side > self._limit:
+            tokens = f"{prompt + side} {self._unit}"
+            yield warning("length", [pair], f"{tokens}; max_length is {self._limit}: the prompt loses its oldest part")
+
+    def _prompt(self, pair: Pair) -> tuple[int, int]:
+        """Tokens of a pair's prompt, and of its system messages."""
+        if pair.prompt_key not in self._prompts:
+            if len(self._prompts) == PROMPTS_KEPT:
+                self._prompts.clear()
             system = [message for message in pair.row.prompt if message["role"] == "system"]
-            prompts[pair.prompt_key] = count(text_of(pair.row.prompt)), count(text_of(system))
-        prompt, system_part = prompts[pair.prompt_key]
-        side = max(count(text_of(pair.row.chosen)), count(text_of(pair.row.rejected)))
-        if system_part + side > max_length:
-            yield error(
-                "length", [pair], f"{system_part + side} {unit} without the conversation; max_length is {max_length}"
-            )
-        elif prompt + side > max_length:
-            yield warning(
-                "length",
-                [pair],
-                f"{prompt + side} {unit}; max_length is {max_length}: the prompt loses its oldest part",
-            )
+            self._prompts[pair.prompt_key] = self._count(text_of(pair.row.prompt)), self._count(text_of(system))
+        return self._prompts[pair.prompt_key]
 
 
 def estimate_tokens(text: str) -> int:

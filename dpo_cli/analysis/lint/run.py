@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from dpo_cli.analysis.lint import corpus, rules
-from dpo_cli.analysis.lint.findings import Finding, Pair, SplitSide, read_pairs
+from dpo_cli.analysis.lint.findings import Finding, Pair, PairFiles, SplitSide
 from dpo_cli.analysis.lint.tokens import token_counter
 from dpo_cli.config.settings import Config
 from dpo_cli.data.files import write_files
@@ -76,7 +76,8 @@ def run(config: Config, folder: Path | None = None) -> Linted:
     found = lint(train, val, max_length, count_tokens)
     if folder is None:
         return Linted(lint=found, fixed=None, errors_left=found.errors)
-    fixed = write_fixed(read_split(train, val), found.findings, folder)
+    with read_split(train, val) as pairs:
+        fixed = write_fixed(pairs, found.findings, folder)
     copy = lint(Path(fixed.train_path), Path(fixed.val_path), max_length, count_tokens)
     return Linted(lint=found, fixed=fixed, errors_left=copy.errors)
 
@@ -100,28 +101,29 @@ def lint(
     Raises:
         UserError: train is missing, or `file:line` of a row that is no pair.
     """
-    pairs = read_split(train, val)
-    findings = check(pairs, max_length, count_tokens, length_bias)
+    with read_split(train, val) as pairs:
+        findings = check(pairs, max_length, count_tokens, length_bias)
+        longer_chosen = corpus.longer_chosen(pairs)
     severities = Counter(finding.severity for finding in findings)
-    sides = Counter(pair.side for pair in pairs)
+    sides = Counter(pair.side for pair in pairs.all_keys())
     return Lint(
         train=sides["train"],
         val=sides["val"],
         errors=severities["error"],
         warnings=severities["warning"],
         findings=findings,
-        longer_chosen=corpus.longer_chosen(pairs),
+        longer_chosen=longer_chosen,
         tokens="tokenizer" if count_tokens else f"estimated, {rules.CHARACTERS_PER_TOKEN} characters a token",
     )
 
 
-def read_split(train: Path, val: Path) -> list[Pair]:
-    """The pairs of both sides.
+def read_split(train: Path, val: Path) -> PairFiles:
+    """The pairs of both sides, to be opened.
 
     Raises:
         UserError: train is missing, or `file:line` of a row that is no pair.
     """
-    return read_pairs(train, "train") + (read_pairs(val, "val") if val.exists() else [])
+    return PairFiles({"train": train, "val": val} if val.exists() else {"train": train})
 
 
 def check(
@@ -132,11 +134,7 @@ def check(
 ) -> list[Finding]:
     """All findings, errors first, each rule's in the order of the rows."""
     findings = [
-        *rules.check_sides(pairs),
-        *rules.check_template(pairs),
-        *rules.check_thinking(pairs),
-        *rules.check_cut(pairs),
-        *rules.check_length(pairs, max_length, count_tokens),
+        *rules.check_rows(pairs, max_length, count_tokens),
         *corpus.check_contradictions(pairs),
         *corpus.check_duplicates(pairs),
         *corpus.check_leakage(pairs),
@@ -172,12 +170,12 @@ def fix(pairs: Sequence[Pair], findings: Iterable[Finding]) -> list[Pair]:
     )
 
 
-def _sides(pairs: Sequence[Pair]) -> dict[str, SplitSide]:
+def _sides(pairs: Sequence[Pair]) -> dict[int, SplitSide]:
     """The one side of each prompt: where most rows of its group are; in a tie val, which is the smaller one."""
     group_of = corpus.prompt_groups(pairs)
-    votes: Counter[tuple[str, SplitSide]] = Counter((group_of(pair), pair.side) for pair in pairs)
+    votes: Counter[tuple[int, SplitSide]] = Counter((group_of(pair), pair.side) for pair in pairs)
 
-    def side(group: str) -> SplitSide:
+    def side(group: int) -> SplitSide:
         return "train" if votes[group, "train"] > votes[group, "val"] else "val"
 
     return {pair.prompt_key: side(group_of(pair)) for pair in pairs}
