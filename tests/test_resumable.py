@@ -76,6 +76,15 @@ def test_a_file_that_is_refused_or_only_read_is_not_touched(tmp_path):
     assert [row["id"] for row in lines(path)] == ["a", "c"]
 
 
+@pytest.mark.parametrize("content", ['{"id": "a"}'.encode("utf-16"), b"\x1f\x8b\x08 gzip", b"id,text\na,b"])
+def test_a_file_of_another_kind_is_never_cut(tmp_path, content):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(UserError), Journal(path) as journal:
+        journal.append(Row("a"))
+    assert path.read_bytes() == content
+
+
 def test_a_dry_run_locks_and_makes_nothing(tmp_path):
     with Journal(tmp_path / "rows.jsonl"), Resumable(tmp_path / "rows.jsonl", Row, dry_run=True) as rows:
         assert rows.known == {}

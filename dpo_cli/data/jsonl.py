@@ -146,7 +146,7 @@ class Journal:
             return
         try:
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, PRIVATE)
-            _repair_tail(self._file)
+            _repair_tail(self._file, self.path)
         except OSError as error:
             raise disk_error(error, self.path) from error
 
@@ -219,8 +219,12 @@ def _blocks(path: Path) -> Iterator[tuple[int, list[bytes]]]:
             number += len(lines)
 
 
-def _repair_tail(file: int) -> None:
-    """Cut a torn last line; end with a newline one that is whole (no prefix of a JSON object is JSON)."""
+def _repair_tail(file: int, path: Path) -> None:
+    """Cut a torn last line; end with a newline one that is whole (no prefix of a JSON object is JSON).
+
+    Raises:
+        UserError: it is not the beginning of a row of ours, nor what a power cut leaves.
+    """
     size = os.lseek(file, 0, os.SEEK_END)
     start, tail = size, b""
     while start > 0 and b"\n" not in tail:
@@ -233,7 +237,9 @@ def _repair_tail(file: int) -> None:
     try:
         msgspec.json.decode(last)
         os.write(file, b"\n")
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeError):
+        if last.strip(b"\0") and not last.startswith(b'{"'[: len(last)]):
+            raise UserError("its last line is no row of ours", where=str(path), hint="move the file away") from None
         os.ftruncate(file, size - len(last))
 
 

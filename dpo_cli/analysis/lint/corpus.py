@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
-from dpo_cli.analysis.lint.findings import Finding, Keys, Pair, Selection, error, keys_of, warning
+from dpo_cli.analysis.lint.findings import Finding, Pair, PairKeys, Selection, error, keys_of, warning
 from dpo_cli.analysis.lint.rules import SIDES
 from dpo_cli.analysis.lint.similar import near_duplicates
 from dpo_cli.data.records import text_of
@@ -100,7 +100,7 @@ def check_near_leakage(pairs: Sequence[Pair]) -> Iterator[Finding]:
             yield warning("near-leakage", group, "almost the same prompt is in train and in val")
 
 
-def prompt_groups(pairs: Sequence[Pair]) -> Callable[[Keys | Pair], int]:
+def prompt_groups(pairs: Sequence[Pair]) -> Callable[[PairKeys | Pair], int]:
     """What names the group of near-same prompts that a pair's prompt is in."""
     keys = array("Q", (pair.prompt_key for pair in keys_of(pairs)))
     prompts = array("L", _first_of_each(held_out_first(pairs), keys, set()))
@@ -220,7 +220,7 @@ def _outliers(values: Sequence[float]) -> tuple[float, list[int]]:
 
 
 def _groups(
-    pairs: Sequence[Pair], key: Callable[[Keys | Pair], object], order: Sequence[int] | None = None
+    pairs: Sequence[Pair], key: Callable[[PairKeys | Pair], object], order: Sequence[int] | None = None
 ) -> Iterator[list[Pair]]:
     """Groups of two or more pairs of one key, by their first; `order` are all indices, unset: as they stand."""
     hashes = array("q", (hash(key(keys)) for keys in keys_of(pairs)))

@@ -31,7 +31,7 @@ class Pair(Struct, kw_only=True, frozen=True):
     rejected_key: int
 
 
-class Keys(NamedTuple):
+class PairKeys(NamedTuple):
     """What tells a pair from others: its side of the split, and keys as `Pair` has them."""
 
     side: SplitSide
@@ -131,10 +131,10 @@ class PairFiles(Sequence[Pair]):
             rejected_key=self._rejected[index],
         )
 
-    def all_keys(self) -> Iterator[Keys]:
+    def all_keys(self) -> Iterator[PairKeys]:
         """What tells the pairs from each other, without reading them."""
         for side, *keys in zip(self._side, self._prompt, self._chosen, self._rejected, strict=True):
-            yield Keys(self._sides[side], *keys)
+            yield PairKeys(self._sides[side], *keys)
 
 
 class Selection(Sequence[Pair]):
@@ -159,7 +159,7 @@ class Selection(Sequence[Pair]):
         return self._pairs[self._indices[index]]
 
 
-def keys_of(pairs: Sequence[Pair]) -> "Iterable[Keys | Pair]":
+def keys_of(pairs: Sequence[Pair]) -> "Iterable[PairKeys | Pair]":
     """What tells pairs from each other; of pairs in files without reading them again."""
     return pairs.all_keys() if isinstance(pairs, PairFiles) else pairs
 
