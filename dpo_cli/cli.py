@@ -576,6 +576,7 @@ def evaluate(
     from dpo_cli.stages.evaluate import harness as harness_tasks
     from dpo_cli.stages.evaluate import quiz as questions
     from dpo_cli.stages.evaluate import run as stage
+    from dpo_cli.stages.evaluate.gates import refusals
 
     if sum((dry_run, quiz is not None, harness is not None, scales is not None)) > 1:
         message = "--dry-run is of the comparison, --quiz, --harness and --scales are in its place"
@@ -609,7 +610,7 @@ def evaluate(
         return Exit.FAILED
     else:
         session.suggest("nothing-dpo inspect evaluation --browse")
-    return None if all(gate.ok for gate in result.gates.values()) else Exit.GATE
+    return Exit.GATE if refusals(result.gates) else None
 
 
 @command(

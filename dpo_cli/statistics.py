@@ -56,7 +56,10 @@ def bootstrap(values: Sequence[float], resamples: int, seed: int, confidence: fl
 
 
 def wilson(count: float, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Score interval of a share (Wilson 1927, doi:10.1080/01621459.1927.10502953); all of it if n is 0."""
+    """Score interval of a share (Wilson 1927, doi:10.1080/01621459.1927.10502953); all of it if n is 0.
+
+    A count may have halves: those of ties.
+    """
     if n == 0:
         return 0.0, 1.0
     z = quantile(confidence)

@@ -7,7 +7,7 @@ from statistics import fmean
 import pytest
 
 from dpo_cli.stages.evaluate.win_rate import PRIOR_SD, distinct, length_controlled_win_rate
-from dpo_cli.statistics import Interval
+from dpo_cli.statistics import wilson
 
 
 def logistic(x: float) -> float:
@@ -65,7 +65,8 @@ def test_the_samples_of_one_prompt_are_no_independent_evidence():
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_where_all_are_alike_there_is_nothing_to_fit(share):
-    assert length_controlled_win_rate([[(share, x)] for x in (-9.0, 0.0, 50.0)]) == Interval(share, share, share, n=3)
+    found = length_controlled_win_rate([[(share, x)] for x in (-9.0, 0.0, 50.0)])
+    assert (found.value, found.low, found.high) == (share, *wilson(3 * share, 3))
 
 
 def test_lengths_that_tell_all_leave_it_finite():

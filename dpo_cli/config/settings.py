@@ -283,6 +283,9 @@ class GateSection(Struct, kw_only=True):
     retreat: Annotated[
         bool, _doc("Stop at the first evaluation over the limit, and scale the adapter back to exactly the limit.")
     ] = False
+    forgetting: Annotated[
+        NonNegative, _doc("Nats a token that evaluate's forgetting texts may become less likely.")
+    ] = 0.1
     adaptive_beta: Annotated[bool, _doc("Steer beta towards kl_target at each evaluation.")] = False
     kl_target: Annotated[Positive, _doc("KL that adaptive_beta aims at, in nats a token.")] = 0.05
     patience: Annotated[
@@ -331,6 +334,12 @@ class EvaluateSection(Struct, kw_only=True):
         bool, _doc("Also by an endpoint, one request at a time; vLLM on a CPU dies of it beside others.")
     ] = False
     rate: Annotated[bool, _doc("Also have each completion rated by itself, from 1 to 10.")] = True
+    general: Annotated[
+        str | None, _doc("Prompt-completion rows of what must not be forgotten; measured on base and adapters here.")
+    ] = None
+    forgetting_rows: Annotated[
+        int, Meta(ge=0), _doc("Rows of those, and of what SFT held out, that are measured; 0: none.")
+    ] = 64
     gate: Annotated[
         str | list[str] | None, _doc("win-rate>X, or length-controlled-win-rate>X: what the interval must clear.")
     ] = None

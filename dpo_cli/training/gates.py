@@ -54,7 +54,8 @@ def compared(found: Interval, limit: float, above: bool = True) -> Gate:
     """The gate that asks for a value above its limit, or below it."""
     sure, refuted = (found.low > limit, found.high < limit) if above else (found.high < limit, found.low > limit)
     ok = True if sure else False if refuted else None
-    return Gate(found.value, limit, ok, (found.low, found.high), _more(found, limit, above) if ok is None else None)
+    interval = (found.low, found.high) if math.isfinite(found.low) and math.isfinite(found.high) else None
+    return Gate(found.value, limit, ok, interval, _more(found, limit, above) if ok is None else None)
 
 
 def _more(found: Interval, limit: float, above: bool) -> int | None:
@@ -100,9 +101,8 @@ def check_gates(stage: Stage, rows: Sequence[dict[str, Any]], config: Config, he
         gates["held_out_accuracy"] = compared(correct, 0.5)
     if KL in last:
         kl = _interval(last, KL, config.train.kl_prompts, confidence)
-        gates["kl_nats_per_token"] = Gate(
-            kl.value, config.gate.kl_limit, kl.value <= config.gate.kl_limit, (max(0.0, kl.low), kl.high)
-        )
+        interval = (max(0.0, kl.low), kl.high) if math.isfinite(kl.high) else None
+        gates["kl_nats_per_token"] = Gate(kl.value, config.gate.kl_limit, kl.value <= config.gate.kl_limit, interval)
     return gates
 
 
@@ -158,9 +158,7 @@ def open_gates(gates: Mapping[str, Gate]) -> list[str]:
 
 def numbers(gate: Gate) -> str:
     """Value, interval, where it is known, and limit, in words."""
-    interval = ""
-    if gate.interval is not None and all(map(math.isfinite, gate.interval)):
-        interval = f" [{gate.interval[0]:.4g}, {gate.interval[1]:.4g}]"
+    interval = f" [{gate.interval[0]:.4g}, {gate.interval[1]:.4g}]" if gate.interval else ""
     return f"{gate.value:.4g}{interval}, limit {gate.limit:.4g}"
 
 

@@ -7,6 +7,7 @@ nothing. Not covered: guards on several GPUs, whose numbers would have to be gat
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import combinations
 from statistics import median
 from typing import Any
 
@@ -22,6 +23,7 @@ MARGIN = "eval_rewards/margins"
 BETA_FACTOR = 2.0
 ADAPT_RATE = 0.1  # of beta, at an evaluation
 BETA_RANGE = 10.0  # adaptive beta stays within this factor of what was set
+STEADY = 8  # logs that a steady rise is told from
 RECENT = 5  # logs that a spike is compared with
 
 
@@ -84,9 +86,20 @@ def after_log(
     found: list[GuardFinding | None] = []
     if len(before) > 1 and losses[-1] > max(gate.loss_spike * median(before), LN2):
         found.append(_warn(state, "loss_spike", {"loss": losses[-1], "before": median(before)}))
+    elif rises_steadily(losses[1:][-STEADY:]) and losses[-1] > LN2:
+        found.append(_warn(state, "loss_rises", {"loss": losses[-1], "before": losses[1:][-STEADY]}))
     if len(trained) == len(rows):
         found += [_warn(state, name, details) for name, details in _symptoms(trained[-1], gate, beta, "")]
     return [finding for finding in found if finding is not None]
+
+
+def rises_steadily(values: Sequence[float]) -> bool:
+    """Whether numbers go up by Mann and Kendall's test at about 0.1%; of fewer than `STEADY` nobody can tell."""
+    n = len(values)
+    if n < STEADY:
+        return False
+    ups = sum((later > earlier) - (later < earlier) for earlier, later in combinations(values, 2))
+    return ups - 1 > 3.09 * math.sqrt(n * (n - 1) * (2 * n + 5) / 18)
 
 
 def after_nan(state: GuardState, gate: GateSection) -> GuardFinding:

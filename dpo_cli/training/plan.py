@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 from msgspec import Struct
+from msgspec.structs import replace
 
 from dpo_cli.config.settings import WARMUP, PlanSection, TrainingSection, TrainSection
 from dpo_cli.errors import UserError
@@ -25,6 +26,9 @@ ACTIVATION = 143.9e3 / (3072 + 8192)
 CONTEXT_GB = 0.8
 HEAD_CHUNK = 32768  # of the vocabulary: TRL's, float32 logits of one chunk at a time
 WARMUP_SHARE, FEW_PAIRS, LONGER_SHARE = 0.15, 500, 0.6
+# Memory that cards really give, in GB, the smallest first.
+CARDS = {"L4": 23.6, "L40S": 46.0, "A100-80GB": 81.0, "H100": 81.0, "H200": 141.0, "B200": 180.0}
+LARGEST = "H200"
 HIGH_RATE = {"lora": 1e-4, "full": 5e-6}  # at beta 0.1; lower betas bear less
 
 
@@ -100,7 +104,7 @@ class Plan(Struct, kw_only=True):
     """What a run will need.
 
     `tokens` are those that go through the policy, `largest` those of the largest forward, `forward` says how it is
-    laid out; `memory_gb` is by part, `usd` by backend.
+    laid out; `memory_gb` is by part, `usd` by backend; `sizes` says where the base's sizes are from.
     """
 
     pairs: int
@@ -121,6 +125,7 @@ class Plan(Struct, kw_only=True):
     hours: float
     usd: dict[str, float]
     warnings: list[str]
+    sizes: str = ""
 
 
 class TokenLengths(Struct):
@@ -262,7 +267,9 @@ def make(
         usd={"modal": hours * plan.modal_usd_per_hour, "gke": hours * plan.gke_usd_per_hour, "local": 0.0},
         warnings=[],
     )
-    result.warnings = list(_warnings(result, section, warmup, lengths))
+    four_bit = replace(section, load_in_4bit=True, gradient_checkpointing=True)
+    quantised = sum(memory_gb(four_bit, shape, adapter, largest, scored).values())
+    result.warnings = list(_warnings(result, section, warmup, lengths, quantised))
     return result
 
 
@@ -303,8 +310,15 @@ def line(plan: Plan) -> str:
     return (
         f"plan: {plan.steps} steps on {plan.pairs} pairs ({plan.held_out} held out), {plan.tokens:,} tokens, "
         f"{plan.forward}, {evaluations}; on a GPU about {plan.total_gb:.1f} of {plan.card_gb:g} GB "
-        f"and {plan.hours:.2f} hours, ${plan.usd['modal']:.2f}"
+        f"and {duration(plan.hours)}, ${plan.usd['modal']:.2f}"
     )
+
+
+def duration(hours: float) -> str:
+    """Hours, or minutes where they are less than one."""
+    if hours >= 1:
+        return f"{hours:.1f} hours"
+    return "less than a minute" if hours < 1 / 60 else f"{hours * 60:.0f} minutes"
 
 
 def memory_gb(
@@ -333,7 +347,30 @@ def memory_gb(
     return {name: size / 1e9 for name, size in parts.items()} | {"context": CONTEXT_GB}
 
 
-def _warnings(plan: Plan, section: TrainSection, warmup: int, lengths: Sequence[TokenLengths]) -> Any:
+def _to_fit(plan: Plan, section: TrainSection, quantised_gb: float) -> str:
+    """What makes a run fit: fewer tokens a forward, else 4-bit weights, else another card, else several."""
+    moving = sum(plan.memory_gb[name] for name in ("activations", "temporaries", "logits"))
+    resting = plan.total_gb - moving
+    if resting < plan.card_gb:
+        return (
+            f"set train.tokens_per_batch to less than the {plan.largest:,} tokens of the largest forward, or "
+            f"train.per_device_train_batch_size to less than {section.per_device_train_batch_size}"
+        )
+    said = f"{resting:.1f} GB are there before the first token"
+    if not section.full and not section.load_in_4bit and quantised_gb < plan.card_gb:
+        return f"{said}: --preset l4-qlora, with the base in 4 bits, needs {quantised_gb:.1f} GB"
+    card = next((name for name, size in CARDS.items() if plan.total_gb <= size), None)
+    if card is not None:
+        return f"{said}: another card, such as {card} ({CARDS[card]:g} GB): --gpu {card}, and plan.gpu_memory_gb here"
+    if section.full:
+        count = math.ceil(plan.total_gb / CARDS[LARGEST])
+        return f"{said}: several cards, which share all weights: --gpu {LARGEST} --gpus {count}"
+    return f"{said}: no card holds it, and several do not help, since each holds the whole base: a smaller base"
+
+
+def _warnings(
+    plan: Plan, section: TrainSection, warmup: int, lengths: Sequence[TokenLengths], quantised_gb: float
+) -> Any:
     """Each names the number to change."""
     if plan.warmup_share > WARMUP_SHARE:
         now = f"now {section.warmup_ratio:g}" if section.warmup_ratio is not None else f"now {warmup} steps"
@@ -361,8 +398,4 @@ def _warnings(plan: Plan, section: TrainSection, warmup: int, lengths: Sequence[
             f"their prompts lose their oldest part; the longest is {max(row.longest() for row in lengths)}"
         )
     if not plan.fits:
-        yield (
-            f"{plan.total_gb:.1f} GB do not fit into {plan.card_gb:g} GB: set train.tokens_per_batch to less than the "
-            f"{plan.largest:,} tokens of the largest forward, or train.per_device_train_batch_size to less than "
-            f"{section.per_device_train_batch_size}"
-        )
+        yield f"{plan.total_gb:.1f} GB do not fit into {plan.card_gb:g} GB: {_to_fit(plan, section, quantised_gb)}"

@@ -1,7 +1,7 @@
 """What a run would need, from the files at hand: reads rows, base and adapter, and asks `plan.py`.
 
 Reads train.jsonl, val.jsonl, the base's config.json and tokenizer.json, and the adapter. Writes nothing, downloads
-nothing, and needs no torch.
+at most a config.json, and needs no torch.
 """
 
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from dpo_cli.errors import UserError
 from dpo_cli.training import plan
 from dpo_cli.training.encode import Sequences
 from dpo_cli.training.inputs import TrainingRow, read_inputs
+from dpo_cli.training.known_shapes import shape_of
 from dpo_cli.training.plan import Plan, Shape, TokenLengths
 
 # What the table of presets is reckoned for where there are no files: Llama 3.2 3B, 1,000 pairs of 600 + 150 tokens.
@@ -45,15 +46,11 @@ def run(config: Config, data: Path | None = None, limit: int | None = None) -> P
     """The plan of `train` with these settings.
 
     Raises:
-        UserError: bad input, or the base is not on this machine.
+        UserError: bad input, or nothing is known of the base.
     """
     inputs = read_inputs(config, "dpo", data, limit)
-    folder = find_base(config.model.base)
-    if folder is None:
-        raise UserError(
-            "the base model is not on this machine", where=config.model.base, hint="set model.base to a folder"
-        )
-    count, counted_by = plan.token_count_or_estimate(folder)
+    shape, sizes = shape_of(config.model.base)
+    count, counted_by = plan.token_count_or_estimate(find_base(config.model.base) or Path("nowhere"))
 
     def lengths(rows: Sequence[TrainingRow]) -> list[TokenLengths]:
         return [
@@ -61,15 +58,17 @@ def run(config: Config, data: Path | None = None, limit: int | None = None) -> P
             for row in rows
         ]
 
-    return plan.make(
+    made = plan.make(
         config.train,
         config.plan,
-        plan.read_shape(folder),
+        shape,
         _adapter(config),
         lengths(inputs.rows),
         lengths(inputs.held_out),
         counted_by,
     )
+    made.sizes = sizes
+    return made
 
 
 def of_encoded(config: Config, base: Path, rows: Sequence[Sequences], held_out: Sequence[Sequences]) -> Plan:
@@ -83,8 +82,10 @@ def of_encoded(config: Config, base: Path, rows: Sequence[Sequences], held_out: 
 
 def presets(config: Config) -> list[Cost]:
     """What every preset costs, on this base if it is here and a usual 3B model else, for 1,000 usual pairs."""
-    folder = find_base(config.model.base)
-    shape = plan.read_shape(folder) if folder else USUAL_SHAPE
+    try:
+        shape, _ = shape_of(config.model.base)
+    except UserError:
+        shape = USUAL_SHAPE
     costs = []
     for name, settings in PRESETS.items():
         chosen = resolve(preset=name, environment={}, file=Path("/dev/null")).config

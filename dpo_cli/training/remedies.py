@@ -92,10 +92,23 @@ REMEDIES = {
         ("train the SFT adapter first: train --stage sft", "raise train.learning_rate with care", "lower train.beta",
          "raise pair.min_gap and generate.temperature, for pairs that differ"),
     ),
+    "too_conservative": Remedy(
+        "the policy writes almost as the reference does",
+        ("beta too high", "learning rate too low", "rejected is too much like chosen"),
+        ("lower train.beta", "raise train.learning_rate: train --auto finds one", "add more diverse chosen completions",
+         "raise pair.min_gap, for pairs that differ"),
+    ),
+    "loss_rises": Remedy(
+        "the training loss rises steadily",
+        ("learning rate too high", "warmup too short", "pairs contradict each other"),
+        ("halve train.learning_rate", "set train.warmup_ratio = 0.2", "look at the pairs: inspect pairs --lint"),
+    ),
     "forgetting": Remedy(
         "the model has lost what it could do besides",
         ("beta too low", "too many steps", "pairs of one kind alone"),
-        ("raise train.beta", "add pairs of the other abilities", "train an adapter instead of --set train.full=true"),
+        ("raise train.beta", "halve train.learning_rate", "add pairs of the other abilities",
+         "evaluate --scales 0.5,1 --pick, for a point nearer to the SFT adapter",
+         "train an adapter instead of --set train.full=true"),
     ),
 }  # fmt: skip
 

@@ -149,6 +149,11 @@ def evaluated(console: Console, result: "Evaluation") -> None:
     if result.receipt is not None:
         receipt(table, result.receipt)
         table.add_row("all in all", dollars(result.usd))
+    if result.repetition is not None:
+        table.add_row("repetition", f"{percent(result.repetition.reference)} → {percent(result.repetition.policy)}")
+    for name, lost in result.forgetting.items():
+        text = f"{lost.reference:.3f} → {lost.policy:.3f} nats a token · {lost.rows:,} rows of {lost.source}"
+        table.add_row(name.removeprefix("forgetting_") + " texts", safe(text))
     for name, gate in result.gates.items():
         table.add_row(name, gate_line(gate))
     for finding in result.findings:

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_cli.config.resolve import Setting
+from dpo_cli.training.plan import duration
 from dpo_cli.training.remedies import GUIDE, REMEDIES
 from dpo_cli.view.braille import bar, interval
 from dpo_cli.view.pairs import LABEL
@@ -30,8 +31,10 @@ def plan(console: Console, plan: "Plan") -> None:
     facts.add_row("pairs", f"{plan.pairs:,} · {plan.held_out:,} held out")
     facts.add_row("steps", f"{plan.steps:,} · warmup {percent(plan.warmup_share)} · {plan.evaluations:,} evaluations")
     facts.add_row("tokens", f"{plan.tokens:,} · longest row {plan.longest:,} · counted by {plan.counted_by}")
+    if plan.sizes:
+        facts.add_row("base", safe(f"sizes from {plan.sizes}"))
     facts.add_row("forward", safe(f"{plan.forward} · the largest has {plan.largest:,} tokens"))
-    facts.add_row("hours", f"{plan.hours:.2f}, at an assumed utilization")
+    facts.add_row("time", f"{duration(plan.hours)}, at an assumed utilization")
     facts.add_row("dollars", " · ".join(f"{name} {dollars(usd)}" for name, usd in plan.usd.items()))
     memory = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
     for header, side in (("memory", "left"), ("GB", "right"), ("", "left")):
@@ -48,7 +51,7 @@ def plan(console: Console, plan: "Plan") -> None:
 def presets(console: Console, costs: "Sequence[Cost]") -> None:
     """Every preset: what it sets and what it costs."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
-    for header, side in (("preset", "left"), ("GB", "right"), ("steps", "right"), ("hours", "right"), ("$", "right")):
+    for header, side in (("preset", "left"), ("GB", "right"), ("steps", "right"), ("time", "right"), ("$", "right")):
         table.add_column(header, justify=side, no_wrap=True)  # type: ignore[arg-type]
     table.add_column("sets, and where it is from")
     for cost in costs:
@@ -57,7 +60,7 @@ def presets(console: Console, costs: "Sequence[Cost]") -> None:
             Text(cost.name, "cyan"),
             Text(f"{cost.memory_gb:.1f}", "" if cost.fits else "bold red"),
             f"{cost.steps:,}",
-            f"{cost.hours:.2f}",
+            duration(cost.hours),
             f"{cost.usd:.2f}",
             safe(sets or "the defaults", "cyan").append_text(safe(f"\n{cost.note}\n", "dim")),
         )

@@ -27,6 +27,7 @@ from dpo_cli.jobs import launch
 from dpo_cli.progress import Progress
 from dpo_cli.stages import generate, judge, serve_config
 from dpo_cli.stages.evaluate import run as evaluate
+from dpo_cli.stages.evaluate.gates import refusals
 from dpo_cli.stages.evaluate.results import Evaluation
 from dpo_cli.stages.pair import run as pair
 from dpo_cli.stages.serve_config.server import ensure_served
@@ -193,9 +194,8 @@ class _Stages:
         self._tolerate("evaluate", made.evaluation.failed, made.evaluation.n, made.evaluation.errors)
         self._refuse_waiting(made.evaluation.waiting)
         self._write()
-        for name, gate in made.evaluation.gates.items():
-            if not gate.ok:
-                return self._stop(describe(name, gate, "held-out prompts"))
+        for name in refusals(made.evaluation.gates):
+            return self._stop(describe(name, made.evaluation.gates[name], "held-out prompts"))
         if made.evaluation.interval[1] < EVEN:
             return self._stop(f"it loses to what it started from: win rate {made.evaluation.win_rate:.3f}")
         return self._stop(None)

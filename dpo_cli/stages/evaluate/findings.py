@@ -6,14 +6,18 @@ from statistics import fmean
 from dpo_cli.analysis.prompt_injection import suspicious
 from dpo_cli.data.records import Compared
 from dpo_cli.stages.evaluate.results import EVEN, Evaluation
+from dpo_cli.training.remedies import REMEDIES
 
 MANY_FLIPS = 0.3  # of the comparisons; then the judge hardly tells the two apart
 LONGER = 1.2  # times
+REPEATS = 0.05  # of a completion's 4-grams
+TIMID = 0.01  # nats a token
 
 
 def find(result: Evaluation, rows: Sequence[Compared]) -> list[str]:
     """What stands out; empty if nothing does."""
-    return [*_position(result), *_length(result), *_texts(result, rows), *_adapters(result)]
+    found = [*_position(result), *_length(result), *_texts(result, rows), *_adapters(result)]
+    return [*found, *_forgotten(result), *_remedies(result)]
 
 
 def _position(result: Evaluation) -> Iterator[str]:
@@ -47,6 +51,34 @@ def _texts(result: Evaluation, rows: Sequence[Compared]) -> Iterator[str]:
     same = fmean(fmean(text in row.reference for text in row.policy) for row in rows)
     if same > EVEN:
         yield f"{same:.0%} of the policy's completions are word for word the reference's."
+
+
+def _forgotten(result: Evaluation) -> Iterator[str]:
+    for one in result.forgetting.values():
+        change = one.change
+        if change.low > 0:
+            yield (
+                f"{one.source} has become less likely by {change.value:.3f} nats a token "
+                f"[{change.low:.3f}, {change.high:.3f}], of {one.reference:.3f}."
+            )
+    sides = result.repetition
+    if sides is not None and sides.policy > sides.reference + REPEATS:
+        yield f"The policy repeats itself: {sides.policy:.0%} of its 4-grams; the reference {sides.reference:.0%}."
+
+
+def _remedies(result: Evaluation) -> Iterator[str]:
+    """What to change, by symptom, where the result is no better or something was forgotten."""
+    if any(name.startswith("forgetting") and gate.ok is False for name, gate in result.gates.items()):
+        yield _remedy("forgetting")
+    if result.interval[0] > EVEN:
+        return
+    timid = result.kl is not None and result.kl.nats_per_token < TIMID
+    yield _remedy("too_conservative" if timid else "no_effect")
+
+
+def _remedy(name: str) -> str:
+    remedy = REMEDIES[name]
+    return f"{name.replace('_', ' ').capitalize()}: {remedy.symptom}. Try: {'; '.join(remedy.remedies)}."
 
 
 def _adapters(result: Evaluation) -> Iterator[str]:

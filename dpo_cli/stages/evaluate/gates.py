@@ -34,3 +34,8 @@ def check_gates(gates: Mapping[str, float], rates: Sequence[Interval], whole: bo
     """Each gate against the rates, which are in the order of `NAMES`; none is passed before the result is whole."""
     found = {name: compared(rate, gates[name]) for name, rate in zip(NAMES, rates, strict=True) if name in gates}
     return found if whole else {name: Gate(gate.value, gate.limit, None, gate.interval) for name, gate in found.items()}
+
+
+def refusals(gates: Mapping[str, Gate]) -> list[str]:
+    """Gates that say no: each that fails, and each that was asked for and is not shown."""
+    return [name for name, gate in gates.items() if gate.ok is False or (gate.ok is None and name in NAMES)]

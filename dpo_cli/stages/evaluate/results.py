@@ -6,6 +6,7 @@ from msgspec import Struct, field
 
 from dpo_cli.endpoint.costs import Estimate, Receipt
 from dpo_cli.stages.evaluate.divergence import Divergence
+from dpo_cli.stages.evaluate.forgetting import Forgetting
 from dpo_cli.statistics import Interval
 from dpo_cli.training.gates import Gate
 
@@ -37,7 +38,9 @@ class Evaluation(Struct, kw_only=True):
     interval by prompt; `length_controlled_win_rate` is what it would be at equal lengths. `scores` are mean ratings of
     single answers, None where the judge gives none; `lengths` mean lengths in characters, `distinct` distinct-n by n;
     `kl` is None for the reason in `no_kl`. Prompts without a result are left out: `failed` of them. `skipped` and
-    `errors` count what was asked in vain, by reason: the judge's own, and those that the next run tries again;
+    `errors` count what was asked in vain, by reason: the judge's own, and those that the next run tries again.
+    `repetition` is the mean share of a completion's 4-grams that it has had before; `forgetting` what other texts have
+    lost, by gate.
     `waiting` requests are in batches that have not ended. `usd` is what all of this has cost, in former runs too, and
     `receipt` what this run has paid. `sides` and `judge` say what was compared, and by whom.
     """
@@ -66,6 +69,8 @@ class Evaluation(Struct, kw_only=True):
     sides: dict[str, dict[str, Any]]
     judge: dict[str, Any]
     no_kl: str = ""
+    repetition: Sides | None = None
+    forgetting: dict[str, Forgetting] = field(default_factory=dict)
     findings: list[str] = field(default_factory=list)
 
 

@@ -24,6 +24,7 @@ from dpo_cli.data.records import Compared, Completions, Prompt
 from dpo_cli.endpoint.responses import ADVICE
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Progress
+from dpo_cli.stages.evaluate import forgetting
 from dpo_cli.stages.evaluate.divergence import Divergence, Unmeasurable, measure
 from dpo_cli.stages.evaluate.findings import find
 from dpo_cli.stages.evaluate.gates import check_gates, read_gates
@@ -53,7 +54,7 @@ from dpo_cli.stages.evaluate.sampling import (
     owed,
     sample,
 )
-from dpo_cli.stages.evaluate.win_rate import distinct, length_controlled_win_rate
+from dpo_cli.stages.evaluate.win_rate import distinct, length_controlled_win_rate, repetition, share_of_wins
 from dpo_cli.statistics import bootstrap
 from dpo_cli.training.fold import folded
 
@@ -130,9 +131,11 @@ def run(config: Config, progress: Progress, limit: int | None = None, fresh: boo
         raise _nothing(answers, bench)
     write_rows(path, sorted(rows, key=_gain))
 
+    level = config.gate.confidence
+    forgotten = forgetting.measure(config, progress)
     rates = [
-        bootstrap([row.win for row in rows], config.evaluate.bootstrap, config.evaluate.seed),
-        length_controlled_win_rate([comparisons[row.id].points for row in rows]),
+        share_of_wins([row.win for row in rows], config.evaluate.bootstrap, config.evaluate.seed, level),
+        length_controlled_win_rate([comparisons[row.id].points for row in rows], level),
     ]
     result = Evaluation(
         win_rate=rates[0].value,
@@ -150,7 +153,10 @@ def run(config: Config, progress: Progress, limit: int | None = None, fresh: boo
         position=_positions(bench),
         kl=kl,
         no_kl=no_kl,
-        gates=check_gates(gates, rates, whole=not bench.waiting),
+        repetition=Sides(*(repetition(_texts(rows, name)) for name in (REFERENCE, POLICY))),
+        forgetting=forgotten,
+        gates=check_gates(gates, rates, whole=not bench.waiting)
+        | forgetting.gates_of(forgotten, config.gate.forgetting),
         failed=len(prompts) - len(rows),
         skipped=reasons(one.skipped for one in bench.heard.values()),
         errors=reasons([reason for answer in answers for reason in answer.failed])

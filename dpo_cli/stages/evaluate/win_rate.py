@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
-from dpo_cli.statistics import Interval, quantile
+from dpo_cli.statistics import CONFIDENCE, Interval, bootstrap, quantile, wilson
 
 PRIOR_SD = 3.0  # of the length coefficient: a weak pull to 0, so that it stays finite where length tells all
 STEPS, LONGEST_STEP = 100, 1.0  # of Newton's method
@@ -20,7 +20,7 @@ def win_rate(reference: Sequence[float], policy: Sequence[float]) -> float:
     return wins / (len(policy) * len(reference))
 
 
-def length_controlled_win_rate(prompts: Sequence[Sequence[LengthPoint]]) -> Interval:
+def length_controlled_win_rate(prompts: Sequence[Sequence[LengthPoint]], confidence: float = CONFIDENCE) -> Interval:
     """The win rate that would be if both sides wrote at the same length (AlpacaEval 2, arXiv:2404.04475).
 
         logit P(policy wins) = θ + φ · tanh(Δ / σ)      LC win rate = 1 / (1 + exp(−θ))
@@ -34,11 +34,12 @@ def length_controlled_win_rate(prompts: Sequence[Sequence[LengthPoint]]) -> Inte
 
     Args:
         prompts: the comparisons of each prompt; prompts weigh the same.
+        confidence: level of the interval.
     """
     points = [(won, longer, 1 / len(own)) for own in prompts for won, longer in own]
     first = points[0][0]
     if all(won == first for won, _, _ in points):
-        return Interval(first, first, first, n=len(prompts))
+        return Interval(first, *wilson(first * len(prompts), len(prompts), confidence), n=len(prompts))
     mean = fmean(longer for _, longer, _ in points)
     spread = math.sqrt(fmean((longer - mean) ** 2 for _, longer, _ in points))
     rows = [(won, math.tanh(longer / spread) if spread else 0.0, weight) for won, longer, weight in points]
@@ -61,8 +62,10 @@ def length_controlled_win_rate(prompts: Sequence[Sequence[LengthPoint]]) -> Inte
     bread = (c / determinant, -b / determinant)  # the first row of the inverse
     variance = sum(bread[i] * scatter[i][j] * bread[j] for i in range(2) for j in range(2))
     error = math.sqrt(max(0.0, variance) * len(prompts) / max(1, len(prompts) - 1))
-    reach = quantile() * error
-    return Interval(_logistic(theta), _logistic(theta - reach), _logistic(theta + reach), n=len(prompts))
+    reach = quantile(confidence) * error
+    return Interval(
+        _logistic(theta), _logistic(theta - reach), _logistic(theta + reach), n=len(prompts), confidence=confidence
+    )
 
 
 def distinct(texts: Sequence[str], size: int) -> float:
@@ -77,6 +80,27 @@ def distinct(texts: Sequence[str], size: int) -> float:
         for gram in zip(*(words[start:] for start in range(size)), strict=False)
     ]
     return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def repetition(texts: Sequence[str], size: int = 4) -> float:
+    """Mean share of a text's n-grams of words that it has had before; texts too short to have two count as 0."""
+    shares = []
+    for text in texts:
+        words = text.lower().split()
+        grams = list(zip(*(words[start:] for start in range(size)), strict=False))
+        shares.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
+    return fmean(shares) if shares else 0.0
+
+
+def share_of_wins(wins: Sequence[float], resamples: int, seed: int, confidence: float = CONFIDENCE) -> Interval:
+    """Mean of the wins with its bootstrap interval, by prompt.
+
+    Where all prompts are alike a bootstrap has no width, however few they are: then it is Wilson's interval.
+    """
+    found = bootstrap(wins, resamples, seed, confidence)
+    if found.low < found.high:
+        return found
+    return Interval(found.value, *wilson(found.value * len(wins), len(wins), confidence), n=len(wins))
 
 
 def _fit(rows: Sequence[tuple[float, float, float]]) -> tuple[float, float]:

@@ -1,0 +1,134 @@
+"""What the policy has forgotten: how likely it finds texts that it should still be able to write, before and after DPO.
+
+Negative log-likelihood of the completions that the SFT run held out, and of those in the file `evaluate.general`, in
+nats a token, by both adapters in this process; the difference is paired by row: its interval is the noise floor.
+Reads those rows, base and adapters; writes nothing, and is measured again by each call: a forward a row and adapter.
+Not covered: adapters that are on a server only; what lm-evaluation-harness measures, see `harness.py`.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from msgspec import Struct
+
+from dpo_cli.base_model import find_base
+from dpo_cli.config.settings import Config
+from dpo_cli.data.formats.prompts import read_demonstration
+from dpo_cli.data.reader import parse_rows
+from dpo_cli.errors import UserError
+from dpo_cli.progress import Progress
+from dpo_cli.statistics import Interval, of_mean
+from dpo_cli.training.encode import Exchange, Sequences
+from dpo_cli.training.encode_inputs import exchange
+from dpo_cli.training.gates import Gate, compared
+from dpo_cli.training.inputs import read_inputs
+
+SFT, GENERAL = "forgetting_sft", "forgetting_general"  # names of the gates
+
+
+class Forgetting(Struct, kw_only=True):
+    """Nats a token of some completions under both adapters; `change` is policy less reference, paired by row."""
+
+    source: str
+    rows: int
+    tokens: int
+    reference: float
+    policy: float
+    change: Interval
+
+
+def measure(config: Config, progress: Progress) -> dict[str, Forgetting]:
+    """What can be measured here, by the name of its gate; empty where there is nothing to measure with.
+
+    Raises:
+        UserError: `evaluate.general` is no file of prompt-completion rows, or base or adapters can't be read.
+    """
+    texts = _texts(config)
+    if not texts or find_base(config.model.base) is None:
+        return {}
+    from dpo_cli.stages.evaluate.adapters import load_both
+    from dpo_cli.training.trainer import load_encoder, redirect_logs
+
+    found = {}
+    with redirect_logs(progress):
+        model, as_reference = load_both(config)
+        folder = find_base(config.model.base)
+        assert folder is not None
+        encoder = load_encoder(folder, config.model, config.sft.max_length)
+        for name, (source, rows) in texts.items():
+            encoded = encoder.encode(rows).rows
+            progress.begin("forgetting", len(encoded), 0)
+            pairs = []
+            for row in encoded:
+                ours = _nll(model.network, row)
+                with as_reference() as reference:
+                    pairs.append((_nll(reference, row), ours))
+                progress.update(len(pairs))
+            progress.end()
+            if len(pairs) > 1:
+                found[name] = _compare(source, encoded, pairs, config.gate.confidence)
+    return found
+
+
+def gates_of(found: dict[str, Forgetting], limit: float) -> dict[str, Gate]:
+    """Each change against `gate.forgetting`: it fails where the change is beyond both the limit and its noise."""
+    return {name: compared(one.change, limit, above=False) for name, one in found.items()}
+
+
+def _texts(config: Config) -> dict[str, tuple[str, list[Exchange]]]:
+    """Rows by gate: what SFT held out, where its data are here, and the general file, where one is named."""
+    count, texts = config.evaluate.forgetting_rows, {}
+    if not count:
+        return {}
+    by_endpoint = config.generate.engine == "endpoint"
+    if not by_endpoint and (rows := _held_out(config)):
+        texts[SFT] = ("what SFT held out", rows[:count])
+    if config.evaluate.general:
+        file = Path(config.evaluate.general)
+        if not file.is_file():
+            raise UserError("no such file", where=str(file), hint="evaluate.general names prompt-completion rows")
+        texts[GENERAL] = (str(file), _demonstrations(file)[:count])
+    return texts
+
+
+def _held_out(config: Config) -> list[Exchange]:
+    """Rows that `train --stage sft` keeps from training; none where the prompts' files hold prompts alone."""
+    try:
+        return [exchange(row) for row in read_inputs(config, "sft", None, None).held_out]
+    except UserError:
+        file = Path(config.generate.prompts) / "val.jsonl"
+        try:
+            return _demonstrations(file) if file.is_file() else []
+        except UserError:
+            return []
+
+
+def _demonstrations(file: Path) -> list[Exchange]:
+    rows = [read for _, read in parse_rows(file, read_demonstration)]
+    return [Exchange(prompt.messages, [completion], prompt.tools) for prompt, completion in rows]
+
+
+def _nll(network: object, row: Sequences) -> float:
+    """Negative log-likelihood of a completion after its prompt, in nats."""
+    import torch
+
+    ids = torch.tensor([row.prompt + row.completions[0]], device=network.device)  # type: ignore[attr-defined]
+    count = len(row.completions[0])
+    with torch.inference_mode():
+        logits = network(input_ids=ids, logits_to_keep=count + 1, use_cache=False).logits  # type: ignore[operator]
+        chosen = logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, -count:, None])
+    return -float(chosen.sum().item())
+
+
+def _compare(
+    source: str, rows: Sequence[Sequences], pairs: Sequence[tuple[float, float]], confidence: float
+) -> Forgetting:
+    """Sums over all tokens, and the change with its standard error as a ratio of two means over rows."""
+    tokens = [len(row.completions[0]) for row in rows]
+    before, after = (sum(pair[side] for pair in pairs) / sum(tokens) for side in (0, 1))
+    change, n = after - before, len(pairs)
+    off = sum((ours - theirs - change * count) ** 2 for (theirs, ours), count in zip(pairs, tokens, strict=True))
+    error = math.sqrt(off * n / (n - 1)) / sum(tokens)
+    interval = of_mean(change, error, n, confidence)
+    return Forgetting(source=source, rows=n, tokens=sum(tokens), reference=before, policy=after, change=interval)
