@@ -50,7 +50,7 @@ def put(path, content):
         ("rows.tsv", TABLE.format("\t")),
         ("rows.txt", TABLE.format("|").encode("utf-16")),
         ("rows.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)),
-        ("rows.gz", gzip.compress(TABLE.format(",").encode())),
+        ("rows.gz", gzip.compress(TABLE.format(",").encode(), mtime=0)),
         ("rows", bz2.compress(LINES.encode())),
         ("rows.xz", lzma.compress(json.dumps(ROWS).encode())),
     ],

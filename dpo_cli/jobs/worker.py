@@ -102,7 +102,7 @@ def serve(spec: Spec, after_save: Callable[[], None] | None = None) -> Outcome:
         work = _in_processes if several else _serve_here
         try:
             ended = work(spec, after_save)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):  # the second: ended before training could note the signal
             if not cap.reached():
                 raise
             ended = Outcome(exit_code=Exit.INTERRUPTED)
