@@ -221,6 +221,25 @@ def test_an_adapter_that_is_loaded_while_it_runs_is_the_one_that_answers(url, wi
         load(plan, url)
 
 
+def test_a_point_beyond_both_adapters_is_one_adapter_that_the_server_loads(url, with_pairs, saved, tmp_path):
+    """Its log-probabilities are those of PEFT, and not those of the adapter that it goes on from."""
+    from dpo_cli.training.scale_adapter import scale_adapter
+
+    base = str(saved / "base")
+    far = save_adapter(tmp_path / "far", saved / "base", seed=9)
+    made = scale_adapter(saved / "sft", far, tmp_path / "scaled", 1.5, base)
+    assert made.rank == 8  # 4 and 4
+    scaled, whole = (
+        replace(with_pairs, model=replace(with_pairs.model, dpo_adapter=str(folder))) for folder in (made.path, far)
+    )
+    try:
+        load(serve_config.plan(scaled), url)
+        assert check(scaled, url).verdict == "pass"
+        assert check(whole, url).verdict == "fail"
+    finally:
+        load(serve_config.plan(with_pairs), url)
+
+
 def test_run_becomes_the_server_and_in_bfloat16_check_still_tells_which_is_which(saved, with_pairs, tmp_path):
     """Its settings come from a file; without `runtime_loading` it loads nothing while it runs."""
     port = vllm_server.free_port()
