@@ -106,7 +106,7 @@ def measure(
                 "stage": stage, "model": size, "rows": name, "variant": variant.variant.name, "seconds": seconds,
                 "tokens/s": tokens / sum(taken), "ratio": sum(made[0].seconds[1:]) / sum(taken),
                 "3 epochs": 3 * sum(made[0].seconds[1:]) / (3 * sum(taken) + variant.fill),
-                "MB": variant.memory(0 if grouped else longest * batch, batch),
+                "MB": variant.ask("memory", 0 if grouped else longest * batch, batch),
                 "loss differs by": float("nan") if grouped else max(differences),
                 "MFU": _mfu(size, pairs, sum(taken), 4 if variant.variant.kept or stage == "sft" else 6),
             }

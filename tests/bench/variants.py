@@ -148,6 +148,12 @@ class Child:
         """MB that a step takes at its peak over what was held before."""
         return peak_memory(lambda: self.step(first, count))
 
+    def peak_gb(self) -> float:
+        """GB that this process has held at most: of the card, else of itself."""
+        if CUDA:
+            return torch.cuda.max_memory_allocated() / 1e9
+        return _status("VmHWM") / 1e3
+
 
 def clock() -> float:
     """Seconds; of one thread on a CPU those on the processor, to which the machine's other work counts little."""
@@ -245,11 +251,11 @@ class Remote:
         self.seconds.append(seconds)
         self.losses.append(loss)
 
-    def memory(self, first: int, count: int) -> float:
-        """As the Child's."""
-        self._connection.send(("memory", (first, count)))
-        peak: float = self._connection.recv()
-        return peak
+    def ask(self, method: str, *arguments: int) -> float:
+        """What a method of the Child returns."""
+        self._connection.send((method, arguments))
+        answer: float = self._connection.recv()
+        return answer
 
     def close(self) -> None:
         """End the process."""
