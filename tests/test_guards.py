@@ -150,3 +150,10 @@ def test_the_state_of_a_rollback_wins_until_the_next_checkpoint(tmp_path):
     assert run.guard_state().lr_scale == 0.25
     run.save_guard_state(3, GuardState(ended="nan"))
     assert run.guard_state().ended == "nan"
+
+
+def test_where_memory_lacks_checkpointing_comes_before_a_smaller_batch():
+    state = guards.GuardState()
+    first = guards.after_out_of_memory(state, (4, 4), 2, may_checkpoint=True)
+    assert first.action == "checkpointing" and state.checkpointing and state.batch is None
+    assert guards.after_out_of_memory(state, (4, 4), 2).action == "smaller_batch" and state.batch == (2, 8)

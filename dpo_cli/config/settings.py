@@ -204,9 +204,9 @@ class TrainingSection(Struct, kw_only=True):
         bool, _doc("Rows a step are for each GPU; else for all together, so that more GPUs train the same.")
     ] = False
     bf16: Annotated[bool | None, _doc("bfloat16 compute; unset: on a GPU that has it.")] = None
-    gradient_checkpointing: Annotated[bool | None, _doc("Trade time for memory at the same loss; unset: on a GPU.")] = (
-        None
-    )
+    gradient_checkpointing: Annotated[
+        bool | None, _doc("Trade time for memory at the same loss; unset: on a GPU that needs it.")
+    ] = None
     lr_scheduler_type: Annotated[str, _doc("Learning rate schedule.")] = "cosine"
     warmup_steps: Annotated[
         Annotated[int, Meta(ge=0)] | None, _doc(f"Warmup, in optimizer steps; unset: {WARMUP:.0%} of the run's.")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from dpo_cli import errors
 from dpo_cli.adapter import Adapter, read_adapter
@@ -186,7 +187,7 @@ def _train(
         if stage == "dpo":
             from dpo_cli.training import dpo
 
-            _say_plan(config, base, rows, held_out, run.progress)
+            made = _say_plan(config, base, rows, held_out, run.progress)
             start = adapter.path if adapter else None
             if adapter and adapter.unserved:
                 what = ", ".join(adapter.unserved)
@@ -195,23 +196,29 @@ def _train(
                 )
             asked = [exchange(row) for row in inputs.rows[: config.gate.token_rows]]
             check_tokens(encoder, asked, config.generate.url, start, run)
-            dpo.train(config, base, start, encoder.tokenizer, rows.rows, held_out.rows, run)
+            checkpointing = made.checkpointing if made else None
+            dpo.train(config, base, start, encoder.tokenizer, rows.rows, held_out.rows, run, checkpointing)
         else:
             from dpo_cli.training import sft
 
             sft.train(config.sft, base, encoder.tokenizer, rows.rows, held_out.rows, run)
 
 
-def _say_plan(config: Config, base: Path, rows: Encoded, held_out: Encoded, progress: Progress) -> None:
-    """What the run will need, in one line, and what to change."""
+def _say_plan(config: Config, base: Path, rows: Encoded, held_out: Encoded, progress: Progress) -> plan.Plan | None:
+    """Tell what the run will need, in one line, and what to change; None: nothing is known of such a model."""
+    from dpo_cli.training.trainer import card_gb
+
+    if (card := card_gb()) is not None:  # the one that is here, not the one that is configured
+        config = replace(config, plan=replace(config.plan, gpu_memory_gb=card))
     try:
         made = of_encoded(config, base, rows.rows, held_out.rows)
     except UserError as error:  # of another family than Llama: it trains all the same
         progress.log(f"plan: {error}")
-        return
+        return None
     progress.log(plan.line(made))
     for warning in made.warnings:
         progress.log(f"plan: {warning}")
+    return made
 
 
 def is_reached(folder: RunFolder, step: int | None) -> bool:

@@ -265,6 +265,7 @@ def train(
     rows: list[Sequences],
     held_out: list[Sequences],
     run: RunContext,
+    checkpointing: bool | None = None,
 ) -> None:
     """Train `adapter` against its own frozen copy, a fresh LoRA against the base, or all weights against theirs.
 
@@ -276,6 +277,7 @@ def train(
         rows: encoded pairs, chosen before rejected.
         held_out: the same for evaluation; may be empty.
         run: where everything goes.
+        checkpointing: whether the plan needs gradient checkpointing on a GPU; None: there is no plan.
 
     Raises:
         UserError: step zero is not ln 2, the reference is not the SFT adapter, or a setting is one that TRL refuses.
@@ -287,7 +289,7 @@ def train(
 
     def make(state: GuardState) -> DpoTrainer:
         policy, reference = _models(section, base, adapter, run)
-        asked = arguments(section, run.folder, bool(held_out), *BEST, len(rows), state)
+        asked = arguments(section, run.folder, bool(held_out), *BEST, len(rows), state, checkpointing)
         lora = None if adapter is not None or section.full else fresh_lora(section, policy, run.progress)
         try:
             trainer = DpoTrainer(
@@ -313,6 +315,8 @@ def train(
         if adapter is not None and trainer.ref_model is None:
             copy_to_reference(trainer.model, adapter)
             check_reference(trainer.model, adapter)
+        unset = section.gradient_checkpointing is None and torch.cuda.is_available()
+        trainer.may_checkpoint = unset and not trainer.args.gradient_checkpointing
         reason = packed.enable(trainer, state.tokens_per_batch or section.tokens_per_batch)
         if reason is not None:
             run.progress.log(f"forward: TRL's own, padded, since {reason}")

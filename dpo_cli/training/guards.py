@@ -30,9 +30,9 @@ RECENT = 5  # logs that a spike is compared with
 class GuardState(Struct):
     """What the guards have changed so far.
 
-    `beta` None, `batch` None and `tokens_per_batch` None: as configured. `batch` is (rows a forward, forwards a
-    step of all processes together).
-    `ended` is the fault that ended the run early.
+    `beta` None, `batch` None and `tokens_per_batch` None: as configured. `batch` is (rows a forward, forwards a step of
+    all processes together). `checkpointing` is on once memory has lacked without it. `ended` is the fault that ended
+    the run early.
     """
 
     lr_scale: float = 1.0
@@ -42,6 +42,7 @@ class GuardState(Struct):
     batch: tuple[int, int] | None = None
     eval_batch: int | None = None
     tokens_per_batch: int | None = None
+    checkpointing: bool = False
     warned: list[str] = msgspec.field(default_factory=list)
     ended: str | None = None
 
@@ -113,16 +114,24 @@ def after_nan(state: GuardState, gate: GateSection) -> GuardFinding:
 
 
 def after_out_of_memory(
-    state: GuardState, batch: tuple[int, int], eval_batch: int, budget: tuple[int, int] | None = None
+    state: GuardState,
+    batch: tuple[int, int],
+    eval_batch: int,
+    budget: tuple[int, int] | None = None,
+    may_checkpoint: bool = False,
 ) -> GuardFinding | None:
-    """Fewer rows a forward, more forwards a step, as many rows a step; None if it is one row already.
+    """Gradient checkpointing, then fewer rows a forward with as many rows a step; None if it is one row already.
 
     Args:
         state: changed in place.
         batch: (rows a forward, forwards a step of all processes together) that did not fit.
         eval_batch: rows a forward in evaluation.
         budget: (most tokens a forward, tokens of the largest pair) where tokens divide a step into forwards.
+        may_checkpoint: gradient checkpointing is off, and nobody has set it so.
     """
+    if may_checkpoint:
+        state.checkpointing = True
+        return GuardFinding("out_of_memory", "checkpointing", {})
     if budget is not None:
         tokens, largest = budget
         if tokens <= largest:

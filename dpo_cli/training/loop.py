@@ -198,6 +198,7 @@ def fit(
             forwards = trainer.args.gradient_accumulation_steps * distributed.count()
             batch = trainer.args.per_device_train_batch_size, forwards
             eval_batch, budget = trainer.args.per_device_eval_batch_size, trainer.token_budget
+            may_checkpoint = trainer.may_checkpoint
             del trainer
             gc.collect()
             if torch.cuda.is_available():
@@ -208,7 +209,9 @@ def fit(
                 _raise_stopped(stop, step, run)
             if outcome == "out_of_memory":
                 halve = gate is None or gate.smaller_batch
-                finding = guards.after_out_of_memory(state, batch, eval_batch, budget) if halve else None
+                finding = None
+                if halve:
+                    finding = guards.after_out_of_memory(state, batch, eval_batch, budget, may_checkpoint)
                 folder.save_guard_state(max(folder.complete_checkpoints(), default=0), state)
                 if distributed.several():
                     distributed.restart(folder.path, {"step": step, "finding": finding})

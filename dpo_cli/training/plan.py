@@ -21,8 +21,9 @@ from dpo_cli.errors import UserError
 
 CHARACTERS_A_TOKEN = 3.5  # English, where there is no tokenizer to ask
 TURN_TOKENS = 5  # what a chat template adds to a message
-# Bytes a token and layer that the backward pass needs, over hidden + intermediate size: 143.9 kB at 3072 + 8192.
-ACTIVATION = 143.9e3 / (3072 + 8192)
+# Bytes a token and layer that the backward pass needs, packed, over hidden + intermediate size: 119.3 kB at 11,264.
+ACTIVATION = 119.3e3 / (3072 + 8192)
+PADDED = 143.9 / 119.3  # PEFT's own LoRA layers keep a float32 copy of their input besides
 CONTEXT_GB = 0.8
 HEAD_CHUNK = 32768  # of the vocabulary: TRL's, float32 logits of one chunk at a time
 WARMUP_SHARE, FEW_PAIRS, LONGER_SHARE = 0.15, 500, 0.6
@@ -116,6 +117,7 @@ class Plan(Struct, kw_only=True):
     longest: int
     largest: int
     forward: str
+    checkpointing: bool
     too_long: int
     counted_by: str
     memory_gb: dict[str, float]
@@ -233,14 +235,18 @@ def make(
     longest = max((row.longest() for row in cut), default=0)
     why = shape.why_padded(max([longest, *(row.longest() for row in held)]))
     largest, scored = largest_forward(section, cut, why is None)
+    if section.gradient_checkpointing is None:  # where memory suffices, it would only cost time
+        without = replace(section, gradient_checkpointing=False)
+        needed = memory_gb(without, shape, adapter, largest, scored, why is None)
+        section = replace(section, gradient_checkpointing=sum(needed.values()) > plan.gpu_memory_gb)
     made = steps(section, len(lengths))
     warmup = warmup_steps(section, made)
     passes = made * section.per_device_train_batch_size * section.gradient_accumulation_steps / max(len(lengths), 1)
     evaluations = math.ceil(made / section.eval_steps) if held_out else 0
-    memory = memory_gb(section, shape, adapter, largest, scored)
+    memory = memory_gb(section, shape, adapter, largest, scored, why is None)
     # Operations a parameter and token: 2 for the policy, 2 for the gradient of what came before, 2 for weights' own, 2
     # for checkpointing; and 2 for the reference, once where it is kept.
-    steps_ops = 4 + (2 if section.full else 0) + (0 if section.gradient_checkpointing is False else 2)
+    steps_ops = 4 + (2 if section.full else 0) + (2 if section.gradient_checkpointing else 0)
     kept = section.keep_reference is not False and why is None
     ops = sum(
         (mine * times + 2 * (min(1.0, times) if kept else times)) * _multiplications(shape, side, why is None)
@@ -257,6 +263,7 @@ def make(
         longest=longest,
         largest=largest,
         forward="packed, each prompt once" if why is None else f"padded, since {why}",
+        checkpointing=bool(section.gradient_checkpointing),
         too_long=sum(row.longest() > section.max_length for row in lengths),
         counted_by=counted_by,
         memory_gb=memory,
@@ -322,14 +329,19 @@ def duration(hours: float) -> str:
 
 
 def memory_gb(
-    section: TrainSection, shape: Shape, adapter: tuple[int, str | list[str]], tokens: int, scored: int
+    section: TrainSection,
+    shape: Shape,
+    adapter: tuple[int, str | list[str]],
+    tokens: int,
+    scored: int,
+    packs: bool = True,
 ) -> dict[str, float]:
-    """Peak memory by part, in GB, with `tokens` in a forward, `scored` of them in completions."""
+    """Peak memory by part, in GB, with `tokens` in a forward, `scored` of them in completions, packed or padded."""
     linear, embedding, width = shape.linear_parameters(), shape.embedding_parameters(), shape.intermediate_size
     trained = linear + embedding if section.full else shape.adapter_parameters(*adapter)
     four_bit = 4.127 / 8  # with double quantisation, arXiv:2305.14314
     weights = linear * four_bit + embedding * 2 if section.load_in_4bit else (linear + embedding) * 2
-    layer = ACTIVATION * (shape.hidden_size + width) * tokens
+    layer = ACTIVATION * (1 if packs else PADDED) * (shape.hidden_size + width) * tokens
     if section.gradient_checkpointing is not False:
         activations = 2 * shape.hidden_size * tokens * shape.num_hidden_layers + layer
     else:

@@ -53,13 +53,15 @@ class ResumableTrainer:
 
     `best` is the metric of the best checkpoint and its sign, `kl_limit` the bound within which it must lie;
     `guard_state` is saved with each checkpoint; `token_budget` is (most tokens a forward, tokens of the largest pair)
-    where tokens divide a step into forwards.
+    where tokens divide a step into forwards; `may_checkpoint` says that gradient checkpointing is off and may be
+    turned on.
     """
 
     best: tuple[str, int]
     kl_limit: float = float("inf")
     guard_state: GuardState = GuardState()
     token_budget: tuple[int, int] | None = None
+    may_checkpoint: bool = False
     owes_evaluation: bool = False
     _remembered_meters: dict[str, Any] | None = None
 
@@ -171,6 +173,7 @@ def arguments(
     sign: int,
     rows: int = 0,
     state: GuardState | None = None,
+    planned: bool | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments of TRL's configuration classes.
 
@@ -182,6 +185,7 @@ def arguments(
         sign: 1 where larger is better, -1 where smaller is.
         rows: how many there are to train on.
         state: what the guards have changed.
+        planned: whether the plan needs gradient checkpointing; None: there is no plan.
     """
     gpu = torch.cuda.is_available()
     state = state or GuardState()
@@ -210,7 +214,7 @@ def arguments(
         "use_cpu": not gpu and (uses_bf16(section) or distributed.several()),
         "ddp_find_unused_parameters": False,
         **fully_sharded(section),
-        "gradient_checkpointing": gpu if section.gradient_checkpointing is None else section.gradient_checkpointing,
+        "gradient_checkpointing": _checkpoints(section, state, planned),
         "logging_first_step": True,
         "logging_nan_inf_filter": False,  # a NaN is logged as such, not as the mean of what came before
         "eval_strategy": "steps" if evaluates else "no",
@@ -222,6 +226,13 @@ def arguments(
         "report_to": tracker(section),
         "project": PROJECT,  # trackio's; wandb's is given where its run begins
     }
+
+
+def _checkpoints(section: TrainingSection, state: GuardState, planned: bool | None) -> bool:
+    """Whether to trade time for memory: as set, else on a GPU where the plan needs it or memory has lacked."""
+    if section.gradient_checkpointing is not None:
+        return section.gradient_checkpointing
+    return torch.cuda.is_available() and (state.checkpointing or planned is not False)
 
 
 def _warmup(section: TrainingSection) -> dict[str, float]:
@@ -364,6 +375,11 @@ def fresh_lora(section: TrainingSection, network: Any, progress: Progress) -> Lo
         use_dora=section.use_dora,
         init_lora_weights=section.init_lora_weights,
     )
+
+
+def card_gb() -> float | None:
+    """Memory of this process's GPU, in GB; None: there is none."""
+    return torch.cuda.get_device_properties().total_memory / 1e9 if torch.cuda.is_available() else None
 
 
 def peak_memory() -> float:
