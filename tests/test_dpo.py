@@ -33,7 +33,8 @@ def trainer_of(start, tmp_path):
     from trl import DPOConfig
 
     from dpo_cli.training import dpo
-    from dpo_cli.training.trainer import arguments, fresh_lora, load_base, load_encoder
+    from dpo_cli.training.arguments import arguments
+    from dpo_cli.training.trainer import fresh_lora, load_base, load_encoder
 
     with jsonl.Journal(tmp_path / "events.jsonl") as events:
 

@@ -31,8 +31,9 @@ def loss_of(start, tmp_path):
     from trl import DPOConfig
 
     from dpo_cli.training import dpo, losses
+    from dpo_cli.training.arguments import arguments
     from dpo_cli.training.forward import packed
-    from dpo_cli.training.trainer import arguments, load_base, load_encoder
+    from dpo_cli.training.trainer import load_base, load_encoder
 
     with jsonl.Journal(tmp_path / "events.jsonl") as events:
 

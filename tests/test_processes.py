@@ -137,7 +137,7 @@ def test_all_weights_in_several_processes_are_sharded_and_an_adapter_is_not(star
     """What is asked of accelerate; on a CPU it shards nothing, so that sharding itself is not tried here."""
     from transformers import TrainingArguments
 
-    from dpo_cli.training.trainer import fully_sharded
+    from dpo_cli.training.arguments import fully_sharded
 
     config = two(start, "train.full=true")
     assert fully_sharded(config.train) == {}

@@ -26,7 +26,7 @@ ROOMS = [
 ]  # fmt: skip
 HEAVY = frozenset({
     "model_loading",
-    "training/dpo", "training/kl", "training/loop", "training/losses", "training/merge_adapter",
+    "training/arguments", "training/dpo", "training/kl", "training/loop", "training/losses", "training/merge_adapter",
     "training/reference_check", "training/retreat", "training/scale_adapter", "training/sft",
     "training/stack_adapters", "training/trainer",
     "training/forward/attention", "training/forward/collator", "training/forward/deferred_metrics",

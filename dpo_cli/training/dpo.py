@@ -38,6 +38,7 @@ from dpo_cli.data import jsonl
 from dpo_cli.errors import UserError
 from dpo_cli.model_loading import attach, file_weights, fold, load_network
 from dpo_cli.training import distributed, losses
+from dpo_cli.training.arguments import arguments
 from dpo_cli.training.encode import Sequences
 from dpo_cli.training.forward import packed
 from dpo_cli.training.forward.reference_cache import keep_reference
@@ -46,7 +47,7 @@ from dpo_cli.training.kl import kl, mean_length, per_token, sample
 from dpo_cli.training.loop import fit
 from dpo_cli.training.reference_check import check_reference, check_step_zero, expected_loss, refuse_step_zero
 from dpo_cli.training.run_folder import RunContext, event
-from dpo_cli.training.trainer import ResumableTrainer, arguments, fresh_lora, is_in_4bit, load_base
+from dpo_cli.training.trainer import ResumableTrainer, fresh_lora, is_in_4bit, load_base
 
 BEST = (MARGIN, 1)
 REFERENCES = ".reference"  # beside the runs, which share it

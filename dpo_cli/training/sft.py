@@ -13,13 +13,14 @@ from trl import SFTConfig, SFTTrainer
 
 from dpo_cli.config.settings import SftSection
 from dpo_cli.errors import UserError
+from dpo_cli.training.arguments import arguments
 from dpo_cli.training.encode import Sequences
 from dpo_cli.training.forward import packed
 from dpo_cli.training.forward.collator import IGNORED
 from dpo_cli.training.guards import GuardState
 from dpo_cli.training.loop import fit
 from dpo_cli.training.run_folder import RunContext
-from dpo_cli.training.trainer import ResumableTrainer, arguments, fresh_lora, load_base
+from dpo_cli.training.trainer import ResumableTrainer, fresh_lora, load_base
 
 BEST = ("eval_loss", -1)
 
