@@ -184,6 +184,23 @@ def test_rows_say_what_was_sent_and_the_next_run_goes_on(folder):  # noqa: F811
             run(server, generate__temperature=0.5)
 
 
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (400, "Model Not Exist"),  # DeepSeek
+        (400, "Invalid model: writer"),  # Mistral
+        (400, "writer is not a valid model ID"),  # OpenRouter
+        (404, "model 'writer' not found"),  # Ollama
+        (404, "The model `writer` does not exist."),  # vLLM, OpenAI
+    ],
+)
+def test_a_model_that_does_not_exist_is_named_at_once(folder, status, said):  # noqa: F811
+    with Server(fault=lambda _: f"{status}!{said}") as server:
+        with pytest.raises(UserError, match="no model 'writer' there"):
+            run(server, generate__concurrency=1)
+        assert server.calls.total() == 1
+
+
 def test_what_was_learnt_is_said_once_and_not_asked_again(folder):  # noqa: F811
     progress = Lines()
     with Server(fault=lambda call: "400:seed" if "seed" in call.body else None) as server:

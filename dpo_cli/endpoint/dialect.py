@@ -52,7 +52,10 @@ _NEVER_LEFT_OUT = {"service_tier": re.compile(r"\bservice_tier\b|\bflex\b")}
 _POLICY = ("content_filter", "content_policy_violation", "invalid_prompt")
 # These are about this one request, not about its fields.
 _TOO_LONG = re.compile(r"context.?(length|size|window)|maximum context|too (large|long)", re.I)
-_NO_SUCH_MODEL = re.compile(r"model.{0,80}(not found|not exist|unknown|no such|not available)|no such model", re.I)
+_NO_SUCH_MODEL = re.compile(
+    r"model.{0,80}(not found|(not|n't) exist|unknown)|(no such|unknown|invalid|not a valid) model(?! ?(param|arg|opt))",
+    re.I,
+)
 
 GATE_SECONDS = 10.0  # a refusal comes at once; an answer that takes longer is no refusal
 MOST_SEARCHES = 3  # searches without a result; then only fields that a refusal names are left out
@@ -272,7 +275,7 @@ class Dialect:
 
     async def _explain(self, refusal: Rejected) -> Exception:
         """A refusal as it stands, or what is to be done if the model does not exist."""
-        if refusal.status != 404:
+        if refusal.status != 404 and not _is_about_model(refusal):
             return refusal
         names = ", ".join(await self._endpoint.models())
         hint = f"--model NAME; it serves: {names}" if names else "--model NAME, as the server was told to serve it"
@@ -356,11 +359,18 @@ def is_about_fields(refusal: Rejected, sent: dict[str, Any]) -> bool:
         return False
     if _TOO_LONG.search(f"{refusal.code} {refusal.message}"):
         return False
-    if refusal.status == 404 and (refusal.param == "model" or _NO_SUCH_MODEL.search(refusal.message)):
+    if _is_about_model(refusal):
         return False
     if any(name in sent and words.search(_said(refusal)) for name, words in _NEVER_LEFT_OUT.items()):
         return False
     return _head(refusal) not in sent or bool(_named(refusal, sent))
+
+
+def _is_about_model(refusal: Rejected) -> bool:
+    """Whether there is no such model."""
+    if refusal.status not in (400, 404, 422):
+        return False
+    return refusal.param == "model" or bool(_NO_SUCH_MODEL.search(refusal.message))
 
 
 def _named(refusal: Rejected, sent: dict[str, Any]) -> list[str]:
