@@ -23,7 +23,7 @@ from dpo_cli.data.files import finish_replacement
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.jobs import backends
 from dpo_cli.progress import Progress, Silent
-from dpo_cli.safe_text import plain
+from dpo_cli.safe_text import check_run_name, plain
 
 app = typer.Typer(
     name="nothing-dpo",
@@ -407,6 +407,8 @@ def train(
     from dpo_cli.stages import train as entry
 
     given = session.data if session.resolved.sources["data"] == "flag" else None
+    if name is not None:
+        check_run_name(name)
     if auto:
         return _search(session, (stage, sweep, backend), name or stage, given, fresh, limit, dry_run)
     if sweep is not None:
@@ -909,6 +911,7 @@ def inspect_run(
     from dpo_cli import view
     from dpo_cli.training import remedies, run_history
 
+    check_run_name(name)
     if explain:
         folder = Path(session.config.runs) / name
         events = run_history.read_run(folder).events if folder.is_dir() else []

@@ -3,6 +3,8 @@
 import re
 from collections.abc import Iterator
 
+from dpo_cli.errors import UserError
+
 # Everything that moves the cursor, reorders text or takes no room. The emoji selector U+FE0F stays after a symbol.
 _HIDDEN = re.compile(
     "[\x00-\x09\x0b-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
@@ -36,3 +38,16 @@ def _name(character: str) -> str:
     if code == 0x7F:
         return "␡"
     return f"\\x{code:02x}" if code < 0xA0 else f"<U+{code:04X}>"
+
+
+def check_run_name(name: str) -> str:
+    """A run's name, which is a folder's: no part of a path, and nothing in it that acts where it is shown.
+
+    Raises:
+        UserError: it is none.
+    """
+    if not name.strip() or name != name.strip() or ".." in name or name == "." or re.search(r"[/\\]", name):
+        raise UserError(f"'{name}' is no name for a run", where="--name", hint="a folder name, without '/' or '..'")
+    if not name.isprintable() or plain(name) != name:
+        raise UserError(f"'{name}' is no name for a run: it holds characters that can't be seen", where="--name")
+    return name

@@ -4,9 +4,12 @@ import ast
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from dpo_cli.cli import app
 from dpo_cli.config import presets, resolve
 from dpo_cli.errors import UserError
+from dpo_cli.safe_text import check_run_name
 
 PACKAGE = Path(resolve.__file__).parents[1]
 
@@ -90,3 +93,36 @@ def test_every_setting_is_documented_and_read():
     for key in resolve.fields():
         assert resolve.describe(key).endswith("."), key
         assert key.rpartition(".")[2] in read, f"no room reads {key}"
+
+
+def test_what_is_piped_is_not_wrapped(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "60")
+    done = CliRunner().invoke(app, ["inspect", "config", "--set", f"model.base={'x' * 300}"])
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("model.base") and "x" * 300 in line for line in lines)
+    assert any(line.startswith("train.per_device_train_batch_size ") for line in lines), "no name is broken"
+
+
+@pytest.mark.parametrize(
+    "name", ["", " ", "..", "a..b", "../x", "a/b", "a\\b", "a\nb", "a\x1b[31mb", ".", "a ", "a\u202eb"]
+)
+def test_a_name_that_is_no_folders_is_refused_everywhere(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="is no name for a run"):
+        check_run_name(name)
+    elsewhere = ["train", "--name", name, "--backend", "modal"]
+    for command in (
+        ["inspect", "run", name], ["train", "--name", name], elsewhere, ["push", "run", "there", "--name", name]
+    ):  # fmt: skip
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 2 and "is no name for a run" in done.stderr, (command, done.output)
+        assert "\x1b[31m" not in done.stderr
+    assert check_run_name("round-1_é.v2") == "round-1_é.v2"
+
+
+def test_an_empty_destination_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for dest in ("", " "):
+        done = CliRunner().invoke(app, ["push", "data", dest])
+        assert done.exit_code == 2 and "is no place to send to" in done.stderr

@@ -8,6 +8,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Collection
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -49,6 +50,13 @@ ROLES = {
 NAMES = frozenset(
     {*MESSAGES, *ASKED, *SYSTEM, *TOOLS, *GOOD, *BAD, *ANSWER, *LABEL, *CANDIDATES, *MARKS, "history", "id"}
 )
+_THOUGHTS = {
+    "": REASONING,
+    **{
+        side: (*(f"{side}_{name}" for name in REASONING), *(f"{name}_{side}" for name in REASONING))
+        for side in ("chosen", "rejected")
+    },
+}
 _PLACES = ("input", "system", "history", "tools", "chosen_reasoning", "rejected_reasoning")
 # What a row may say about itself that is nothing to train on.
 HARMLESS = re.compile(
@@ -71,9 +79,22 @@ _SCORE = re.compile(
 )
 
 
-def plain_name(name: Any) -> str:
+@lru_cache(4096)
+def plain_name(name: str) -> str:
     """A column's name without capitals, blanks and hyphens."""
-    return re.sub(r"[\s\-]+", "_", str(name).strip().lstrip("\ufeff")).lower()
+    return re.sub(r"[\s\-]+", "_", name.strip().lstrip("\ufeff")).lower()
+
+
+@lru_cache(4096)
+def _scored_side(name: str) -> str | None:
+    """Whose score a column is: `chosen`, `rejected`, or nobody's."""
+    match = _SCORE.fullmatch(name)
+    return next(filter(None, match.groups())) if match else None
+
+
+@lru_cache(4096)
+def _is_harmless(name: str) -> bool:
+    return HARMLESS.fullmatch(name.strip()) is not None
 
 
 def read_mapping(text: str | None) -> dict[str, str]:
@@ -107,7 +128,7 @@ class Cells:
         self._own: dict[str, str] = {}  # name -> the file's own
         self._values: _Row = {}
         for given, value in row.items():
-            name = plain_name(given)
+            name = plain_name(str(given))
             if self.mapping and name in self.mapping:
                 name = self.mapping[name]
             elif self.mapping and name in self.mapping.values():
@@ -152,24 +173,19 @@ class Cells:
             ValueError: it is no number.
         """
         found = None
-        for name in list(self._left):
-            match = _SCORE.fullmatch(name)
-            if match and side in match.groups():
-                value = number(self._values[name], self.own(name))
-                self._left.pop(name)
-                found = value if found is None else found
+        for name in [name for name in self._left if _scored_side(name) == side]:
+            value = number(self._values[name], self.own(name))
+            self._left.pop(name)
+            found = value if found is None else found
         return found
 
     def forget_score(self, side: str) -> None:
         """The scores of a side say nothing here."""
-        self._left = {
-            name: None for name in self._left if not (match := _SCORE.fullmatch(name)) or side not in match.groups()
-        }
+        self._left = {name: None for name in self._left if _scored_side(name) != side}
 
     def reasoning(self, side: str = "") -> str | None:
         """What a side, or the answer, thought before it, where that is a column of its own."""
-        names = [f"{side}_{name}" for name in REASONING] + [f"{name}_{side}" for name in REASONING]
-        value = self.take(*(names if side else REASONING))
+        value = self.take(*_THOUGHTS[side])
         if value is None or value == "":
             return None
         if not isinstance(value, str):
@@ -187,7 +203,7 @@ class Cells:
         """
         for name in self._left:
             own, value = self._own[name], self._values[name]
-            if name in keep or _is_empty(value) or HARMLESS.fullmatch(name.strip()):
+            if name in keep or _is_empty(value) or _is_harmless(name):
                 continue
             kind = name.strip().rstrip("s")
             if any(kind == medium or kind.endswith(f"_{medium}") for medium in MEDIA):

@@ -24,7 +24,8 @@ from dpo_cli.errors import UserError
 T = TypeVar("T")
 
 _COUNT_BLOCK = 1 << 20
-COUNTED = 1 << 20  # bytes; rows of smaller files are counted, not estimated
+INDEXED = 1 << 20  # bytes; rows of smaller files are found
+COUNTED = 1 << 28  # and of these, counted; of larger ones, estimated
 AMBIGUOUS_SHOWN = 5
 
 
@@ -82,11 +83,28 @@ class Rows:
     def total(self) -> tuple[int, bool]:
         """How many rows there are, and whether that is exact or estimated from the bytes of the rows so far."""
         size = self._bases[-1]
-        self._index(None if size < COUNTED else 1)
+        self._index(None if size < INDEXED else 1)
         seen = len(self._starts)
         if self._scanned >= size:
             return seen, True
+        if size < COUNTED and (counted := self._count_lines()) is not None:
+            return counted, True
         return max(seen + 1, round(seen * size / self._scanned)), False
+
+    def _count_lines(self) -> int | None:
+        """Lines of all files, a thousand times faster than finding them; None where not every line is a row."""
+        count = 0
+        for file in self._files:
+            file.seek(0)
+            end = b"\n"
+            while block := file.read(_COUNT_BLOCK):
+                count += block.count(b"\n")
+                if b"\n\n" in block or b"\n\r" in block or (end.endswith(b"\n") and block[:1] in b"\r\n"):
+                    return None
+                end = block
+            if not end.endswith(b"\n"):
+                return None
+        return count
 
     def last(self) -> int:
         """Number of the last row, -1 where there is none; indexes everything."""

@@ -22,6 +22,7 @@ from dpo_cli.data import files, jsonl
 from dpo_cli.data.files import sha256
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Progress, Silent
+from dpo_cli.safe_text import check_run_name
 from dpo_cli.training import distributed, plan
 from dpo_cli.training.encode import Encoded
 from dpo_cli.training.encode_inputs import encode_inputs, exchange
@@ -82,8 +83,7 @@ def run(
             SIGTERM (exit 143, with a checkpoint).
         KeyboardInterrupt: Ctrl-C, with a checkpoint.
     """
-    if Path(name).name != name:
-        raise UserError(f"'{name}' is no name for a run", hint="--name takes a folder name without '/'")
+    check_run_name(name)
     errors.require("train", "training")
     folder = RunFolder(Path(config.runs) / name, after_save)
     inputs = read_inputs(config, stage, data, limit)

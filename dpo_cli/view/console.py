@@ -7,26 +7,51 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO
+from typing import IO, Any
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.measure import Measurement
 from rich.pager import Pager
+from rich.table import Table
+from rich.text import Text
 
 from dpo_cli.interrupts import ignoring_interrupts
 
+UNWRAPPED = 1 << 16  # columns
 NARROW = 80  # columns below which two texts don't stand side by side
 
 
-def make_console(stream: IO[str]) -> Console:
+def make_console(stream: IO[str], kind: type[Console] = Console) -> Console:
     """A console on a stream: no markup, no emoji names, no guessing what to highlight."""
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="backslashreplace")  # a terminal without Unicode shows \u241b instead of failing
-    return Console(file=stream, markup=False, emoji=False, highlight=False)
+    return kind(file=stream, markup=False, emoji=False, highlight=False)
 
 
 def stdout_console() -> Console:
     """The console of results."""
-    return make_console(sys.stdout)
+    return make_console(sys.stdout) if sys.stdout.isatty() else make_console(sys.stdout, PipedConsole)
+
+
+class PipedConsole(Console):
+    """A console that nobody looks at: lines and tables are as long as what they say, so that other programs find it.
+
+    Tables that share out the width among their columns keep the usual one.
+    """
+
+    def print(self, *objects: Any, **settings: Any) -> None:
+        """Print each object for itself, text and tables unwrapped."""
+        for one in objects or ("",):
+            if isinstance(one, Group):
+                self.print(*one.renderables, **settings)
+            elif isinstance(one, Table) and not one.expand:
+                usual, self.width = self.width, UNWRAPPED
+                try:
+                    super().print(one, **{**settings, "width": Measurement.get(self, self.options, one).maximum})
+                finally:
+                    self.width = usual
+            else:
+                super().print(one, **({"soft_wrap": True} if isinstance(one, (str, Text)) else {}) | settings)
 
 
 @contextmanager

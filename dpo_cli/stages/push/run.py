@@ -24,6 +24,7 @@ from dpo_cli.data.reader import parse_rows
 from dpo_cli.data.records import Judgment, Preference, read_preference, text_of
 from dpo_cli.errors import Exit, UserError, require
 from dpo_cli.progress import Progress
+from dpo_cli.safe_text import check_run_name
 from dpo_cli.stages.push import card, secrets
 from dpo_cli.stages.push.card import Facts
 from dpo_cli.storage import PutResult, Source, sync
@@ -77,6 +78,11 @@ def run(
         UserError: an adapter that did not pass its gates, or that no run made (exit code 3); a secret in what would be
             sent; or what the storage raises.
     """
+    if not dest.strip() or dest.strip() != dest:
+        hint = "modal://volume/path, gs://bucket/path, hf://owner/name, or a folder"
+        raise UserError(f"'{dest}' is no place to send to", hint=hint)
+    if name is not None:
+        check_run_name(name)
     config = folded(config) if what != "data" else config
     if merge and what != "adapter":
         raise UserError("--merge is for an adapter", hint=f"nothing-dpo push adapter {dest} --merge")
