@@ -16,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,14 @@ class Pod:
         self.log.append((f"2026-01-01T00:00:00.{len(self.log):09d}Z", text))
 
     def status(self, phase: str, **more: Any) -> None:
-        self.document["status"] = self.document.get("status", {}) | {"phase": phase} | more
+        """The kubelet's word; a pod has started once it no longer waits for a node."""
+        before = self.document.get("status", {})
+        started = {} if phase == "Pending" or "startTime" in before else {"startTime": _now()}
+        self.document["status"] = before | {"phase": phase} | started | more
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat().replace("+00:00", "Z")
 
 
 class Cluster:
@@ -260,7 +268,8 @@ def _live_through(pod: Pod, life: Life) -> None:
         conditions = [{"type": "DisruptionTarget", "status": "True", "reason": "TerminationByKubelet",
                        "message": "Pod was terminated in response to imminent node shutdown."}]  # fmt: skip
     ended = _container_status(
-        container, {"terminated": {"exitCode": code, "reason": life.reason if code else "Completed"}}
+        container,
+        {"terminated": {"exitCode": code, "reason": life.reason if code else "Completed", "finishedAt": _now()}},
     )
     pod.status("Failed" if code else "Succeeded", containerStatuses=[ended], conditions=conditions)
 

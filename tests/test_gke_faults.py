@@ -1,12 +1,15 @@
 """GKE and money: quotas, rights, caps, and what can't run there. The real client; the API server is our own."""
 
 import threading
+import time
 
 import pytest
 from kube_server import Life
-from test_gke import NAME, bucket, cluster, outcome, results, run, settings, storage  # noqa: F401
+from rich.console import Console
+from test_gke import NAME, bucket, cluster, outcome, results, run, settings, storage, told  # noqa: F401
 from training import Lines
 
+from dpo_cli import view
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.jobs import launch, registry
 from dpo_cli.jobs.backends._gke_cluster import refusal
@@ -131,3 +134,20 @@ def test_only_files_at_the_top_of_the_folder_are_sent(cluster, bucket):  # noqa:
     (Path(config.data) / "old" / "val.jsonl").write_text("{}")
     after = launch.spec("gke", config, "train")
     assert after.hash == before.hash and not any("old" in upload.there for upload in after.uploads)
+
+
+def test_the_list_of_jobs_shows_step_cost_and_the_way_to_the_cap(cluster, bucket):  # noqa: F811
+    config = settings()
+    config.plan.max_hours, config.plan.gke_usd_per_hour = 2.0, 3600.0
+    held = threading.Event()
+    cluster.lives = [Life(told(begin=("train", 57, 0)), told(update=(12, {})), hold=held)]
+    launch.submit("gke", launch.spec("gke", config, "train"), config, Silent())
+    until = time.monotonic() + 20
+    while (one := launch.listed(config)[0]).step is None and time.monotonic() < until:
+        time.sleep(0.1)
+    assert one.step == 12 and one.status.state == "running"
+    assert 0 < one.usd < 60 and 1.98 < one.hours_left < 2.0, "a dollar a second"
+    console = Console(record=True, width=140)
+    view.jobs(console, [one])
+    assert "12" in (shown := console.export_text()) and "2.0 h" in shown and "$" in shown
+    held.set()

@@ -30,7 +30,11 @@ from dpo_cli.training.run_history import Trained
 
 
 class Launched(Struct, kw_only=True):
-    """A job and where it stands; `result` is what the command returned, once it has ended, with paths of here."""
+    """A job and where it stands; `result` is what the command returned, once it has ended, with paths of here.
+
+    `step` is the newest of training, `usd` what its cards have cost so far at list price, `hours_left` what is left to
+    its cap.
+    """
 
     job: Job
     status: Status
@@ -38,6 +42,9 @@ class Launched(Struct, kw_only=True):
     hint: str | None = None
     fetched: list[str] = []
     detached: bool = False
+    step: int | None = None
+    usd: float | None = None
+    hours_left: float | None = None
 
 
 def spec(backend: str, config: Config, command: jobs_spec.Command, gpu: str | None = None, **given: Any) -> Spec:
@@ -189,8 +196,25 @@ def listed(config: Config, warn: Callable[[str], None] = lambda text: None) -> l
             status = backends.load(job.backend).status(job, config)
         except UserError as error:
             status = Status("pending", None, f"not known: {error}")
-        found.append(Launched(job=job, status=status))
+        found.append(_measured(Launched(job=job, status=status), config))
     return found
+
+
+def _measured(launched: Launched, config: Config) -> Launched:
+    """With step, cost and hours left of a training job that runs, as far as its backend says."""
+    job, backend = launched.job, backends.load(launched.job.backend)
+    if job.spec.command != "train" or launched.status.state != "running":
+        return launched
+    try:
+        launched.step = progress_lines.newest_step(backend.logs(job, config, follow=False))
+        seconds = backend.card_seconds(job, config)
+    except UserError:  # it is known to run: the rest is for information
+        return launched
+    if seconds is not None:
+        launched.usd = seconds / 3600 * backend.usd_per_hour(job.spec, config)
+        if job.spec.seconds is not None:
+            launched.hours_left = max(job.spec.seconds - seconds, 0.0) / 3600
+    return launched
 
 
 def cancel(job: Job, config: Config) -> Launched:

@@ -8,7 +8,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import IO, Any
 
@@ -43,6 +43,18 @@ class Line(Struct, omit_defaults=True):
     end: bool | None = None
     saved: bool | None = None
     outcome: Outcome | None = None
+
+
+def newest_step(lines: Iterable[str]) -> int | None:
+    """The step that training stands at by the lines of a log; None where it has not begun."""
+    step, stage = None, ""
+    for text in lines:
+        line = parse(text)
+        if line is not None and line.begin is not None:
+            stage = line.begin[0]
+        elif line is not None and line.update is not None and stage == "train":
+            step = line.update[0]
+    return step
 
 
 class Relay:

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_cli.view.facts import fact_table
-from dpo_cli.view.text import safe, safe_line
+from dpo_cli.view.text import dollars, safe, safe_line
 from dpo_cli.view.training import trained
 
 if TYPE_CHECKING:
@@ -38,10 +38,18 @@ def jobs(console: Console, result: "list[Launched]") -> None:
         console.print("no jobs: nothing-dpo train --backend modal starts one")
         return
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", pad_edge=False)
-    for header in ("job", "state", "submitted", ""):
+    for header in ("job", "state", "step", "cost", "to the cap", "submitted", ""):
         table.add_column(header, overflow="fold")
     for one in result:
         code = "" if one.status.exit_code is None else f" ({one.status.exit_code})"
         reason = safe_line(one.status.reason or "", "dim")
-        table.add_row(safe_line(one.job.id), f"{one.status.state}{code}", one.job.submitted, reason)
+        table.add_row(
+            safe_line(one.job.id),
+            f"{one.status.state}{code}",
+            "" if one.step is None else f"{one.step:,}",
+            "" if one.usd is None else dollars(one.usd),
+            "" if one.hours_left is None else f"{one.hours_left:.1f} h",
+            one.job.submitted,
+            reason,
+        )
     console.print(table)

@@ -46,6 +46,9 @@ class Backend(Protocol):
     def status(self, job: "Job", config: "Config") -> "Status":
         """Where it stands now."""
 
+    def card_seconds(self, job: "Job", config: "Config") -> float | None:
+        """For how long the job's machines have run so far, all attempts together; None where nobody is paid."""
+
     def logs(self, job: "Job", config: "Config", follow: bool) -> Iterator[str]:
         """Its stdout, each line once.
 

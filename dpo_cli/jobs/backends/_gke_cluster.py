@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from typing import Any, NamedTuple
 
 import msgspec
@@ -297,6 +298,14 @@ def end_of(pod: Any) -> End | None:
         if ended and (ended.exit_code or container.name == pod.spec.containers[0].name):
             return End(container.name, ended.exit_code, ended.reason)
     return None
+
+
+def ended_at(pod: Any) -> datetime | None:
+    """When a pod's last container ended; None while one runs."""
+    if pod.status.phase not in ("Succeeded", "Failed"):
+        return None
+    ends = [one.state.terminated.finished_at for one in pod.status.container_statuses or [] if one.state.terminated]
+    return max((end for end in ends if end is not None), default=None)
 
 
 def preempted(pod: Any) -> bool:

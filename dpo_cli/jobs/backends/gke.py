@@ -8,6 +8,7 @@ that makes it.
 
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from dpo_cli.config.settings import Config
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.jobs import transfer
 from dpo_cli.jobs.backends import _gke_render as rendering
-from dpo_cli.jobs.backends._gke_cluster import Cluster, ClusterUnreachable, end_of, preempted
+from dpo_cli.jobs.backends._gke_cluster import Cluster, ClusterUnreachable, end_of, ended_at, preempted
 from dpo_cli.jobs.backends._gke_render import HASH, QUEUE, job_name
 from dpo_cli.jobs.registry import Job, Status, ended, refuse_another
 from dpo_cli.jobs.spec import VOLUME as VOLUME
@@ -80,6 +81,16 @@ def status(job: Job, config: Config) -> Status:
     if now.state == "cancelled" and job.cancelled:
         now = Status("cancelled", Exit.INTERRUPTED, "its checkpoints are in the bucket")
     return now
+
+
+def card_seconds(job: Job, config: Config) -> float | None:
+    """From each pod's start, its image's pull included, to its end or now; of the first node of several."""
+    seconds = 0.0
+    for pod in _cluster(job, config).pods(job.handle["name"]):
+        if pod.status.start_time is not None:
+            until = ended_at(pod) or datetime.now(UTC)
+            seconds += max((until - pod.status.start_time).total_seconds(), 0.0)
+    return seconds
 
 
 def logs(job: Job, config: Config, follow: bool) -> Iterator[str]:

@@ -82,6 +82,11 @@ def status(job: Job, config: Config) -> Status:
     return ended(last.exit_code, last.error)
 
 
+def card_seconds(job: Job, config: Config) -> float | None:
+    """This machine costs nothing."""
+    return None
+
+
 def logs(job: Job, config: Config, follow: bool) -> Iterator[str]:
     """The lines of its log."""
     log = _log(job, config)

@@ -198,6 +198,18 @@ def _returned(call: Any) -> str | None:
         return None
 
 
+def card_seconds(job: Job, config: Config) -> float | None:
+    """From each container's first log entry to its last; that of one that runs reaches until now."""
+    if "call_id" not in job.handle:
+        return None
+    with translate_errors(config):
+        lines = _Lines(job)
+        for entry in _entries(job, config, follow=False, seen=set()):
+            for _ in lines.of(entry):
+                pass
+        return lines.seconds(running=not status(job, config).ended)
+
+
 def logs(job: Job, config: Config, follow: bool) -> Iterator[str]:
     """Lines of the call's containers, from the first on; a container after the first is said to be another attempt."""
     if "call_id" not in job.handle:
@@ -315,8 +327,15 @@ class _Lines:
         yield from self._rest_of_line()
         name = self.job.handle.get("gpu", "")
         if name and self.times:
-            seconds = sum((last - first).total_seconds() for first, last in self.times.values())
-            yield cost(name, seconds)
+            yield cost(name, self.seconds(running=False))
+
+    def seconds(self, running: bool) -> float:
+        """How long the containers ran, as far as their entries show; the last one until now if it runs."""
+        spans = [(last - first).total_seconds() for first, last in self.times.values()]
+        if running and self.times:
+            first, _ = list(self.times.values())[-1]
+            spans[-1] = (datetime.now(first.tzinfo) - first).total_seconds()
+        return sum(spans)
 
     def _rest_of_line(self) -> Iterator[str]:
         if self.partial:
