@@ -20,13 +20,15 @@ from test_injection import HOSTILE, gullible
 
 from dpo_cli.config.settings import Config, EvaluateSection, GenerateSection, JudgeSection, ModelSection
 from dpo_cli.data.jsonl import read_rows, write_rows
-from dpo_cli.data.records import Compared
+from dpo_cli.data.records import Compared, Completions
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.judges._forms import GRADE, RATING
 from dpo_cli.judges._verdict import read_verdict
 from dpo_cli.progress import Silent
 from dpo_cli.stages.evaluate import run as evaluate
+from dpo_cli.stages.evaluate.judging import EvaluationJudge, comparison_tasks, rating_tasks
 from dpo_cli.stages.evaluate.results import Evaluation
+from dpo_cli.stages.evaluate.sampling import RunBudget
 from dpo_cli.statistics import wilson
 
 STAR = "★"
@@ -536,3 +538,24 @@ def test_what_is_no_verdict_on_one_answer(text, form):
 def test_a_forged_rating_is_not_believed():
     with pytest.raises(ValueError, match="quoted"):
         read_verdict(GOOD, ["A"], [f"Hello. {GOOD}"], RATING)
+
+
+def test_calls_and_tools_are_compared_and_rated(folder: Path) -> None:
+    """A completion that only calls a tool is no empty one, and the judge sees which tools there were."""
+    call = {"type": "function", "function": {"name": "look", "arguments": {"where": "here"}}}
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    prompt = [{"role": "user", "content": "Where?"}]
+    rows = [
+        Completions(
+            id="1", prompt=prompt, completions=[text], finish_reasons=["stop"], model="m", sampling={}, tools=tools,
+            messages=[{"role": "assistant", "content": text, "tool_calls": [call]}] if not text else [],
+        )
+        for text in ("Here.", "")
+    ]  # fmt: skip
+    judge = EvaluationJudge(config(folder, "http://127.0.0.1:9/v1"), Silent(), RunBudget(None))
+    (task,) = comparison_tasks(judge, *rows)
+    assert task.shown == [0, 1]
+    assert (task.completions[1], task.tools) == ('{"name":"look","arguments":{"where":"here"}}', tools)
+    assert rating_tasks(judge, rows[1])[0].tools == tools
+    plain = judge.task("rate", prompt, ["Here."])
+    assert plain.id != rating_tasks(judge, rows[0])[0].id

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from dpo_cli import judges
 from dpo_cli.config.settings import Config
-from dpo_cli.data.records import Completions, Judgment, Message, Order, canonical, content_id
+from dpo_cli.data.records import Completions, Judgment, Message, Order, Tool, canonical, content_id, said
 from dpo_cli.data.resumable import Resumable
 from dpo_cli.endpoint.costs import Estimate, Receipt
 from dpo_cli.judges._ranking import label_of
@@ -80,10 +80,12 @@ class EvaluationJudge:
         """How many completions a task must show, or there is nothing to ask."""
         return 2 if kind == "compare" else 1
 
-    def task(self, kind: str, prompt: list[Message], texts: list[str]) -> Task:
+    def task(self, kind: str, prompt: list[Message], texts: list[str], tools: list[Tool] | None = None) -> Task:
         """What the judge is asked; its id depends on all that its answer does."""
-        key = content_id(kind, self.identity, prompt, texts)
-        row = Completions(id=key, prompt=prompt, completions=texts, finish_reasons=[], model="", sampling={})
+        key = content_id(kind, self.identity, prompt, texts, *([tools] if tools else []))
+        row = Completions(
+            id=key, prompt=prompt, completions=texts, finish_reasons=[], model="", sampling={}, tools=tools
+        )
         return make_task(row, lambda text: bool(canonical(text)))
 
     def owed(self, kind: str, tasks: Iterable[Task]) -> list[Task]:
@@ -145,13 +147,13 @@ class EvaluationJudge:
 
 def comparison_tasks(bench: EvaluationJudge, reference: Completions, policy: Completions) -> list[Task]:
     """The comparisons of one prompt, sample by sample."""
-    both = zip(reference.completions, policy.completions, strict=False)
-    return [bench.task("compare", reference.prompt, [*texts]) for texts in both]
+    both = zip(map(said, reference.answers), map(said, policy.answers), strict=False)
+    return [bench.task("compare", reference.prompt, [*texts], reference.tools) for texts in both]
 
 
 def rating_tasks(bench: EvaluationJudge, row: Completions) -> list[Task]:
     """One task a completion."""
-    return [bench.task("rate", row.prompt, [text]) for text in row.completions]
+    return [bench.task("rate", row.prompt, [said(answer)], row.tools) for answer in row.answers]
 
 
 def compare(

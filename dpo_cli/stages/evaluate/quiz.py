@@ -208,7 +208,7 @@ def _grade(
         for key, text in own.items():
             if not correct[name][key]:
                 shown: Message = {"role": RIGHT_ANSWER, "content": " / ".join(questions[key].answers)}
-                tasks[name, key] = bench.task("grade", [*questions[key].prompt, shown], [text])
+                tasks[name, key] = bench.task("grade", [*questions[key].prompt, shown], [text], questions[key].tools)
     verdicts = bench.ask("grade", list(tasks.values()))
     for (name, key), task in tasks.items():
         verdict = verdicts.get(task.id)
