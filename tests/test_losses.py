@@ -141,7 +141,7 @@ def test_a_gap_can_be_of_places(loss_of):
 @pytest.mark.parametrize("budget", [None, 200], ids=["whole", "divided"])
 def test_a_pair_counts_what_its_weight_says(loss_of, budget):
     """Weights 1, 2, 3, 2 have a mean of 2; also where a batch is divided."""
-    from dpo_cli.training.forward.collator import parts as divided
+    from  import parts as divided
 
     trainer, loss, _ = loss_of(weights=(1.0, 2.0, 3.0, 2.0))
     by_hand = [-weight / 2 * log_sigmoid(margin) for margin, weight in zip(margins(trainer), (1, 2, 3, 2), strict=True)]

@@ -129,14 +129,14 @@ class PairLoss:
             reference: the same.
             mask: (2 * pairs, tokens), which tokens are of completions.
             beta: strength of the pull towards the reference.
-            columns: `score_gaps` and `pair_weights` (pairs,), where there are any.
+            columns: `pair_weights` and, where there is an offset, `score_gaps`, each (pairs,).
         """
         differences = (policy - reference).float()
         if self.ld_alpha is not None:
             differences = differences * length_desensitised(mask, self.ld_alpha)
         chosen, rejected = differences.sum(1).chunk(2)
         chosen_tokens, rejected_tokens = mask.sum(1).clamp(min=1).chunk(2)
-        gaps, weights = columns.get(GAPS), columns.get(WEIGHTS)
+        weight = columns[WEIGHTS]  # a batch without them would be a batch of another collator
         of = Margins(
             beta=beta,
             smoothing=self.smoothing,
@@ -145,9 +145,8 @@ class PairLoss:
             chosen_tokens=chosen_tokens,
             rejected_tokens=rejected_tokens,
             chosen_nll=-(policy * mask).float().sum(1).chunk(2)[0],
-            target=torch.zeros_like(chosen) if gaps is None else self.offset * gaps,
+            target=self.offset * columns[GAPS] if self.offset else torch.zeros_like(chosen),
         )
-        weight = torch.ones_like(chosen) if weights is None else weights
         total = chosen.new_zeros(())
         for name, type_weight in zip(self.types, self.type_weights, strict=True):
             if name == SFT:  # TRL's: a mean over the tokens of the chosen side

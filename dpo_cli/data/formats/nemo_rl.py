@@ -97,7 +97,8 @@ def recipe(train: Sequence[Preference], val: Sequence[Preference], folder: Path,
         UserError: the recipe has a loss that NeMo RL lacks.
     """
     settings = config.train
-    if settings.loss_type != "sigmoid" or settings.label_smoothing:
+    others = (settings.label_smoothing, settings.offset_alpha, settings.ld_alpha is not None, settings.use_weighting)
+    if settings.loss_type != "sigmoid" or any(others):
         raise UserError(
             "NeMo RL's DPO has the sigmoid loss without label smoothing only",
             where="train.loss_type",
