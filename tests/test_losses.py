@@ -141,7 +141,7 @@ def test_a_gap_can_be_of_places(loss_of):
 @pytest.mark.parametrize("budget", [None, 200], ids=["whole", "divided"])
 def test_a_pair_counts_what_its_weight_says(loss_of, budget):
     """Weights 1, 2, 3, 2 have a mean of 2; also where a batch is divided."""
-    from  import parts as divided
+    from dpo_cli.training.forward.collator import micro_batches
 
     trainer, loss, _ = loss_of(weights=(1.0, 2.0, 3.0, 2.0))
     by_hand = [-weight / 2 * log_sigmoid(margin) for margin, weight in zip(margins(trainer), (1, 2, 3, 2), strict=True)]
@@ -151,9 +151,9 @@ def test_a_pair_counts_what_its_weight_says(loss_of, budget):
         return
     trainer.data_collator.tokens_per_batch = budget
     batch = trainer.data_collator(list(trainer.train_dataset))
-    assert len(batch["parts"]) > 1
+    assert len(micro_batches(batch)) > 1
     parts = []
-    for trainer._share, part in divided(batch):
+    for trainer._share, part in micro_batches(batch):
         parts.append(trainer.compute_loss(trainer.model, part).item())
     assert sum(parts) == pytest.approx(sum(by_hand) / 4, rel=1e-5)
 
