@@ -204,6 +204,8 @@ def test_of_several_completions_the_good_ones_are_kept_and_the_rest_is_owed(fold
         (b'{"answer": "yes"}', "none of its fields is `choices`: answer"),
         (b'{"message": {"content": "hello"}, "done": true}', "none of its fields is `choices`: message, done"),
         (b'"hello"', "str"),
+        (b"", "an empty reply"),
+        (b"upstream connect error", "no JSON, but 'upstream connect error'"),
         (b'{"error": {"message": "no slot available", "type": "overloaded"}}', "no slot available"),
         (b'{"object": "error", "message": "broken", "code": null}', "broken"),
     ],

@@ -188,7 +188,10 @@ def read_usage(value: Any) -> tuple[Usage, bool]:
 
 def read_usage_of(content: bytes) -> tuple[Usage, bool]:
     """The tokens that a reply counts which is otherwise unreadable."""
-    body = _decode(content)
+    try:
+        body = _decode(content)
+    except Unreadable:
+        body = None
     return read_usage(body.get("usage") if isinstance(body, dict) else None)
 
 
@@ -198,6 +201,8 @@ def _decode(content: bytes) -> Any:
         return msgspec.json.decode(content)
     except ValueError:
         text = content.decode("utf-8", "replace").strip()
+    if not text.startswith(("{", "[", "<", "data:", "event:", ":")):
+        raise Unreadable(f"no JSON, but {text[:80]!r}" if text else "an empty reply")
     try:
         body = _join_events(text) if text.startswith(("data:", "event:", ":")) else _load(text)
         return msgspec.json.decode(_clean(json.dumps(body, ensure_ascii=False)))
