@@ -11,7 +11,7 @@ from dpo_cli.config.resolve import resolve
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Silent
 from dpo_cli.stages.evaluate import findings, forgetting
-from dpo_cli.stages.evaluate.forgetting import GENERAL, SFT, gates_of
+from dpo_cli.stages.evaluate.forgetting import GENERAL, SFT, Scored, gates_of
 from dpo_cli.stages.evaluate.gates import refusals
 from dpo_cli.stages.evaluate.results import Sides
 from dpo_cli.stages.evaluate.win_rate import repetition, share_of_wins
@@ -35,6 +35,15 @@ def work(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """What is measured is kept under `data`."""
+    monkeypatch.chdir(tmp_path)
+
+
+WHO = ["sft", "dpo"]
+
+
 def settings(folder, *sets):
     places = [f"model.base={folder / 'base'}", f"model.adapter={folder / 'sft'}", f"model.dpo_adapter={folder / 'dpo'}",
               f"generate.prompts={folder}", "generate.engine=transformers"]  # fmt: skip
@@ -46,7 +55,7 @@ def test_the_change_is_what_peft_alone_computes(work):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    found = forgetting.measure(settings(work), Silent())[SFT]
+    found = forgetting.measure(settings(work), Silent(), WHO)[SFT]
     tokenizer = AutoTokenizer.from_pretrained(work / "base")
     sums, tokens = {"sft": 0.0, "dpo": 0.0}, 0
     for number, line in enumerate(LINES):
@@ -70,31 +79,30 @@ def test_the_change_is_what_peft_alone_computes(work):
 
 
 def test_an_adapter_against_itself_has_forgotten_nothing(work):
-    found = forgetting.measure(settings(work, f"model.dpo_adapter={work / 'sft'}"), Silent())
+    found = forgetting.measure(settings(work, f"model.dpo_adapter={work / 'sft'}"), Silent(), WHO)
     assert found[SFT].change.value == found[SFT].change.high == 0
     assert gates_of(found, 0.1)[SFT].verdict == "pass"
 
 
 def test_the_general_file_is_measured_too_and_must_be_there(work):
-    found = forgetting.measure(settings(work, f"evaluate.general={work / 'general.jsonl'}"), Silent())
+    found = forgetting.measure(settings(work, f"evaluate.general={work / 'general.jsonl'}"), Silent(), WHO)
     assert found[GENERAL].policy == pytest.approx(found[SFT].policy) and found[GENERAL].source.endswith("general.jsonl")
     with pytest.raises(UserError, match="no such file"):
-        forgetting.measure(settings(work, "evaluate.general=nowhere.jsonl"), Silent())
-    assert forgetting.measure(settings(work, "evaluate.forgetting_rows=0"), Silent()) == {}
+        forgetting.measure(settings(work, "evaluate.general=nowhere.jsonl"), Silent(), WHO)
+    assert forgetting.measure(settings(work, "evaluate.forgetting_rows=0"), Silent(), WHO) == {}
 
 
 def test_prompts_alone_and_a_server_leave_nothing_to_measure_with(work, tmp_path):
     (tmp_path / "val.jsonl").write_text(json.dumps({"prompt": "[MABEL] Soup?"}) + "\n")
-    assert forgetting.measure(settings(work, f"generate.prompts={tmp_path}"), Silent()) == {}
-    assert forgetting.measure(settings(work, "generate.engine=endpoint"), Silent()) == {}
+    assert forgetting.measure(settings(work, f"generate.prompts={tmp_path}"), Silent(), WHO) == {}
+    assert forgetting.measure(settings(work, "generate.engine=endpoint"), Silent(), WHO) == {}
 
 
 @pytest.mark.parametrize(("change", "spread", "verdict"), [(0.3, 0.05, "fail"), (0.05, 0.01, "pass"),
                                                            (0.12, 0.3, "not shown")])  # fmt: skip
 def test_it_fails_where_the_loss_is_beyond_the_limit_and_its_noise(change, spread, verdict):
-    tokens = [SimpleNamespace(completions=[[0] * 10])] * 40
-    pairs = [(10.0, 10.0 + 10 * (change + spread * sign)) for sign in (-1, 1) for _ in range(20)]
-    found = forgetting._compare("x", tokens, pairs, 0.95)
+    rows = [Scored("x", 10.0, 10.0 + 10 * (change + spread * sign), 10) for sign in (-1, 1) for _ in range(20)]
+    found = forgetting._compare("x", rows, 0.95)
     assert found.change.error == pytest.approx(spread * math.sqrt(40 / 39) / math.sqrt(40))
     gates = gates_of({SFT: found}, 0.1)
     assert gates[SFT].verdict == verdict
@@ -152,3 +160,13 @@ def test_a_loss_that_rises_steadily_is_found_and_noise_is_not():
     rows.append({"step": 9, "eval_loss": 0.7})
     found = guards.after_log(GuardState(), rows[:-1], resolve(environment={}).config.gate)
     assert [(one.fault, one.action) for one in found] == [("loss_rises", "warn")]
+
+
+def test_nothing_is_measured_twice_and_another_adapter_is_measured_anew(work, monkeypatch):
+    from dpo_cli.stages.evaluate import adapters
+
+    first = forgetting.measure(settings(work), Silent(), WHO)
+    monkeypatch.setattr(adapters, "load_both", lambda config: pytest.fail("models are loaded"))
+    assert forgetting.measure(settings(work), Silent(), WHO) == first
+    with pytest.raises(pytest.fail.Exception, match="models are loaded"):
+        forgetting.measure(settings(work), Silent(), ["sft", "another"])

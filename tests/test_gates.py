@@ -99,6 +99,7 @@ def test_a_policy_that_has_not_moved_is_called_so_with_what_to_raise_and_to_what
     found = checked(UNMOVED)
     assert gates.worst(gate.verdict for gate in found.values()) == "not shown"
     assert not gates.has_moved(found) and gates.has_moved(checked(evaluation()))
+    assert not gates.has_moved(checked(evaluation(margin=1e-3, margin_error=1e-4, kl=1e-5)))  # clear, and in no text
     said = gates.why_unmoved(found, TrainSection(learning_rate=5e-7), 100, 0.1)
     assert "has not moved" in said and "raise train.learning_rate from 5e-07 to 0.0001" in said
     at_the_top = gates.why_unmoved(found, TrainSection(learning_rate=1e-4), 100, 0.1)

@@ -265,7 +265,8 @@ def _finish(
     result.gates = check_gates(result.stage, [row for row in rows if row["step"] <= best], config, encoded["held_out"])
     result.verdict = worst(gate.verdict for gate in result.gates.values())
     result.reasons = [describe(name, result.gates[name]) for name in open_gates(result.gates)]
-    if not has_moved(result.gates):
+    if result.stage == "dpo" and not has_moved(result.gates):
+        result.verdict = worst([result.verdict, "not shown"])
         result.reasons.insert(0, why_unmoved(result.gates, config.train, result.steps, config.gate.kl_limit))
     kl = result.gates.get("kl_nats_per_token")
     if kl is not None and not kl.ok:

@@ -1,6 +1,6 @@
 """`train --auto` against a full grid of the same rates, in worlds whose true reward is known (tests/worlds.py).
 
-    python tests/bench/auto.py [--folder DIR] [--seeds 11 12 13] [--kl-limit 0.1]
+    python tests/bench/auto.py [--folder DIR] [--seeds 11 12 13] [--kl-limit 0.1] [--small]
 
 Each line is a rate trained to its end under the KL limit, measured by the true reward on prompts that nothing was
 trained or tuned on; the star is the one that the search took. The last line says how much better the best of the grid
@@ -25,6 +25,8 @@ from dpo_cli.stages.pair import run as pair
 from dpo_cli.statistics import bootstrap
 from dpo_cli.workflows import auto
 
+SMALL = worlds.Sizes(base=1500, hidden=64, steps=200, demonstrations=256, prompts=384, measured=128)
+
 
 class Said(Silent):
     def log(self, text: str) -> None:
@@ -41,8 +43,8 @@ def wins_of(eyes: worlds.Judged, adapter: str) -> list[float]:
     ]
 
 
-def one_world(folder: Path, seed: int, limit: float) -> tuple[list[float], list[float]]:
-    config = worlds.make(folder, seed=seed)
+def one_world(folder: Path, seed: int, limit: float, sizes: worlds.Sizes | None) -> tuple[list[float], list[float]]:
+    config = worlds.make(folder, sizes, seed=seed)
     config = replace(config, gate=replace(config.gate, kl_limit=limit))
     judge.run(config, Silent())
     pair.run(config)
@@ -68,12 +70,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--seeds", type=int, nargs="*", default=[11, 12, 13])
     parser.add_argument("--kl-limit", type=float, default=0.1)
+    parser.add_argument("--small", action="store_true", help="worlds of a third of the size")
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp())
     torch.set_num_threads(1)
     for seed in options.seeds:
         print(f"world {seed}", flush=True)
-        best, taken = one_world(folder / str(seed), seed, options.kl_limit)
+        best, taken = one_world(folder / str(seed), seed, options.kl_limit, SMALL if options.small else None)
         off = bootstrap([one - other for one, other in zip(best, taken, strict=True)], 2000, seed=0)
         print(f"  best of the grid less the search: {off.value:+.3f} [{off.low:+.3f}, {off.high:+.3f}]", flush=True)
 

@@ -2,13 +2,14 @@
 
 Negative log-likelihood of the completions that the SFT run held out, and of those in the file `evaluate.general`, in
 nats a token, by both adapters in this process; the difference is paired by row: its interval is the noise floor.
-Reads those rows, base and adapters; writes nothing, and is measured again by each call: a forward a row and adapter.
+Reads those rows, base and adapters; writes forgetting.jsonl, so that nothing is measured twice.
 Not covered: adapters that are on a server only; what lm-evaluation-harness measures, see `harness.py`.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from msgspec import Struct
 
@@ -16,14 +17,18 @@ from dpo_cli.base_model import find_base
 from dpo_cli.config.settings import Config
 from dpo_cli.data.formats.prompts import read_demonstration
 from dpo_cli.data.reader import parse_rows
+from dpo_cli.data.records import content_id
+from dpo_cli.data.resumable import Resumable
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Progress
+from dpo_cli.stages.evaluate.sampling import FOLDER
 from dpo_cli.statistics import Interval, of_mean
 from dpo_cli.training.encode import Exchange, Sequences
 from dpo_cli.training.encode_inputs import exchange
 from dpo_cli.training.gates import Gate, compared
 from dpo_cli.training.inputs import read_inputs
 
+ROWS = "forgetting.jsonl"
 SFT, GENERAL = "forgetting_sft", "forgetting_general"  # names of the gates
 
 
@@ -38,8 +43,22 @@ class Forgetting(Struct, kw_only=True):
     change: Interval
 
 
-def measure(config: Config, progress: Progress) -> dict[str, Forgetting]:
+class Scored(Struct):
+    """One line of forgetting.jsonl: nats of a completion under both adapters, and its tokens."""
+
+    id: str
+    reference: float
+    policy: float
+    tokens: int
+
+
+def measure(config: Config, progress: Progress, who: Sequence[Any]) -> dict[str, Forgetting]:
     """What can be measured here, by the name of its gate; empty where there is nothing to measure with.
+
+    Args:
+        config: base and adapters, and where the texts are.
+        progress: where to report; units are texts.
+        who: what both adapters are, so that no text is measured twice.
 
     Raises:
         UserError: `evaluate.general` is no file of prompt-completion rows, or base or adapters can't be read.
@@ -47,28 +66,43 @@ def measure(config: Config, progress: Progress) -> dict[str, Forgetting]:
     texts = _texts(config)
     if not texts or find_base(config.model.base) is None:
         return {}
+    keys = {name: [content_id("forgetting", who, *row[:3]) for row in rows] for name, (_, rows) in texts.items()}
+    wanted = {key: row for name, (_, rows) in texts.items() for key, row in zip(keys[name], rows, strict=True)}
+    found = {}
+    with Resumable(Path(config.data) / FOLDER / ROWS, Scored) as scored:
+        if owed := scored.missing(wanted):
+            with scored.reporting(progress, "forgetting", len(wanted), len(owed)) as delivery:
+                for key, nats in _score(config, owed, delivery):
+                    scored.deliver(Scored(key, *nats))
+                    delivery.note()
+        for name, (source, _) in texts.items():
+            rows = [scored.known[key] for key in dict.fromkeys(keys[name]) if scored.known[key].tokens]
+            if len(rows) > 1:
+                found[name] = _compare(source, rows, config.gate.confidence)
+    return found
+
+
+def _score(
+    config: Config, rows: Mapping[str, Exchange], progress: Progress
+) -> Iterator[tuple[str, tuple[float, float, int]]]:
+    """Nats of each completion under the reference and under the policy, and its tokens; 0 where it is too long."""
     from dpo_cli.stages.evaluate.adapters import load_both
     from dpo_cli.training.trainer import load_encoder, redirect_logs
 
-    found = {}
+    folder = find_base(config.model.base)
+    assert folder is not None
     with redirect_logs(progress):
         model, as_reference = load_both(config)
-        folder = find_base(config.model.base)
-        assert folder is not None
         encoder = load_encoder(folder, config.model, config.sft.max_length)
-        for name, (source, rows) in texts.items():
-            encoded = encoder.encode(rows).rows
-            progress.begin("forgetting", len(encoded), 0)
-            pairs = []
-            for row in encoded:
-                ours = _nll(model.network, row)
-                with as_reference() as reference:
-                    pairs.append((_nll(reference, row), ours))
-                progress.update(len(pairs))
-            progress.end()
-            if len(pairs) > 1:
-                found[name] = _compare(source, encoded, pairs, config.gate.confidence)
-    return found
+        for key, row in rows.items():
+            encoded = encoder.encode([row]).rows
+            if not encoded:
+                yield key, (0.0, 0.0, 0)
+                continue
+            ours = _nll(model.network, encoded[0])
+            with as_reference() as reference:
+                theirs = _nll(reference, encoded[0])
+            yield key, (theirs, ours, len(encoded[0].completions[0]))
 
 
 def gates_of(found: dict[str, Forgetting], limit: float) -> dict[str, Gate]:
@@ -121,14 +155,11 @@ def _nll(network: object, row: Sequences) -> float:
     return -float(chosen.sum().item())
 
 
-def _compare(
-    source: str, rows: Sequence[Sequences], pairs: Sequence[tuple[float, float]], confidence: float
-) -> Forgetting:
+def _compare(source: str, rows: Sequence[Scored], confidence: float) -> Forgetting:
     """Sums over all tokens, and the change with its standard error as a ratio of two means over rows."""
-    tokens = [len(row.completions[0]) for row in rows]
-    before, after = (sum(pair[side] for pair in pairs) / sum(tokens) for side in (0, 1))
-    change, n = after - before, len(pairs)
-    off = sum((ours - theirs - change * count) ** 2 for (theirs, ours), count in zip(pairs, tokens, strict=True))
-    error = math.sqrt(off * n / (n - 1)) / sum(tokens)
-    interval = of_mean(change, error, n, confidence)
-    return Forgetting(source=source, rows=n, tokens=sum(tokens), reference=before, policy=after, change=interval)
+    tokens, n = sum(row.tokens for row in rows), len(rows)
+    before, after = sum(row.reference for row in rows) / tokens, sum(row.policy for row in rows) / tokens
+    change = after - before
+    off = sum((row.policy - row.reference - change * row.tokens) ** 2 for row in rows)
+    interval = of_mean(change, math.sqrt(off * n / (n - 1)) / tokens, n, confidence)
+    return Forgetting(source=source, rows=n, tokens=tokens, reference=before, policy=after, change=interval)

@@ -132,7 +132,7 @@ def run(config: Config, progress: Progress, limit: int | None = None, fresh: boo
     write_rows(path, sorted(rows, key=_gain))
 
     level = config.gate.confidence
-    forgotten = forgetting.measure(config, progress)
+    forgotten = forgetting.measure(config, progress, [side.made_with for side in sides])
     rates = [
         share_of_wins([row.win for row in rows], config.evaluate.bootstrap, config.evaluate.seed, level),
         length_controlled_win_rate([comparisons[row.id].points for row in rows], level),
