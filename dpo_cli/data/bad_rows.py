@@ -14,7 +14,7 @@ FILE = "rejected-rows.jsonl"
 SKIP = "--skip-bad leaves such rows out and writes them to rejected-rows.jsonl"
 
 
-class Fault(Exception):
+class Fault(ValueError):
     """What is wrong with one row: the reason, the row as far as it is known, and how to mend it."""
 
     def __init__(self, reason: str, row: Any = None, hint: str | None = None) -> None:

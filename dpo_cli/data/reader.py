@@ -53,7 +53,7 @@ def parse_rows(
                 if isinstance(row, Fault):
                     raise row
                 parsed = parse(row)
-            except (ValueError, Fault) as error:
+            except ValueError as error:
                 bad.add(file, number, error, row)
                 continue
             if not bad.stops:

@@ -151,37 +151,6 @@ def completions_id(texts: list[str], messages: Sequence[Message | None] = ()) ->
     return content_id(texts, messages) if any(messages) else content_id(texts)
 
 
-def read_preference(row: dict[str, Any]) -> Preference:
-    """A preference from TRL's format, conversational or plain text, with or without our scores.
-
-    Raises:
-        ValueError: naming the field that is wrong.
-    """
-    if "prompt" not in row:
-        raise ValueError('no "prompt"')
-    prompt = read_messages(row["prompt"], "prompt")
-    sides = []
-    for side in ("chosen", "rejected"):
-        if side not in row:
-            raise ValueError(f'no "{side}"')
-        sides.append(read_messages(row[side], side, role="assistant"))
-    chosen, rejected = sides
-    extra = {name: row.get(name) for name in Preference.__struct_fields__[4:]} | {"tools": read_tools(row.get("tools"))}
-    try:
-        return msgspec.convert(
-            {
-                "id": row.get("id") or preference_id(prompt, chosen, rejected, extra["tools"]),
-                "prompt": prompt,
-                "chosen": chosen,
-                "rejected": rejected,
-                **extra,
-            },
-            Preference,
-        )
-    except msgspec.ValidationError as error:
-        raise ValueError(str(error)) from None
-
-
 def preference_id(
     prompt: list[Message], chosen: list[Message], rejected: list[Message], tools: list[Tool] | None = None
 ) -> str:

@@ -18,7 +18,9 @@ from typing import Any, BinaryIO, NamedTuple, Self, TypeVar
 
 import msgspec
 
-from dpo_cli.data.records import Preference, preference_id, read_preference
+from dpo_cli.data.columns import Cells
+from dpo_cli.data.formats.preferences import read_pair
+from dpo_cli.data.records import Preference, preference_id
 from dpo_cli.errors import UserError
 
 T = TypeVar("T")
@@ -231,7 +233,7 @@ def parse_pair(line: bytes) -> Preference:
     try:
         pair: Preference = _decoder(_Pair).decode(line)
     except msgspec.ValidationError:
-        pair = read_preference(msgspec.json.decode(line, type=dict[str, Any]))
+        pair = read_pair(Cells(msgspec.json.decode(line, type=dict[str, Any])))[1]
     if not pair.id:
         pair.id = preference_id(pair.prompt, pair.chosen, pair.rejected)
     return pair

@@ -6,7 +6,7 @@ from rich.console import Console, Group
 from rich.text import Text
 
 from dpo_cli.analysis.data_stats import CompletionStats, words
-from dpo_cli.data.records import Completions
+from dpo_cli.data.records import Completions, said
 from dpo_cli.data.row_index import Rows
 from dpo_cli.endpoint.responses import ADVICE
 from dpo_cli.view.facts import (
@@ -75,7 +75,7 @@ def completions_list(console: Console, rows: Rows, first: int, count: int) -> No
             str(len(record.completions)),
             counts_of(record.finish_reasons),
             ending(record.prompt),
-            excerpt(record.completions[0] if record.completions else ""),
+            excerpt(said(record.answer(0)) if record.completions else ""),
         )
     console.print(table)
     console.print(position(rows, first, len(page)))
@@ -87,9 +87,9 @@ def completions(console: Console, record: Completions, place: str = "") -> None:
     for part in (place, record.model, *(f"{key} {value}" for key, value in record.sampling.items())):
         if part:
             title.append(" · ", "dim").append_text(safe_line(part, "not bold"))
-    console.print(Group(title, "", prompt_view(record.prompt)))
+    console.print(Group(title, "", prompt_view(record.prompt, tools=record.tools)))
     seen: dict[str, int] = {}
-    for index, (text, reason) in enumerate(zip(record.completions, record.finish_reasons, strict=False)):
+    for index, (text, reason) in enumerate(zip(map(said, record.answers), record.finish_reasons, strict=False)):
         twin = seen.setdefault(" ".join(text.split()), index)
         head = Text(f"{index}", "bold").append(f"  {words(text):,} words  ", "not bold dim")
         head.append_text(safe_line("cut" if reason == "length" else reason, finish_style(reason)))

@@ -10,7 +10,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from dpo_cli.data.records import Completions, Judgment, Order, Usage, judge_name, rationale
+from dpo_cli.data.records import Completions, Judgment, Order, Usage, judge_name, rationale, said
 from dpo_cli.data.row_index import Rows
 from dpo_cli.judges._ranking import label_of
 from dpo_cli.view.facts import add_estimate, fact_table, reason_lines, receipt, token_counts
@@ -69,7 +69,7 @@ def judgment(console: Console, record: Judgment, judged: Completions | None = No
                     head.append(f"  {number(record.scores[index])}")
                 for reason in record.flags.get(index, []):
                     head.append_text(safe_line(f"  {reason}", "not bold yellow"))
-                console.print(candidate(head, judged.completions[index]))
+                console.print(candidate(head, said(judged.answer(index))))
     for number_of, order in enumerate(record.orders or [], 1):
         console.print(reply(number_of, order))
 

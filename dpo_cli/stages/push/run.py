@@ -18,10 +18,12 @@ from dpo_cli.adapter import Adapter, is_model, read_adapter
 from dpo_cli.analysis.data_stats import pair_stats
 from dpo_cli.base_model import fingerprint
 from dpo_cli.config.settings import Config
+from dpo_cli.data.columns import Cells
 from dpo_cli.data.files import read_json, sha256
+from dpo_cli.data.formats.preferences import read_pair
 from dpo_cli.data.jsonl import read_rows
 from dpo_cli.data.reader import parse_rows
-from dpo_cli.data.records import Judgment, Preference, read_preference, text_of
+from dpo_cli.data.records import Judgment, Preference, text_of
 from dpo_cli.errors import Exit, UserError, require
 from dpo_cli.progress import Progress
 from dpo_cli.safe_text import check_run_name
@@ -204,7 +206,7 @@ def _merge(config: Config, folder: Path, pushed: Pushed, dry_run: bool) -> Path:
 
 
 def _pairs(file: Path) -> Iterator[Preference]:
-    return (pair for _, pair in parse_rows(file, read_preference))
+    return (pair for _, pair in parse_rows(file, lambda row: read_pair(Cells(row))[1]))
 
 
 def _judge(data: Path) -> dict[str, Any]:

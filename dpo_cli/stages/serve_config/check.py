@@ -15,9 +15,11 @@ import msgspec
 from msgspec import Struct
 
 from dpo_cli.config.settings import Config
+from dpo_cli.data.columns import Cells
+from dpo_cli.data.formats.preferences import read_pair
 from dpo_cli.data.formats.prompts import PromptFile
 from dpo_cli.data.reader import parse_rows
-from dpo_cli.data.records import Message, read_preference
+from dpo_cli.data.records import Message, Preference
 from dpo_cli.errors import Exit, UserError, require
 from dpo_cli.progress import Progress
 from dpo_cli.stages.serve_config import server
@@ -105,12 +107,16 @@ def check(plan: ServePlan, config: Config, url: str, progress: Progress) -> Chec
     return result
 
 
+def _pair(row: dict[str, Any]) -> Preference:
+    return read_pair(Cells(row))[1]
+
+
 def _rows(config: Config) -> list[list[Message]]:
     """Prompts with the completion that was chosen, or prompts alone."""
     data, prompts = Path(config.data), Path(config.generate.prompts)
     pairs = [file for name in ("val", "train") if (file := data / f"{name}.jsonl").is_file()]
     if pairs:
-        read = chain.from_iterable(parse_rows(file, read_preference) for file in pairs)
+        read = chain.from_iterable(parse_rows(file, _pair) for file in pairs)
         return [pair.prompt + pair.chosen for _, pair in islice(read, PROMPTS)]
     file = prompts / "val.jsonl" if prompts.is_dir() else prompts
     if not file.is_file():
