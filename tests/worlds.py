@@ -161,6 +161,7 @@ def align(
     beta: float = 0.1,
     learning_rate: float | None = None,
     sets: Mapping[str, Any] | None = None,
+    before: str | None = None,
 ) -> tuple[Config, Trained]:
     """DPO by the stages: judge the world's completions, pair them and train, in folders of their own.
 
@@ -171,10 +172,12 @@ def align(
         beta: strength of the pull towards the SFT adapter.
         learning_rate: unset: the world's.
         sets: dotted keys of `[pair]` and `[train]` with values, which win.
+        before: adapter of the round before, which gives the completions and is the reference; unset: the SFT adapter.
     """
     data = Path(config.data).with_name(f"data-{name}")
     data.mkdir(exist_ok=True)
-    shutil.copyfile(Path(config.data) / "completions.jsonl", data / "completions.jsonl")
+    if before is None:
+        shutil.copyfile(Path(config.data) / "completions.jsonl", data / "completions.jsonl")
     own: dict[str, dict[str, Any]] = {"pair": {}, "train": {"beta": beta}}
     if learning_rate is not None:
         own["train"]["learning_rate"] = learning_rate
@@ -183,11 +186,13 @@ def align(
         own[section][field] = value
     mine = replace(
         config, data=str(data),
-        model=replace(config.model, dpo_adapter=str(data / "adapter")),
+        model=replace(config.model, adapter=before or config.model.adapter, dpo_adapter=str(data / "adapter")),
         judge=replace(config.judge, function=f"{Path(__file__).resolve()}:{label}"),
         pair=replace(config.pair, **own["pair"]),
         train=replace(config.train, **own["train"]),
     )  # fmt: skip
+    if before is not None:
+        generate.run(replace(mine, generate=replace(mine.generate, seed=mine.generate.seed + 1)), Silent())
     judge.run(mine, Silent())
     run.run(mine)
     return mine, train.run(mine, Silent(), name=name)

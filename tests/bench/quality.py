@@ -26,11 +26,15 @@ from dpo_cli.training.scale_adapter import scale_adapter
 
 
 class Setup(Struct):
-    """What differs from the world's settings, who labels, and the scales at which the adapter is measured."""
+    """What differs from the world's settings, who labels, and the scales at which the adapter is measured.
+
+    In a second round the adapter of the first one answers, and is the reference.
+    """
 
     sets: dict[str, Any] = {}
     label: str = "zest"
     scales: tuple[float, ...] = (1.0,)
+    rounds: int = 1
 
 
 PLAIN = {"pair.strategy": "best-worst"}
@@ -45,6 +49,7 @@ BEFORE, AFTER = "DPO", "rebel, all pairs, ranks"
 RUNS: dict[str, Setup] = {
     BEFORE: Setup(PLAIN, scales=AT_EQUAL_KL),
     AFTER: Setup(REBEL, scales=(0.5, 0.75, 1.0, 1.25)),
+    "the same, two rounds": Setup(REBEL | {"train.beta": 1.0}, rounds=2),
     "rebel, all pairs, scores": Setup(REBEL | {"train.gap_by": "score"}, scales=(0.5, 0.75, 1.0)),
     "rebel, best-worst": Setup(REBEL | PLAIN, scales=(0.75, 1.0)),
     "offset by score": Setup(PLAIN | {"train.offset_alpha": 0.5, "train.gap_by": "score"}, scales=AT_EQUAL_KL),
@@ -91,7 +96,11 @@ def measure(folder: Path, seed: int, names: list[str], best_of: tuple[int, ...])
     found: dict[str, dict[float, Point]] = {}
     for name in names:
         setup = RUNS[name]
-        mine, trained = align(config, name.replace(" ", "-").replace(",", ""), setup.label, sets=setup.sets)
+        folders, before = name.replace(" ", "-").replace(",", ""), None
+        for number in range(setup.rounds):
+            own = f"{folders}-{number + 1}" if number else folders
+            mine, trained = align(config, own, setup.label, sets=setup.sets, before=before)
+            before = mine.model.dpo_adapter
         found[name] = {}
         for scale in setup.scales:
             adapter = Path(mine.model.dpo_adapter)
