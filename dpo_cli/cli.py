@@ -811,12 +811,12 @@ def inspect_completions(
     from dpo_cli import view
     from dpo_cli.analysis import data_stats as numbers
     from dpo_cli.data import row_index
-    from dpo_cli.data.jsonl import read_latest
+    from dpo_cli.data.jsonl import stream_latest
     from dpo_cli.data.records import Completions
 
     path = session.data / "completions.jsonl"
     if stats:
-        session.show(numbers.completion_stats(read_latest(path, Completions).values()), view.completion_stats)
+        session.show(numbers.completion_stats(stream_latest(path, Completions)), view.completion_stats)
         return
     with row_index.Rows.open([path]) as rows:
         if identity:

@@ -18,7 +18,8 @@ from openai_server import Server, first, shares
 from raw_server import RawServer, says
 
 from dpo_cli.config.settings import Config, GenerateSection, JudgeSection
-from dpo_cli.data.records import Order
+from dpo_cli.data.jsonl import read_latest
+from dpo_cli.data.records import Completions, Order
 from dpo_cli.endpoint.shutdowns import SHUTDOWNS, shutdown_of, shutdown_warning
 from dpo_cli.errors import UserError
 from dpo_cli.judges import names
@@ -95,7 +96,7 @@ def test_two_orders_cancel_a_preference_for_the_first_place(tmp_path, bonus):
     with Server(fault=scripted(biased)) as server:
         run(config(tmp_path, server.url))
         one = tmp_path / "one"
-        write(one, judge._read_completions(tmp_path / "completions.jsonl"))
+        write(one, list(read_latest(tmp_path / "completions.jsonl", Completions).values()))
         run(config(one, server.url, orders=1))
     assert {judgment.ranking[0] for judgment in judgments(tmp_path).values()} == {1}
     assert {judgment.scores[1] - judgment.scores[0] for judgment in judgments(tmp_path).values()} == {1}

@@ -7,10 +7,11 @@ keeps a second writer out; on file systems without locks (GCS FUSE) there is non
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, BinaryIO, Generic, Self, TypeVar, overload
 
 import msgspec
 
@@ -45,6 +46,113 @@ def read_rows_at(path: Path, kind: type[T]) -> Iterator[tuple[int, int, T]]:
             if (row := _decode_line(path, number, line, decode, torn_end=True)) is not None:
                 yield start, number, row
             start += len(line)
+
+
+def latest_starts(path: Path) -> "array[int]":
+    """Where the last line of each id begins, in the order in which the ids first come; nothing else is kept.
+
+    Raises:
+        UserError: no such file, or `file:line` of a line without an id.
+    """
+    starts = array("Q")
+    places: dict[int, int] = {}
+    for start, _, row in read_rows_at(path, _Identified):
+        place = places.setdefault(hash(row.id), len(starts))
+        if place < len(starts):
+            starts[place] = start
+        else:
+            starts.append(start)
+    return starts
+
+
+def starts_by_id(path: Path) -> dict[str, int]:
+    """Where the last line of each id begins, by id.
+
+    Raises:
+        UserError: no such file, or `file:line` of a line without an id.
+    """
+    return {row.id: start for start, _, row in read_rows_at(path, _Identified)}
+
+
+def stream_latest(path: Path, kind: type[T]) -> Iterator[T]:
+    """Rows as `read_latest` has them, one at a time: the file is read twice, and no row is kept.
+
+    Raises:
+        UserError: no such file, or `file:line` of a line that is no such record.
+    """
+    with RowsAt(path, kind, latest_starts(path)) as rows:
+        yield from rows
+
+
+class RowReader(Generic[T]):
+    """Reads rows by where their lines begin.
+
+    Args:
+        file: open for reading.
+        path: its name.
+        kind: what rows are read as.
+    """
+
+    def __init__(self, file: BinaryIO, path: Path, kind: type[T]) -> None:
+        self._file = file
+        self._path = path
+        self._decode = msgspec.json.Decoder(kind).decode
+
+    def at(self, start: int) -> T:
+        """The row whose line begins at this byte.
+
+        Raises:
+            UserError: `file:line`, if it is no such record.
+        """
+        self._file.seek(start)
+        line = self._file.readline()
+        try:
+            return self._decode(line)
+        except (msgspec.MsgspecError, UnicodeError, RecursionError):
+            self._file.seek(0)
+            number = self._file.read(start).count(b"\n") + 1
+            row = _decode_line(self._path, number, line, self._decode, torn_end=False)
+            assert row is not None  # what can't be decoded has raised
+            return row
+
+
+class RowsAt(Sequence[T]):
+    """Rows of a file by where their lines begin, read when they are looked at; use as a context manager.
+
+    Args:
+        path: the file.
+        kind: what they are read as.
+        starts: the byte at which each begins.
+    """
+
+    def __init__(self, path: Path, kind: type[T], starts: Sequence[int]) -> None:
+        self._path = path
+        self._kind = kind
+        self._starts = starts
+
+    def __enter__(self) -> Self:
+        self._file = self._path.open("rb")
+        self._reader = RowReader(self._file, self._path, self._kind)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[T]: ...
+
+    def __getitem__(self, index: int | slice) -> T | Sequence[T]:
+        if isinstance(index, slice):
+            return [self[one] for one in range(len(self))[index]]
+        return self._reader.at(self._starts[index])
 
 
 def read_latest(path: Path, kind: type[T]) -> dict[str, T]:

@@ -34,7 +34,7 @@ def make_task(row: Completions, usable: Callable[[str], bool], failures: int = 0
     texts = [said(answer) for answer in row.answers]
     first: dict[str, int] = {}
     stands = [
-        first.setdefault(canonical(text), index) if canonical(text) and usable(text) else None
+        first.setdefault(key, index) if (key := canonical(text)) and usable(text) else None
         for index, text in enumerate(texts)
     ]
     return Task(

@@ -7,8 +7,9 @@ never a side. Which file a pair goes to depends on its prompt alone, so that no 
 moves none across; only the rejected text of a stratified pair may be an answer to a prompt of the other side.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from msgspec import Struct
@@ -17,7 +18,7 @@ from dpo_cli.analysis.length_bias import without_length_effect
 from dpo_cli.config.settings import MIN_GAP, MIN_REWARD_GAP, Config, PairSection
 from dpo_cli.data.bad_rows import BadRows
 from dpo_cli.data.files import write_files
-from dpo_cli.data.jsonl import encode_rows, read_latest
+from dpo_cli.data.jsonl import RowReader, encode_rows, read_latest, starts_by_id
 from dpo_cli.data.records import (
     Completions,
     Judgment,
@@ -30,13 +31,27 @@ from dpo_cli.data.records import (
     said,
     split_side,
 )
-from dpo_cli.errors import Exit, UserError
+from dpo_cli.errors import UserError
 from dpo_cli.judges._ranking import any_inverts
 from dpo_cli.stages.pair import imports
+from dpo_cli.stages.pair.reasons import (
+    FAILED,
+    INVERTED,
+    NOT_HIGH,
+    POSITION,
+    SMALL_GAP,
+    TIE,
+    TOO_CLOSE,
+    counted,
+    no_judgments,
+    no_pair,
+    warn_of_split,
+)
 from dpo_cli.stages.pair.rollouts import Rollout, RolloutStatistics, pair_rollouts, stratified
 from dpo_cli.stages.pair.strategies import STRATEGIES, weigh
 from dpo_cli.statistics import count_alike
 
+COMPLETIONS, JUDGMENTS = "completions.jsonl", "judgments.jsonl"
 EPSILON = 1e-9  # means of integers, such as 7.000000000000001
 
 
@@ -85,11 +100,19 @@ def run(config: Config, dry_run: bool = False) -> Paired:
     Raises:
         UserError: no judgments, or no pair comes out of them; the files are as they were.
     """
+    settings = config.pair
+    if settings.strategy == "stratified" or settings.length_control:
+        return _run_together(config, dry_run)
+    return _run_one_by_one(config, dry_run)
+
+
+def _run_together(config: Config, dry_run: bool) -> Paired:
+    """Pairs that depend on all prompts: everything is read first."""
     data, settings = Path(config.data), config.pair
-    judgments = read_latest(data / "judgments.jsonl", Judgment)
+    judgments = read_latest(data / JUDGMENTS, Judgment)
     if not judgments:
-        raise UserError("no judgments", where=str(data / "judgments.jsonl"), hint="nothing-dpo judge")
-    completions = read_latest(data / "completions.jsonl", Completions)
+        raise no_judgments(data / JUDGMENTS)
+    completions = read_latest(data / COMPLETIONS, Completions)
     used = without_length_effect(judgments, completions) if settings.length_control else judgments
     prompts: dict[str, _Judged] = {}
     skipped: Counter[str] = Counter()
@@ -104,11 +127,58 @@ def run(config: Config, dry_run: bool = False) -> Paired:
     for key in prompts:
         pairs, reasons = _filter(proposed[key], settings, min_gap)
         if not pairs:
-            skipped[reasons[0] if reasons else _NOT_HIGH] += 1
+            skipped[reasons[0] if reasons else NOT_HIGH] += 1
         sides[split_side(key, settings.seed, settings.val_share)] += pairs
     if not any(sides.values()):
-        raise _nothing(skipped, min_gap, Counter(count_alike(row.error for row in judgments.values())))
+        raise no_pair(skipped, min_gap, Counter(count_alike(row.error for row in judgments.values())))
     return _write(config, sides, skipped, dry_run)
+
+
+def _run_one_by_one(config: Config, dry_run: bool) -> Paired:
+    """Pairs of each prompt by itself: of all rows only their places are kept, and each is read once, in its turn."""
+    data, settings = Path(config.data), config.pair
+    paths = data / JUDGMENTS, data / COMPLETIONS
+    judged, answered = (starts_by_id(path) if path.exists() else {} for path in paths)
+    if not judged:
+        raise no_judgments(data / JUDGMENTS)
+    keys = sorted(judged.keys() | answered.keys())
+    min_gap = MIN_GAP if settings.min_gap is None else settings.min_gap
+    skipped: Counter[str] = Counter()
+    errors: list[str] = []
+    made: dict[bool, int] = {False: 0, True: 0}
+    with ExitStack() as files:
+        opened = [files.enter_context(path.open("rb")) if path.exists() else None for path in paths]
+        judgments = RowReader(opened[0], paths[0], Judgment) if opened[0] else None
+        completions = RowReader(opened[1], paths[1], Completions) if opened[1] else None
+
+        def pairs_of(side: bool, last: bool) -> Iterator[Preference]:
+            for key in keys:
+                if split_side(key, settings.seed, settings.val_share) != side:
+                    continue
+                row = completions.at(answered[key]) if completions and key in answered else None
+                judgment = judgments.at(judged[key]) if judgments and key in judged else None
+                if judgment is not None and judgment.error is not None:
+                    errors.append(judgment.error)
+                try:
+                    prompt = _usable(row, judgment)
+                except _NoPair as reason:
+                    skipped[str(reason)] += 1
+                    continue
+                pairs, reasons = _filter(_within({key: prompt}, settings)[key], settings, min_gap)
+                if not pairs:
+                    skipped[reasons[0] if reasons else NOT_HIGH] += 1
+                made[side] += len(pairs)
+                yield from pairs
+            if last and not any(made.values()):  # before any file is replaced
+                raise no_pair(skipped, min_gap, Counter(count_alike(errors)))
+
+        val, train = pairs_of(True, last=False), pairs_of(False, last=True)
+        if dry_run:
+            for pairs in (val, train):
+                deque(pairs, maxlen=0)
+        else:
+            write_files({data / "val.jsonl": encode_rows(val), data / "train.jsonl": encode_rows(train)}, private=True)
+    return _paired(config, made, skipped)
 
 
 def run_rollouts(path: Path, config: Config, dry_run: bool = False) -> Paired:
@@ -188,7 +258,7 @@ def _take_in(
         sides[split_side(key, config.pair.seed, config.pair.val_share)] += kept
     if not any(sides.values()):
         raise UserError(
-            f"no row is a pair: {_counted(skipped)}",
+            f"no row is a pair: {counted(skipped)}",
             where=where,
             hint=f"a lower --min-gap (now {min_gap:g}), or pairs whose sides and scores differ",
         )
@@ -199,17 +269,21 @@ def _take_in(
 
 def _write(config: Config, sides: dict[bool, list[Preference]], skipped: Counter[str], dry_run: bool) -> Paired:
     data, (train, val) = Path(config.data), (sides[False], sides[True])
-    result = Paired(
-        train=len(train),
-        val=len(val),
+    if not dry_run:
+        write_files({data / "val.jsonl": encode_rows(val), data / "train.jsonl": encode_rows(train)}, private=True)
+    return _paired(config, {side: len(pairs) for side, pairs in sides.items()}, skipped)
+
+
+def _paired(config: Config, made: dict[bool, int], skipped: Counter[str]) -> Paired:
+    data = Path(config.data)
+    return Paired(
+        train=made[False],
+        val=made[True],
         skipped=dict(skipped.most_common()),
-        warnings=_warn(train, val, config.pair),
+        warnings=warn_of_split(made[False], made[True], config.pair),
         train_path=str(data / "train.jsonl"),
         val_path=str(data / "val.jsonl"),
     )
-    if not dry_run:
-        write_files({data / "val.jsonl": encode_rows(val), data / "train.jsonl": encode_rows(train)}, private=True)
-    return result
 
 
 def _usable(row: Completions | None, judgment: Judgment | None) -> _Judged:
@@ -223,7 +297,7 @@ def _usable(row: Completions | None, judgment: Judgment | None) -> _Judged:
     if row is None:
         raise _NoPair("judged, but no longer in completions.jsonl")
     if judgment.error is not None:
-        raise _NoPair(_FAILED)
+        raise _NoPair(FAILED)
     if judgment.skipped is not None:
         raise _NoPair(judgment.skipped.partition(":")[0])
     if judgment.completions_id != completions_id(row.completions, row.messages):
@@ -285,8 +359,8 @@ def _filter(candidates: list[_Candidate], settings: PairSection, min_gap: float)
     kept, reasons = [], []
     for pair, inverted in candidates:
         reason = _fault(pair, min_gap)
-        if inverted and (settings.require_consistent if reason is None else reason in _TOO_CLOSE):
-            reason = _INVERTED if reason is None else _POSITION
+        if inverted and (settings.require_consistent if reason is None else reason in TOO_CLOSE):
+            reason = INVERTED if reason is None else POSITION
         if reason:
             reasons.append(reason)
             continue
@@ -309,8 +383,8 @@ def _fault(pair: Preference, min_gap: float) -> str | None:
     if pair.score_gap < -EPSILON:
         return "the rejected side has the higher score"
     if pair.score_gap <= EPSILON:
-        return _TIE
-    return _SMALL_GAP if pair.score_gap < min_gap - EPSILON else None
+        return TIE
+    return SMALL_GAP if pair.score_gap < min_gap - EPSILON else None
 
 
 def _inverted(prompt: _Judged, chosen: int, rejected: int) -> bool:
@@ -342,65 +416,3 @@ def _preference(prompt: _Judged, chosen: int, rejected: int) -> Preference:
         chosen_finish_reason=row.finish_reasons[chosen],
         rejected_finish_reason=row.finish_reasons[rejected],
     )
-
-
-def _warn(train: list[Preference], val: list[Preference], settings: PairSection) -> list[str]:
-    """What is odd about the split. It is not mended: moving a prompt across would break it for every later run."""
-    if not val and settings.val_share > 0:
-        return [
-            f"val.jsonl is empty: none of the {len(train)} pairs' prompts falls into the share of "
-            f"{settings.val_share:g}; make more pairs or raise pair.val_share, else there is nothing to evaluate on"
-        ]
-    if not train:
-        return [f"train.jsonl is empty: all {len(val)} pairs are held out; make more pairs or lower pair.val_share"]
-    return []
-
-
-_FAILED = "the judge failed"
-_INVERTED = "an order inverts the pair"
-_POSITION = "position: the judge's orders contradict each other"
-_TIE, _SMALL_GAP = "a tie", "the gap is below min_gap"
-_TOO_CLOSE = (_TIE, _SMALL_GAP)
-_NOT_HIGH = "no score is high, or none that is low goes with it"
-_MORE_ORDERS = "more orders average it out: nothing-dpo judge --votes 6; or a stronger judge model"
-
-# What to try, by the reason that is most frequent.
-_HINTS = {
-    "not judged yet": "nothing-dpo judge",
-    _FAILED: "nothing-dpo judge, which asks again; if it fails as before, another --model",
-    "judged before its completions changed": "nothing-dpo judge",
-    _SMALL_GAP: "a lower --min-gap, or more completions a prompt: nothing-dpo generate --n 5",
-    _TIE: "more completions a prompt: nothing-dpo generate --n 5",
-    _INVERTED: f"--no-require-consistent, or {_MORE_ORDERS}",
-    _POSITION: _MORE_ORDERS,
-    _NOT_HIGH: "a lower --high, a higher --low, or --strategy best-worst",
-}
-# What to try where the judge failed, by a word of its most frequent fault.
-_JUDGE_HINTS = {
-    "reasoning_content": "start the judge's server without a reasoning parser, or nothing-dpo judge --extra-body "
-    """'{"chat_template_kwargs": {"enable_thinking": false}}'""",
-    "cut off": "--max-tokens 4096 for nothing-dpo judge, or --reasoning-effort low",
-    "context": "a judge that reads longer messages, or fewer completions a prompt",
-    "no JSON object": "a judge that writes JSON: nothing-dpo judge --model NAME",
-}
-SHOWN_REASONS = 5
-
-
-def _nothing(skipped: Counter[str], min_gap: float, errors: Counter[str]) -> UserError:
-    """That no pair came out, why, and what to do about the most frequent reason; `errors` are the judge's."""
-    most = skipped.most_common(1)[0][0]
-    hint = _HINTS.get(most, "more varied completions: nothing-dpo generate --temperature 1.0 --n 5")
-    if most == _FAILED:
-        fault = errors.most_common(1)[0][0]
-        hint = next((advice for word, advice in _JUDGE_HINTS.items() if word in fault), hint)
-    if most == _SMALL_GAP:
-        hint += f" (min_gap is {min_gap:g})"
-    message = f"no pair comes out of {skipped.total()} prompts: {_counted(skipped)}"
-    message += f" ({_counted(errors)})" if most == _FAILED else ""
-    return UserError(message, hint=hint, code=Exit.FAILED if most == _FAILED else Exit.USAGE)
-
-
-def _counted(skipped: Counter[str]) -> str:
-    said = [f"{count} x {reason}" for reason, count in skipped.most_common(SHOWN_REASONS)]
-    others = skipped.total() - sum(count for _, count in skipped.most_common(SHOWN_REASONS))
-    return ", ".join(said + [f"{others} x other reasons"] * (others > 0))
