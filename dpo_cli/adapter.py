@@ -39,6 +39,7 @@ LORA_TENSOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(?:(A|B)\.weight|e
 BASE_EMBEDDINGS = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")  # saved by PEFT, skipped by vLLM
 EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "lm_head", "embed_out")
 CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # their weights are (in, out): fan_in_fan_out
+BACKBONES = ("model", "transformer", "gpt_neox", "backbone")  # what transformers calls a model without its head
 FOLD = "--set model.adapter_into_base=true folds it into the base, and trains a fresh LoRA on that"
 MERGE = "nothing-dpo push adapter FOLDER --merge makes one model of base and adapter, which vLLM serves"
 
@@ -333,8 +334,8 @@ def _check_served_names(path: Path, base: Base, named: str) -> None:
     names = [name for name in adapted_layers(path) if not _is_expert(name) and not name.endswith("lm_head")]
     for name in names:
         # A base saved without its head has names without the first part.
-        bare = name.partition(".")[2]
-        if name not in there and not (bare in there and name.partition(".")[0] not in top):
+        first, _, bare = name.partition(".")
+        if name not in there and not (first in BACKBONES and first not in top and bare in there):
             like = next((one for one in there if one.endswith("." + ".".join(name.split(".")[-4:]))), None)
             called = f" (there it is {like})" if like else ""
             raise UserError(

@@ -146,7 +146,7 @@ def test_a_damaged_base_or_adapter_is_refused_in_one_line_by_every_command(whole
         assert str(tmp_path) in str(refused.value) and "\n" not in refused.value.message, command
 
 
-@pytest.mark.parametrize("prefix", ["model._orig_mod.model.", "model.model.language_model."])
+@pytest.mark.parametrize("prefix", ["base_model.model._orig_mod.model.", "base_model.model.model.language_model."])
 def test_layers_under_another_prefix_are_renamed_and_said_and_refused_where_vllm_would_skip_them(
     whole, tmp_path, prefix
 ):
@@ -155,7 +155,7 @@ def test_layers_under_another_prefix_are_renamed_and_said_and_refused_where_vllm
 
     def rename(tensors):
         for key in list(tensors):
-            tensors[key.replace("model.model.", prefix)] = tensors.pop(key)
+            tensors[key.replace("base_model.model.model.", prefix)] = tensors.pop(key)
 
     edit_weights(rename)(tmp_path / "sft")
     edit_settings(base_model_name_or_path=str(tmp_path / "base"))(tmp_path / "sft")
