@@ -47,6 +47,7 @@ def settings(folder: Path, base: Path, *sets: str) -> Config:
             for key, value in {
                 "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 8, "warmup_steps": 1,
                 "logging_steps": 2, "eval_steps": 3, "save_steps": 3, "learning_rate": 1e-2, "r": 4, "max_length": 256,
+                "allow_cpu": "true",
             }.items()
         ]  # fmt: skip
     few += ["train.kl_prompts=2", "train.kl_tokens=8"]

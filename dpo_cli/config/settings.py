@@ -229,6 +229,7 @@ class TrainingSection(Struct, kw_only=True):
         InitLoraWeights, _doc("How a fresh adapter begins; true: B is zero, so that it changes nothing yet.")
     ] = True
     load_in_4bit: Annotated[bool, _doc("Base weights in 4 bits: NF4, double quantisation, bfloat16 compute.")] = False
+    allow_cpu: Annotated[bool, _doc("Train on the CPU though a card was asked for, or the base is large.")] = False
     report_to: Annotated[Tracker | None, _doc("Tracker; unset: wandb where WANDB_API_KEY is set and it is there.")] = (
         None
     )

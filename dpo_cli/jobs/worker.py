@@ -65,6 +65,7 @@ def run(spec: Spec, progress: Progress, after_save: Callable[[], None] | None = 
             spec.limit,
             after_save=after_save,
             submission=spec.fresh,
+            card=spec.gpu,
         )
     if spec.command == "generate":
         from dpo_cli.stages import generate

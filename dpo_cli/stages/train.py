@@ -24,6 +24,7 @@ from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Progress, Silent
 from dpo_cli.safe_text import check_run_name
 from dpo_cli.training import distributed, plan
+from dpo_cli.training.device_check import check_device
 from dpo_cli.training.encode import Encoded
 from dpo_cli.training.encode_inputs import encode_inputs, exchange
 from dpo_cli.training.fold import fold_base, folded
@@ -61,6 +62,7 @@ def run(
     after_save: Callable[[], None] | None = None,
     submission: str | None = None,
     pause_at: int | None = None,
+    card: str | None = None,
 ) -> Trained:
     """Train, or go on training, the run `name`.
 
@@ -76,6 +78,7 @@ def run(
         dry_run: read and check everything, write nothing.
         after_save: called whenever a checkpoint is whole on the disk.
         submission: which request for this run it is: a second attempt of the same one does not start over again.
+        card: type of the card that the job was given, if it was given one.
         pause_at: step at which to stop with a checkpoint, as if interrupted; a later call goes on from there.
 
     Raises:
@@ -88,7 +91,7 @@ def run(
     folder = RunFolder(Path(config.runs) / name, after_save)
     inputs = read_inputs(config, stage, data, limit)
     base = download_base(config.model.base)
-    check_base(str(base))
+    found = check_base(str(base))
     adapter = _sft_adapter(config) if stage == "dpo" else None
     output = _output(config, stage)
     if adapter and config.model.adapter_into_base and not dry_run:
@@ -109,6 +112,7 @@ def run(
     if dry_run:
         result.step = max(folder.complete_checkpoints(), default=0)
         return result
+    check_device(found, card, section.allow_cpu, config.model.base)
     if not distributed.is_main_process():
         return _assist(result, config, base, adapter, inputs, folder)
     if fresh and not (submission and folder.submission() == submission):

@@ -9,12 +9,12 @@ import msgspec
 
 from dpo_cli import __version__
 from dpo_cli.adapter import Adapter
-from dpo_cli.base_model import fingerprint
+from dpo_cli.base_model import file_sha256, fingerprint
 from dpo_cli.config.settings import Config
 from dpo_cli.training.inputs import Inputs, Stage
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
-WITHOUT_EFFECT = ("report_to", "merge")  # on what is trained: a run may go on with others
+WITHOUT_EFFECT = ("report_to", "merge", "allow_cpu")  # on what is trained: a run may go on with others
 
 
 def identity_of(
@@ -34,6 +34,8 @@ def identity_of(
             "adapter_sha256": adapter.sha256 if adapter else None,
             "adapter_alpha": adapter.alpha if adapter else None,
             "chat_template_kwargs": config.model.chat_template_kwargs,
+            "chat_template": file_sha256(Path(config.model.chat_template)) if config.model.chat_template else None,
+            "thinking": config.model.thinking,
         },
         "data": {"sha256": inputs.files, "limit": limit},
         "pair": inputs.split,
