@@ -12,7 +12,8 @@ from dpo_cli.jobs.backends import _gke_render as rendering
 from dpo_cli.jobs.spec import Spec
 
 IMAGE = f"us-central1-docker.pkg.dev/project/nothing-dpo/nothing-dpo@sha256:{'0123456789abcdef' * 4}"
-GKE = [f"gke.image={IMAGE}", "gke.bucket=runs", "gke.project=my-project"]
+GKE = [f"gke.image={IMAGE}", "gke.bucket=runs", "gke.project=my-project",
+       "train.allow_cpu=true", "sft.allow_cpu=true"]  # fmt: skip
 
 
 def settings(*sets: str) -> Config:
