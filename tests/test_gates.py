@@ -3,10 +3,13 @@
 import math
 
 import pytest
+from training import config_of, metrics
 
 from dpo_cli.config.presets import NOTES, PRESETS
 from dpo_cli.config.resolve import resolve
 from dpo_cli.config.settings import Config, TrainSection
+from dpo_cli.progress import Silent
+from dpo_cli.stages import train
 from dpo_cli.statistics import Interval, of_mean, proportion, student
 from dpo_cli.training import gates, plan
 from dpo_cli.training.guards import KL, LN2, MARGIN
@@ -143,3 +146,18 @@ def test_the_error_of_kl_a_token_by_hand():
     # Ratio of means: 0.4 / 4; residuals 0.1 - 0.1 * 2 and 0.3 - 0.1 * 2; sqrt(2 / 1 * 0.02) / 4 = 0.05.
     assert per_token([0.1, 0.3], [[1, 2], [3, 4]]) == (pytest.approx(0.1), pytest.approx(0.05))
     assert per_token([0.1], [[1, 2]]) == (0.05, None)
+
+
+@pytest.mark.parametrize(
+    ("sets", "peak_by"), [([], 1), (["train.warmup_ratio=0.5"], 5), (["train.warmup_ratio=0.8"], 8)]
+)
+def test_the_rate_reaches_its_peak_within_the_run(start, tmp_path, sets, peak_by):
+    """Warmup that is longer than the run would leave it below; it is a tenth of the steps where nothing is set."""
+    few = ["train.max_steps=10", "train.logging_steps=1", "train.eval_steps=100", "train.save_steps=100",
+           "train.warmup_steps=none", "train.kl_prompts=0"]  # fmt: skip
+    config = config_of(start, tmp_path, *few, *sets)
+    train.run(config, Silent())
+    rates = {row["step"]: row["learning_rate"] for row in metrics(tmp_path / "runs" / "dpo") if "learning_rate" in row}
+    # A log holds the rate of the step after it.
+    assert max(rates.values()) == pytest.approx(config.train.learning_rate, rel=1e-6)
+    assert max(rates, key=lambda step: rates[step]) in (peak_by - 1, peak_by, peak_by + 1)

@@ -135,6 +135,8 @@ def run(
         progress.log(f"auto: at step {step:,} of {found.steps:,} {', '.join(alive)} go on")
 
     (winner,) = alive
+    if alive[winner] in (found.rates[0], found.rates[-1]):
+        progress.log(f"auto: {winner} is at the end of what was tried: train.learning_rate beyond it may be better")
     publish(Path(results[winner].adapter), Path(config.model.dpo_adapter), config.model.base)
     points = [_point(rate, results[f"{rate:g}"]) for rate in found.rates]
     return SweepResult("learning_rate", points, config.gate.kl_limit, alive[winner], search=True)
