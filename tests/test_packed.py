@@ -125,12 +125,23 @@ def test_a_loss_over_the_whole_batch_is_not_divided(tmp_path, loss):
 
 
 @pytest.mark.parametrize(
+    ("name", "changes"),
+    [("Mixtral", {"num_local_experts": 4, "sliding_window": None}),
+     ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16})],
+)  # fmt: skip
+@pytest.mark.parametrize("coefficient", [0.0, 0.5])
+def test_mixtures_of_experts_come_to_what_trl_comes_to_their_balance_included(tmp_path, name, changes, coefficient):
+    _, ours, theirs = both(tmp_path, configuration(name, **changes), router_aux_loss_coef=coefficient)
+    assert_equal(ours, theirs)
+    assert ("aux_loss" in ours["logged"]) == (coefficient > 0)
+
+
+@pytest.mark.parametrize(
     ("name", "changes", "reason"),
     [
         ("Mistral", {"sliding_window": 16}, "slides over 16 tokens"),
         ("Gemma3Text", {"head_dim": 16, "sliding_window": 16}, "layers of sliding_attention"),
         ("Gemma2", {"head_dim": 16, "sliding_window": 64}, "attention is eager"),
-        ("Mixtral", {"num_local_experts": 2}, "mixture of experts"),
         ("Llama", {"attention_dropout": 0.1}, "attention dropout"),
         ("Llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "dynamic position"),
         ("Granite", {"logits_scaling": 8.0}, "would differ by"),

@@ -112,7 +112,7 @@ FAMILIES = {
     "gemma": ({"head_dim": 256}, "packed"),
     "gemma2": ({"sliding_window": 4096, "attn_logit_softcapping": 50.0}, "padded, since attention scores are capped"),
     "gemma3_text": ({"sliding_window": 128, "layer_types": ["sliding_attention", "full_attention"]}, "padded"),
-    "mixtral": ({"num_local_experts": 8}, "padded, since it is a mixture of experts"),
+    "mixtral": ({"num_local_experts": 8}, "packed"),
 }
 
 

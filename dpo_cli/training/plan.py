@@ -60,8 +60,6 @@ class Shape(Struct, kw_only=True):
 
     def why_padded(self, longest: int) -> str | None:
         """Why rows of up to `longest` tokens can't be packed, as `training/packed.py` would say; None: they can."""
-        if self.num_local_experts or self.num_experts:
-            return "it is a mixture of experts"
         slides = self.layer_types is None or "sliding_attention" in self.layer_types
         if slides and self.use_sliding_window and self.sliding_window and self.sliding_window < longest:
             return f"attention slides over {self.sliding_window} tokens"

@@ -37,6 +37,7 @@ class Packing(TypedDict, total=False):
     targets: (N,) index of what it predicts, in the flattened (rows, width - 1).
     segments: how the row divides, for attention.
     reference: (N,) log-probabilities of the reference, where they are known.
+    routed: index among T of each token of the padded batch, where a router is to be balanced over them.
     """
 
     tokens: Tensor
@@ -45,6 +46,7 @@ class Packing(TypedDict, total=False):
     targets: Tensor
     segments: attention.Segments
     reference: Tensor
+    routed: Tensor
 
 
 class Size(NamedTuple):
@@ -55,11 +57,14 @@ class Size(NamedTuple):
     scored: tuple[int, ...]
 
 
-def plan_pairs(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> Packing:
-    """Plan the packing of a right-padded batch, chosen rows before rejected rows; each is (2 * pairs, width)."""
+def plan_pairs(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor, whole: bool = False) -> Packing:
+    """Plan the packing of a right-padded batch, chosen rows before rejected rows; each is (2 * pairs, width).
+
+    `whole` keeps the last token of each row, which predicts nothing, for a router that counts all of them.
+    """
     rows, width = input_ids.shape
     at = torch.arange(width)
-    lengths = attention_mask.sum(1) - 1  # the last token predicts nothing, so nobody needs it
+    lengths = attention_mask.sum(1) - (0 if whole else 1)
     chosen, rejected = lengths.chunk(2)
     same = torch.eq(*input_ids.chunk(2)).long().cumprod(1).sum(1)
     shared = torch.minimum(same, torch.minimum(chosen, rejected))
@@ -70,7 +75,8 @@ def plan_pairs(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tenso
     of_rejected = torch.where(at < shared[:, None], starts + at, starts + at + (chosen - shared)[:, None])
     places = torch.cat([starts + at, of_rejected])
     predicted = completion_mask[:, 1:].bool()
-    return {
+    routed: Packing = {"routed": places[attention_mask.bool()]} if whole else {}
+    return routed | {
         "tokens": cells[kept],
         "positions": at.expand_as(kept)[kept][None],
         "scored": places[:, :-1][predicted],
@@ -79,15 +85,16 @@ def plan_pairs(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tenso
     }
 
 
-def plan_rows(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor) -> Packing:
-    """Plan the packing of a right-padded batch of demonstrations; each is (rows, width)."""
+def plan_rows(input_ids: Tensor, attention_mask: Tensor, completion_mask: Tensor, whole: bool = False) -> Packing:
+    """Plan the packing of a right-padded batch of demonstrations; each is (rows, width); `whole` as in `plan_pairs`."""
     rows, width = input_ids.shape
     at = torch.arange(width)
-    lengths = attention_mask.sum(1) - 1  # the last token predicts nothing, so nobody needs it
+    lengths = attention_mask.sum(1) - (0 if whole else 1)
     kept = at < lengths[:, None]
     starts = (lengths.cumsum(0) - lengths)[:, None]
     predicted = completion_mask[:, 1:].bool()
-    return {
+    routed: Packing = {"routed": (starts + at)[attention_mask.bool()]} if whole else {}
+    return routed | {
         "tokens": torch.arange(rows * width).view(rows, width)[kept],
         "positions": at.expand_as(kept)[kept][None],
         "scored": (starts + at)[:, :-1][predicted],
@@ -148,10 +155,12 @@ class Dividing:
     Args:
         tokens_per_batch: most tokens in a forward; a batch with more is divided. None: it never is.
         pack: False where the model is left to TRL's forward; tokens then count with their padding.
+        whole: keep each row's last token, for the router of a mixture of experts.
     """
 
     tokens_per_batch: int | None = None
     pack: bool = True
+    whole: bool = False
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate examples; a batch that is divided holds its parts, whole batches each, under `micro_batches`.
@@ -228,7 +237,7 @@ class PairCollator(Dividing, DataCollatorForPreference):  # type: ignore[misc]
     def planned(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch with its packing, and with the reference's log-probabilities where all are known."""
         if self.pack:
-            packing = plan_pairs(batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
+            packing = plan_pairs(batch["input_ids"], batch["attention_mask"], batch["completion_mask"], self.whole)
             if self.reference is not None:
                 known = [self.reference.get(key) for key in row_keys(batch)]
                 if None not in known:
@@ -259,7 +268,9 @@ class DemonstrationCollator(Dividing, DataCollatorForLanguageModeling):  # type:
     def planned(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch with its packing."""
         if self.pack:
-            batch["packing"] = plan_rows(batch["input_ids"], batch["attention_mask"], batch["labels"] != IGNORED)
+            batch["packing"] = plan_rows(
+                batch["input_ids"], batch["attention_mask"], batch["labels"] != IGNORED, self.whole
+            )
         return batch
 
     def weights(self, sizes: Sequence[Size]) -> dict[str, int]:

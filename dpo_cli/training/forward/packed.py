@@ -22,6 +22,7 @@ import torch
 from accelerate.utils import send_to_device
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl.trainer.utils import FusedCausalLMOutput
 
 from dpo_cli.errors import UserError
@@ -132,8 +133,7 @@ def enable(trainer: Any, tokens_per_batch: int | None = None) -> str | None:
     bare = [model.get_base_model() if hasattr(model, "peft_config") else model for model in models]
     longest, packed, padded = _longest(trainer)
     reason = next(filter(None, (unsupported(model, longest) for model in bare)), None)
-    if reason is None and trainer.aux_loss_enabled:
-        reason = "a mixture of experts balances its load over the tokens of a padded batch"
+    trainer.data_collator.whole = trainer.aux_loss_enabled
     if reason is None:
         reason = _try(trainer, bare)
     if tokens_per_batch is not None:
@@ -253,6 +253,19 @@ def _slice(row: dict[str, list[int]]) -> dict[str, list[int]]:
     return {"input_ids": row["input_ids"][part], "labels": row["labels"][part]}
 
 
+def _load_balance(config: Any, logits: tuple[Tensor, ...], routed: Tensor) -> Tensor:
+    """What a mixture of experts adds to the loss, over the tokens of the padded batch, in which a prompt counts twice.
+
+    Args:
+        config: the model's.
+        logits: (T, experts) of each layer's router.
+        routed: index among T of each token of the padded batch.
+    """
+    every = tuple(layer.index_select(0, routed) for layer in logits)
+    balance: Tensor = load_balancing_loss_func(every, config.num_experts, config.num_experts_per_tok)
+    return balance
+
+
 def _reads_reference(model: Any, ref_model: Any) -> Callable[[], bool]:
     """Whether a forward of `model` is the reference's: of its own model, of the adapter `ref`, or of no adapter."""
     if model is ref_model:
@@ -291,18 +304,21 @@ def _patch(model: Any, is_reference: Callable[[], bool], autocast: Callable[[], 
                 return None
             return values.new_zeros(mask.numel()).index_put((packing["targets"],), values).view(mask.shape)
 
+        router = {"output_router_logits": True} if kwargs.get("output_router_logits") else {}
         reference = is_reference()
         if reference and "reference" in packing:
             return FusedCausalLMOutput(log_probs=spread(packing["reference"]), label_mask=mask)
         with autocast():
-            states = self.base_model(
+            outputs = self.base_model(
                 input_ids=ids.flatten()[packing["tokens"]][None],
                 position_ids=packing["positions"],
                 # Four dimensions say that the mask is ready: no other is made. Attention goes by `packing`.
                 attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool, device=ids.device),
                 use_cache=False,
                 packing=packing,
-            ).last_hidden_state[0]
+                **router,
+            )
+            states = outputs.last_hidden_state[0]
             scores = score(
                 # The prompt's last token predicts twice; index_select adds up its gradient without sorting indices.
                 states.index_select(0, packing["scored"]),
@@ -315,6 +331,7 @@ def _patch(model: Any, is_reference: Callable[[], bool], autocast: Callable[[], 
         spreads = {name: spread(value) for name, value in scores._asdict().items()}
         if spreads["mean_logits"] is not None:
             spreads["mean_logits"] = deferred_metrics.defer(spreads["mean_logits"])
-        return FusedCausalLMOutput(label_mask=mask, **spreads)
+        balance = _load_balance(self.config, outputs.router_logits, packing["routed"]) if router else None
+        return FusedCausalLMOutput(label_mask=mask, aux_loss=balance, **spreads)
 
     model.forward = types.MethodType(forward, model)
