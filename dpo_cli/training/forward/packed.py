@@ -162,7 +162,7 @@ def _longest(trainer: Any) -> tuple[int, int, int]:
     for dataset in filter(None, (trainer.train_dataset, trainer.eval_dataset)):
         names = PAIR_COLUMNS if _is_paired(trainer) else ("input_ids",)
         lengths = [
-            torch.from_numpy(pyarrow.compute.list_value_length(dataset.with_format("arrow")[:][name]).to_numpy())
+            torch.tensor(pyarrow.compute.list_value_length(dataset.with_format("arrow")[:][name]).to_pylist())
             for name in names
         ]
         rows = [lengths[0] + side for side in lengths[1:]] or lengths
