@@ -13,6 +13,7 @@ from aiohttp import web
 from openai_server import Server
 from training import read_rows, write_rows
 
+from dpo_cli import html
 from dpo_cli.config import resolve
 from dpo_cli.data.files import sha256
 from dpo_cli.errors import Exit, UserError
@@ -89,6 +90,7 @@ def settings(server, **changes):
 # A process that a signal ends while it trains, after so many steps, where that is asked for.
 KILLED = """
 import os, signal, sys
+from dpo_cli import html
 from dpo_cli.config import resolve
 from dpo_cli.workflows import rounds
 from dpo_cli.progress import Silent
@@ -248,6 +250,9 @@ def test_a_round_may_have_prompts_of_its_own_and_the_pairs_before_as_well(folder
         one, two = result.rounds
         assert (one.completions, two.completions) == (48, 18)
         assert two.trained.rows == one.pairs + two.pairs > two.pairs
+        page = html.rounds(result)
+        assert all(f"{done.evaluation.win_rate:.3f}" in page and f">{done.pairs}<" in page for done in result.rounds)
+        assert page.count("<svg") >= 1 and "every round passed" in page
         prompts = {
             row["prompt"][0]["content"] for row in read_rows(Path("data/dpo/round-2/with-old-pairs/train.jsonl"))
         }
