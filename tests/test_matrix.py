@@ -137,3 +137,18 @@ def sharded(folder: Path) -> Path:
 
 
 BY_HAND = {".bin": pickled, "moved base": moved, "sharded base": sharded}
+
+
+def tables() -> str:
+    """What is tried, as the README shows it."""
+    tried = {True: "in every run of the tests", False: "by `--matrix`"}
+    lines = ["| architecture | DPO, KL sampling, exact resume, SFT, sampling, merge |", "|---|---|"]
+    lines += [f"| {kind} | {tried[kind in SPREAD]} |" for kind in ARCHITECTURES]
+    lines += ["", "| adapter | trains and merges | served by vLLM |", "|---|---|---|"]
+    for kind, (_, _, unserved) in ADAPTERS.items():
+        lines.append(f"| {kind} | {tried[kind in ADAPTER_SPREAD]} | {'merged' if unserved else 'as it is'} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(tables())

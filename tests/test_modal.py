@@ -383,6 +383,7 @@ def test_ctrl_c_leaves_it_running_and_says_how_to_come_back(modal, whole):
     work = modal[2]
     (work / "nothing-dpo.toml").write_text(
         f'data = "{whole}/data"\n[model]\nbase = "{whole}/base"\nadapter = "{whole}/sft"\ndpo_adapter = "out"\n'
+        "[train]\nallow_cpu = true\n"
     )
     command = [sys.executable, "-c", COMMAND, jobs_spec.VOLUME, "train", "--backend", "modal"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:

@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from dpo_cli.config.settings import TrainingSection
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Progress
 
 PROJECT = "nothing-dpo"
+REACH_SECONDS = 20.0  # in which wandb must answer, or its run is kept on this machine
 TENSORBOARD = "TENSORBOARD_LOGGING_DIR"  # as transformers reads it
 
 
@@ -62,8 +64,22 @@ def tracked(section: TrainingSection, run: Path, progress: Progress) -> Iterator
 def _wandb(run: Path) -> str:
     import wandb
 
-    quiet = wandb.Settings(silent=True, console="off")
-    begun = wandb.init(project=os.environ.get("WANDB_PROJECT", PROJECT), name=run.name, dir=str(run), settings=quiet)
+    quiet = wandb.Settings(silent=True, console="off", init_timeout=REACH_SECONDS)
+    asked: dict[str, Any] = {
+        "project": os.environ.get("WANDB_PROJECT", PROJECT),
+        "name": run.name,
+        "dir": str(run),
+        "settings": quiet,
+    }
+    try:
+        begun = wandb.init(**asked)
+    except Exception as error:  # whatever it is: training does not wait for a tracker
+        wandb.teardown()
+        begun = wandb.init(mode="offline", **asked)
+        reason = " ".join(str(error).split())[:200]
+        return (
+            f"can't be reached ({reason}): tracking goes on offline; wandb sync {Path(begun.dir).parent} sends it later"
+        )
     return str(begun.url or begun.dir)
 
 
@@ -79,7 +95,10 @@ def _trackio(run: Path) -> str:
 def _finish(name: str) -> None:
     library = sys.modules.get(name)
     if library is not None and (name == "wandb" or (name == "trackio" and library.context_vars.current_run.get())):
-        library.finish()
+        try:
+            library.finish()
+        except Exception:  # what is trained is saved; what the tracker could not send lies in the run's folder
+            return
 
 
 class _Lines(io.TextIOBase):
