@@ -129,6 +129,8 @@ class ModalServer(api_grpc.ModalClientBase):
         port = self.server._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
         application = web.Application()
         application.router.add_get("/block", self._block)
+        application.router.add_put("/blob/{name}", self._put_blob)
+        application.router.add_get("/blob/{name}", self._get_blob)
         self.runner = web.AppRunner(application)
         await self.runner.setup()
         site = web.TCPSite(self.runner, "127.0.0.1", 0)
@@ -338,6 +340,27 @@ class ModalServer(api_grpc.ModalClientBase):
     async def VolumeReload(self, stream: Any) -> None:
         await stream.recv_message()
         await stream.send_message(Empty())
+
+    # --- blobs: what is too large for a message, such as an input of more than 8 KiB
+
+    async def BlobCreate(self, stream: Any) -> None:
+        await stream.recv_message()
+        name = self._next("bl")
+        url = f"{self.http}/blob/{name}"
+        urls = api_pb2.BlobCreateResponse.DESCRIPTOR.fields_by_name["upload_urls"].message_type._concrete_class
+        await stream.send_message(api_pb2.BlobCreateResponse(blob_ids=[name], upload_urls=urls(items=[url])))
+
+    async def BlobGet(self, stream: Any) -> None:
+        request = await stream.recv_message()
+        await stream.send_message(api_pb2.BlobGetResponse(download_url=f"{self.http}/blob/{request.blob_id}"))
+
+    async def _put_blob(self, request: web.Request) -> web.Response:
+        content = await request.read()
+        self.blobs[request.match_info["name"]] = content
+        return web.Response(headers={"ETag": f'"{hashlib.md5(content).hexdigest()}"'})
+
+    async def _get_blob(self, request: web.Request) -> web.Response:
+        return web.Response(body=self.blobs[request.match_info["name"]])
 
     # --- functions and calls
 
@@ -560,13 +583,16 @@ class ModalServer(api_grpc.ModalClientBase):
         await stream.send_message(Empty())
 
 
-async def refuse(self: ModalServer, stream: Any) -> None:
-    await stream.recv_message()
-    raise GRPCError(Status.UNIMPLEMENTED, "this server does not know that call")
+def refuser(name: str) -> Callable[..., Any]:
+    async def refuse(self: ModalServer, stream: Any) -> None:
+        await stream.recv_message()
+        raise GRPCError(Status.UNIMPLEMENTED, f"this server does not know {name}")
+
+    return refuse
 
 
 for name in api_grpc.ModalClientBase.__abstractmethods__ - vars(ModalServer).keys():
-    setattr(ModalServer, name, refuse)
+    setattr(ModalServer, name, refuser(name))
 ModalServer.__abstractmethods__ = frozenset()  # type: ignore[attr-defined]
 
 

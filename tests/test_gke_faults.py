@@ -12,6 +12,7 @@ from training import Lines
 from dpo_cli import view
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.jobs import launch, registry
+from dpo_cli.jobs.backends import gke
 from dpo_cli.jobs.backends._gke_cluster import refusal
 from dpo_cli.progress import Silent
 
@@ -74,8 +75,6 @@ def test_the_cap_ends_the_pod_and_not_the_wait_for_a_node(cluster, bucket):  # n
     config.plan.max_usd, config.plan.gke_usd_per_hour = 1.42, 0.71
     spec = launch.spec("gke", config, "train")
     assert spec.seconds == pytest.approx(7200)
-    from dpo_cli.jobs.backends import gke
-
     shown = gke.render(spec, config)
     assert f"activeDeadlineSeconds: {7200 + 1800}" in shown and "activeDeadlineSeconds: 259200" in shown
     said = launch.expected("gke", spec, config)
@@ -151,3 +150,21 @@ def test_the_list_of_jobs_shows_step_cost_and_the_way_to_the_cap(cluster, bucket
     view.jobs(console, [one])
     assert "12" in (shown := console.export_text()) and "2.0 h" in shown and "$" in shown
     held.set()
+
+
+def test_the_driver_that_cuda_needs_is_said_before_and_can_be_asked_for(cluster, bucket):  # noqa: F811
+    cluster.lives = [Life(outcome())]
+    results(bucket)
+    run(progress=(progress := Lines()))
+    assert any("CUDA 13, which needs driver 580" in line for line in progress.lines)
+    config = settings()
+    config.gke.gpu_driver = "latest"
+    shown = gke.render(launch.spec("gke", config, "train"), config)
+    assert "cloud.google.com/gke-gpu-driver-version: latest" in shown
+
+
+def test_what_needs_no_card_runs_on_the_light_image(cluster, bucket):  # noqa: F811
+    config = settings()
+    config.gke.stage_image = "registry/light@sha256:" + "1" * 64
+    for command, word in (("generate", "registry/light@"), ("train", str(config.gke.image))):
+        assert word in gke.render(launch.spec("gke", config, command), config)

@@ -2,16 +2,19 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from adapters import base_model, save_adapter
 from modal_server import OK, ModalServer
+from packaging.requirements import Requirement
 from training import AtStep, Lines, metrics, pair, read_rows, settings, write_data, write_rows
 
 from dpo_cli.config.resolve import resolve
@@ -25,6 +28,7 @@ from dpo_cli.jobs.backends import modal as backend
 from dpo_cli.progress import Silent
 from dpo_cli.stages import judge, train
 
+LOCKS = Path(jobs_spec.__file__).parent / "locks"
 api_pb2 = pytest.importorskip("modal_proto.api_pb2")
 SECRETS = {"hf-secret": {"HF_TOKEN": "hf-value"}, "wandb-secret": {}}
 
@@ -71,22 +75,39 @@ def test_the_function_is_what_the_settings_say(plain):
     assert judging["app"] == "nothing-gpt-dpo-train-judge"
 
 
-def test_the_image_holds_the_train_extra_as_pyproject_pins_it(plain):
-    import tomllib
+def locked(name):
+    """Package -> version of one of the locks."""
+    pins = re.findall(r"^([\w.-]+)==(\S+) \\$", (LOCKS / f"{name}.txt").read_text(), re.MULTILINE)
+    return {package.lower().replace("_", "-"): version for package, version in pins}
 
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    shown = json.loads(backend.render(jobs_spec.make(plain, "train", gpu="L4"), plain))
-    names = {line.split("<")[0].split(">")[0]: line for line in shown["image"]["uv_pip_install"]}
-    assert shown["image"]["python"] == project["requires-python"].removeprefix(">=")
-    for line in project["dependencies"] + project["optional-dependencies"]["train"]:
-        name, bounds = line.partition(">=")[::2]
-        assert set(names[name].removeprefix(name).split(",")) == set(f">={bounds}".split(","))
-    assert "bitsandbytes" not in names
-    plain.train.load_in_4bit = True
-    shown = json.loads(backend.render(jobs_spec.make(plain, "train", gpu="L4"), plain))
-    assert any(line.startswith("bitsandbytes") for line in shown["image"]["uv_pip_install"])
-    shown = json.loads(backend.render(jobs_spec.make(plain, "judge"), plain))
-    assert not any(line.startswith("torch") for line in shown["image"]["uv_pip_install"])
+
+def test_the_images_hold_what_pyproject_asks_for_as_the_tests_pin_it(plain):
+    project = tomllib.loads((LOCKS.parents[2] / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    constraints = (LOCKS.parents[2] / ".ci/constraints.txt").read_text().split()
+    pairs = [line.split("==") for line in constraints if "==" in line]
+    tested = {name.lower().replace("_", "-"): version for name, version in pairs}
+    wanted = {"light": project["dependencies"], "train": project["dependencies"] + extras["train"] + extras["qlora"]}
+    for name, lines in wanted.items():
+        pins = locked(name)
+        for requirement in map(Requirement, lines):
+            assert pins[requirement.name.lower()] in requirement.specifier, requirement
+        assert {package: pins[package] for package in pins.keys() & tested.keys()} == {
+            package: tested[package] for package in pins.keys() & tested.keys()
+        }
+    assert "torch" not in locked("light")
+    for command, lock in (("train", "train.txt"), ("judge", "light.txt")):
+        shown = json.loads(backend.render(jobs_spec.make(plain, command, gpu="L4"), plain))["image"]
+        assert (shown["requirements"], shown["python"]) == (lock, project["requires-python"].removeprefix(">="))
+
+
+def test_the_image_is_built_from_the_lock_with_its_hashes(modal):
+    server, config, _ = modal
+    launch.cancel(launch.submit("modal", asked(config), config, Silent()), config)
+    commands = "\n".join(command for image in server.images for command in image.dockerfile_commands)
+    assert "--require-hashes" in commands and "train.txt" in "".join(
+        [file.filename for image in server.images for file in image.context_files] + [commands]
+    )
 
 
 @pytest.mark.parametrize(
@@ -214,7 +235,7 @@ def test_an_attempt_that_saved_nothing_is_not_tried_again(modal, whole):
         (work / "base" / file.name).write_bytes(file.read_bytes())
     (work / "base" / "tokenizer.json").write_text("{}")
     launched = launch.run("modal", asked(config), config, Silent())
-    assert (launched.status.state, launched.status.exit_code) == ("failed", Exit.FAILED)
+    assert (launched.status.state, launched.status.exit_code) == ("failed", Exit.USAGE)
     assert "\n" not in launched.status.reason and len(next(iter(server.calls.values())).attempts) == 1
 
 
@@ -293,10 +314,13 @@ def test_every_missing_thing_is_a_line_with_its_command(modal):
     with pytest.raises(UserError) as refused:
         launch.submit("modal", asked(config), config, Silent())
     lines = str(refused.value).splitlines()[1:]
-    assert [line.split(": ")[1] for line in lines] == [
-        "modal secret create hf-secret HF_TOKEN=...",
-        "modal secret create wandb-secret WANDB_API_KEY=...",
-    ]
+    wandb, token = "modal secret create wandb-secret WANDB_API_KEY=...", "modal secret create hf-secret HF_TOKEN=..."
+    assert [line.split(": ")[1] for line in lines] == [wandb], "a base that is uploaded needs no token of the Hub"
+    hub = asked(config)
+    hub.config["model"]["base"] = "meta-llama/Llama-3.2-3B-Instruct"
+    with pytest.raises(UserError) as refused:
+        launch.submit("modal", hub, config, Silent())
+    assert [line.split(": ")[1] for line in str(refused.value).splitlines()[1:]] == [token, wandb]
     server.secrets = dict(SECRETS)
     config.model.adapter = "adapters/none-here"
     with pytest.raises(UserError, match="neither here nor at modal://nothing-gpt-vol") as refused:

@@ -51,7 +51,8 @@ def test_a_container_needs_half_an_hour_at_most_to_start(modal):  # noqa: F811
 
 def test_the_timeout_follows_from_the_cap(modal):  # noqa: F811
     _, config, _ = modal
-    made = backend.settings(asked(config, seconds=3600.0), config)
+    config.plan.max_hours = 1.0
+    made = backend.settings(asked(config), config)
     assert made["timeout"] == 3600 + backend.GRACE_SECONDS
 
 

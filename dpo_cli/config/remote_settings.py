@@ -1,12 +1,14 @@
 """Settings of what runs elsewhere: the vLLM server, a Job on GKE, an app on Modal."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
 from dpo_cli.config.field_types import Count, Positive, Quantity, Share
 from dpo_cli.config.field_types import description as _doc
+
+Driver = Literal["default", "latest"]
 
 
 class ServeSection(Struct, kw_only=True):
@@ -44,6 +46,8 @@ class GkeSection(Struct, kw_only=True):
     spot: Annotated[bool, _doc("Spot nodes: a third of the price, taken away at any time; training goes on after.")] = (
         True
     )
+    gpu_driver: Annotated[Driver | None, _doc("Nodes of this driver, default or latest; unset: any.")] = None
+    stage_image: Annotated[str | None, _doc("Light image of generate and judge, by digest; unset: image.")] = None
     cpu: Annotated[Quantity, _doc("Processors for training.")] = "4"
     memory: Annotated[Quantity, _doc("Memory for training, 2Gi of it shared between processes.")] = "24Gi"
     stage_memory: Annotated[Quantity, _doc("Memory of generate and judge, which need no GPU.")] = "1Gi"

@@ -5,7 +5,7 @@ cluster's own secrets, by reference. Not covered: what GKE's admission changes, 
 """
 
 import re
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import msgspec
@@ -20,6 +20,8 @@ from dpo_cli.jobs.spec import VOLUME, Spec, training_secrets
 from dpo_cli.jobs.worker import PORT, SPEC, TRY_AGAIN
 
 CACHE = "/cache"
+LOCK = Path(__file__).parents[1] / "locks" / "train.txt"
+DRIVER_OF_CUDA = {12: 525, 13: 580}  # the least driver of a CUDA release, by NVIDIA's compatibility table
 USER = 1000  # of the image; the bucket's files are shown as its own
 WAIT_SECONDS = 600  # for the data; the GPU is paid for meanwhile
 KEEP_SECONDS = 7 * 24 * 3600  # a finished Job
@@ -227,7 +229,8 @@ def _node_selector(spec: Spec, gke: GkeSection) -> dict[str, str]:
     if gke.compute_class:
         return {"cloud.google.com/compute-class": gke.compute_class}
     wanted = {"cloud.google.com/gke-accelerator": accelerator(spec.gpu or gke.gpu)}
-    return wanted | ({"cloud.google.com/gke-spot": "true"} if gke.spot else {})
+    wanted |= {"cloud.google.com/gke-spot": "true"} if gke.spot else {}
+    return wanted | ({"cloud.google.com/gke-gpu-driver-version": gke.gpu_driver} if gke.gpu_driver else {})
 
 
 def _tolerations(gke: GkeSection) -> list[k8s.V1Toleration]:
@@ -270,7 +273,7 @@ def _wait_for_data(spec: Spec, gke: GkeSection) -> k8s.V1Container:
     small = {"cpu": "100m", "memory": "64Mi"}
     return k8s.V1Container(
         name="wait-for-data",
-        image=image(gke),
+        image=image(spec, gke),
         command=["timeout", str(WAIT_SECONDS), "sh", "-c", f"until {there}; do sleep 5; done", "wait", *files],
         resources=k8s.V1ResourceRequirements(requests=small, limits=small),
         security_context=_confined(),
@@ -283,7 +286,7 @@ def _container(name: str, spec: Spec, gke: GkeSection) -> k8s.V1Container:
     mounts = {"bucket": VOLUME, "cache": CACHE} | ({"shared-memory": "/dev/shm"} if spec.command == "train" else {})
     return k8s.V1Container(
         name=spec.command,
-        image=image(gke),
+        image=image(spec, gke),
         # No shell, which would hide its exit code and keep SIGTERM from it.
         command=["python", "-m", "dpo_cli.jobs.worker"],
         env=[
@@ -330,22 +333,35 @@ def _confined() -> k8s.V1SecurityContext:
     return k8s.V1SecurityContext(allow_privilege_escalation=False, capabilities=k8s.V1Capabilities(drop=["ALL"]))
 
 
-def image(gke: GkeSection) -> str:
-    """The image, which its digest pins.
+def image(spec: Spec, gke: GkeSection) -> str:
+    """The image of a command, which its digest pins.
 
     Raises:
         UserError: there is none, or only a tag names it.
     """
-    if not gke.image:
+    light = spec.command != "train" and gke.stage_image is not None
+    where, name = ("gke.stage_image", gke.stage_image) if light else ("gke.image", gke.image)
+    if not name:
+        hint = "bash examples/gke/build.sh IMAGE prints it, then --set gke.image=HOST/PROJECT/REPOSITORY/NAME@sha256:…"
+        raise UserError("no image to run", where=where, hint=hint)
+    if not re.search(r"@sha256:[0-9a-f]{64}$", name) and not gke.allow_tag:
         raise UserError(
-            "no image to run",
-            where="gke.image",
-            hint="build and push examples/gke/Dockerfile, then --set gke.image=HOST/PROJECT/REPOSITORY/NAME@sha256:…",
+            f"'{name}' has no digest: a pod that replaces another could run another image",
+            where=where,
+            hint=f"gcloud artifacts docker images describe {name} shows it; or --set gke.allow_tag=true",
         )
-    if not re.search(r"@sha256:[0-9a-f]{64}$", gke.image) and not gke.allow_tag:
-        raise UserError(
-            f"'{gke.image}' has no digest: a pod that replaces another could run another image",
-            where="gke.image",
-            hint=f"gcloud artifacts docker images describe {gke.image} shows it; or --set gke.allow_tag=true",
-        )
-    return gke.image
+    return name
+
+
+def driver_line(spec: Spec, gke: GkeSection) -> str | None:
+    """What the image's CUDA asks of the nodes' driver; None where it is asked for, or nothing is trained."""
+    if spec.command != "train" or gke.gpu_driver == "latest":
+        return None
+    pinned = re.search(r"^nvidia-cublas==(\d+)", LOCK.read_text(), re.MULTILINE)
+    if pinned is None or int(pinned[1]) not in DRIVER_OF_CUDA:
+        return None
+    least = DRIVER_OF_CUDA[int(pinned[1])]
+    return (
+        f"PyTorch in the image is built for CUDA {pinned[1]}, which needs driver {least} or newer; GKE's default "
+        "has been older: --set gke.gpu_driver=latest asks for such nodes, and a run without a card ends in seconds"
+    )

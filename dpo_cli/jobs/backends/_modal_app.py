@@ -9,7 +9,7 @@ the same in both, whatever the settings are.
 import json
 import os
 import re
-from importlib.metadata import PackageNotFoundError, metadata, requires
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,9 @@ MOUNT = "/vol"
 settings: dict[str, Any] = json.loads(os.environ.get(SETTINGS, "{}"))
 
 
-def pins(extras: list[str]) -> list[str]:
-    """What this package requires, with some of its extras, as pyproject.toml says."""
-    try:
-        lines = requires("nothing-dpo") or []
-    except PackageNotFoundError:  # in the container: the image is made
-        return []
-    asked = {f"extra == '{extra}'" for extra in extras}
-    parts = [(line.partition(";")[0].strip(), line.partition(";")[2].strip().replace('"', "'")) for line in lines]
-    return [requirement for requirement, marker in parts if not marker or marker in asked]
+def lock(name: str) -> Path:
+    """The file of exact packages and hashes of an image: `train`, or `light` for what needs no card."""
+    return Path(__file__).parents[1] / "locks" / f"{name}.txt"
 
 
 def python() -> str | None:
@@ -49,7 +43,7 @@ def secret(name: str | None) -> modal.Secret:
 
 image = (
     modal.Image.debian_slim(python_version=python())
-    .uv_pip_install(*pins(settings.get("extras", [])))
+    .uv_pip_install(requirements=[str(lock(settings.get("lock", "light")))], extra_options="--require-hashes")
     .env({"HF_HOME": CACHE, "PYTHONUNBUFFERED": "1", **settings.get("env", {})})
 )
 volume = modal.Volume.from_name(settings.get("volume", "volume"), create_if_missing=True)

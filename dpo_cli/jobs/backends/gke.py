@@ -60,6 +60,8 @@ def submit(spec: Spec, config: Config, progress: Progress) -> Job:
     job.handle = {"name": job_name(job.id), "namespace": cluster.namespace, "bucket": str(config.gke.bucket)}
     cluster.check(rendering.secrets(spec, config.gke))
     if not _is_there(cluster, job, config, progress):
+        if line := rendering.driver_line(spec, config.gke):
+            progress.log(line)
         cluster.create_job(document, dry_run=True)
         transfer.refuse_missing(spec, _bucket(job), VOLUME)
         transfer.upload(spec, _bucket(job), VOLUME, progress)

@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from dpo_cli.config.settings import Config
+from dpo_cli.data.files import sha256
 from dpo_cli.errors import Exit, UserError, require
 from dpo_cli.jobs import progress_lines, transfer
 from dpo_cli.jobs import registry as jobs
@@ -52,11 +53,8 @@ def settings(spec: Spec, config: Config) -> dict[str, Any]:
         raise UserError("one machine at a time on Modal", where="--nodes", hint="--gpus, or --backend gke")
     section, trains = config.modal, spec.command == "train"
     capped = None if spec.seconds is None else round(spec.seconds + GRACE_SECONDS)
-    extras = ["train"] if trains else []
-    extras += ["qlora"] if trains and spec.config[_section(spec)].get("load_in_4bit") else []
     wanted = {"HF_TOKEN": section.hf_secret, "WANDB_API_KEY": section.wandb_secret}
     useful = training_secrets(spec, wanted) if trains else {}
-    extras += ["trackers"] if useful.get("WANDB_API_KEY") else []
     second = section.judge_secret if spec.command == "judge" else useful.get("WANDB_API_KEY")
     return {
         "app": section.app if trains else f"{section.app}-{spec.command}",
@@ -69,7 +67,7 @@ def settings(spec: Spec, config: Config) -> dict[str, Any]:
         "cache_volume": section.cache_volume,
         "first_secret": useful.get("HF_TOKEN"),
         "second_secret": second,
-        "extras": extras,
+        "lock": "train" if trains else "light",
     }
 
 
@@ -85,11 +83,11 @@ def render(spec: Spec, config: Config) -> str:
     """The app, its image, and the spec that the function is called with."""
     made = settings(spec, config)
     app = _app(made)
-    info = app.run.info()
+    info, packages = app.run.info(), app.lock(made["lock"])
     shown = {
         "app": made["app"],
         "function": "dpo_cli.jobs.backends._modal_app.run",
-        "image": {"python": app.python(), "uv_pip_install": app.pins(made["extras"])},
+        "image": {"python": app.python(), "requirements": packages.name, "sha256": sha256(packages)},
         "gpu": made["gpu"],
         "timeout": info.timeout,
         "startup_timeout": made["startup_timeout"],
