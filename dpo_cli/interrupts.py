@@ -6,10 +6,16 @@ since Python allows handlers there alone.
 
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+
+def exit_on_sigterm(code: int) -> None:
+    """End this process with an exit code where nothing better handles SIGTERM later."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(code))
 
 
 @contextmanager

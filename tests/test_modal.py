@@ -413,7 +413,7 @@ def test_ctrl_c_leaves_it_running_and_says_how_to_come_back(modal, whole):
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
-            if line.startswith("plan:"):  # from the container: it is being followed
+            if line.startswith("plan:") and "steps on" in line:  # from the container: it is being followed
                 process.send_signal(signal.SIGINT)
                 break
         left, printed = process.stderr.read(), process.stdout.read()

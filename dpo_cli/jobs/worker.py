@@ -7,7 +7,6 @@ say which one this is.
 """
 
 import os
-import signal
 import subprocess
 import sys
 import traceback
@@ -20,7 +19,7 @@ import msgspec
 from dpo_cli.config.settings import Config
 from dpo_cli.data import jsonl
 from dpo_cli.errors import Exit, UserError
-from dpo_cli.interrupts import forwarding_sigterm
+from dpo_cli.interrupts import exit_on_sigterm, forwarding_sigterm
 from dpo_cli.jobs import progress_lines
 from dpo_cli.jobs.cap import Cap
 from dpo_cli.jobs.progress_lines import Outcome, Relay
@@ -162,8 +161,7 @@ def refused_json(error: str) -> str:
 def main() -> None:
     """Entry point of a container or a detached process."""
     spec = msgspec.json.decode(os.environ[SPEC], type=Spec)
-    # The first process of a container gets no signal that it does not handle.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(Exit.PREEMPTED))
+    exit_on_sigterm(Exit.PREEMPTED)  # the first process of a container gets no signal that it does not handle
     saves: list[bool] = []
     try:
         code = serve(spec, lambda: saves.append(True)).exit_code
