@@ -201,7 +201,8 @@ def test_a_sweep_shows_its_numbers_and_plots_beside_each_other_and_names_the_bes
     assert best.count("┊") == 2, "chance and the limit"
     assert first.count("█") > 2 * best.count("█"), "a larger margin, and a KL that hides its limit"
     assert "┤" in first and "the limit" in lines[3]
-    assert "best: beta = 0.5" in lines[4] and "overlap" in " ".join(lines[4:])
+    said = " ".join(lines[4:])
+    assert "divided by beta" in said and "best: beta = 0.5" in said and "overlap" in said
 
 
 def test_guards_are_marked_below_the_curves_where_they_acted():
