@@ -323,7 +323,7 @@ def _change_limit(sent: dict[str, Any], form: int) -> None:
 
 
 def _without_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same messages, what the system says standing at the beginning of the first user message."""
+    """The messages without a system turn: what it says stands at the beginning of the first user message."""
     system = [message["content"] for message in messages if message["role"] == "system"]
     rest = [message for message in messages if message["role"] != "system"]
     if not system or not rest or rest[0]["role"] != "user":

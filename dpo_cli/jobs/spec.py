@@ -85,7 +85,7 @@ class Spec(Struct, kw_only=True):
 
     @property
     def hash(self) -> str:
-        """Of its identity."""
+        """SHA-256 of `identity`, in hexadecimal."""
         return _digest(msgspec.json.encode(self.identity(), order="deterministic"))
 
 

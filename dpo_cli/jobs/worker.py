@@ -79,7 +79,7 @@ def run(spec: Spec, progress: Progress, after_save: Callable[[], None] | None = 
 
 
 def outcome(spec: Spec, progress: Progress, after_save: Callable[[], None] | None = None) -> Outcome:
-    """As `run`, with every end but Ctrl-C and what nobody foresaw as a value."""
+    """Do a spec's work as `run` does, and return how it ended; Ctrl-C and what nobody foresaw are raised."""
     try:
         result = run(spec, progress, after_save)
     except UserError as error:
@@ -88,7 +88,7 @@ def outcome(spec: Spec, progress: Progress, after_save: Callable[[], None] | Non
 
 
 def serve(spec: Spec, after_save: Callable[[], None] | None = None) -> Outcome:
-    """As `outcome`, reported on stdout, in as many processes as the spec asks for.
+    """Do a spec's work, report it on stdout, and return how it ended; in as many processes as the spec asks for.
 
     Raises:
         KeyboardInterrupt: this process was interrupted; a checkpoint is saved.
@@ -143,7 +143,7 @@ def _serve_here(spec: Spec, after_save: Callable[[], None] | None) -> Outcome:
 
 
 def serve_json(spec: str, after_save: Callable[[], None] | None = None) -> str:
-    """As `serve`, from JSON to JSON."""
+    """Serve a spec that is given as JSON; returns its outcome as JSON."""
     return msgspec.json.encode(serve(msgspec.json.decode(spec, type=Spec), after_save)).decode()
 
 

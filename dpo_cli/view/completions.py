@@ -47,8 +47,8 @@ def generated(console: Console, result: "Generated") -> None:
     add_estimate(table, result.estimate)
     if not result.dry_run:
         made = [f"{result.completions:,}"]
-        made += [f"{result.cut:,} cut by the token limit"] * bool(result.cut)
-        made += [f"{result.identical:,} identical to another of their prompt"] * bool(result.identical)
+        made += [f"{result.cut:,} cut by the token limit"] if result.cut else []
+        made += [f"{result.identical:,} identical to another of their prompt"] if result.identical else []
         table.add_row("sampled", " · ".join(made))
         if result.receipt is None:
             table.add_row("tokens", token_counts(result.usage))

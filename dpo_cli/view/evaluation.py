@@ -61,7 +61,7 @@ def comparison(console: Console, row: Compared, place: str = "") -> None:
 
 
 def comparison_view(row: Compared, width: int, place: str = "", brief: bool = False) -> RenderableType:
-    """The same, to be drawn by others; `brief` shows one line of each system message."""
+    """A comparison as a renderable, for others to draw; `brief` shows one line of each system message."""
     title = Text("comparison ", "bold").append_text(safe_line(row.id, f"not bold {LABEL}"))
     if place:
         title.append(" · ", "dim").append_text(safe_line(place, "not bold"))

@@ -102,10 +102,10 @@ def fact_table() -> Table:
 def receipt(table: Table, paid: "Receipt") -> None:
     """Add what this run asked of an endpoint, and what that cost."""
     calls = [f"{paid.calls:,} paid"]
-    calls += [f"{paid.reused:,} reused from the ledger"] * bool(paid.reused)
-    calls += [f"{paid.retries:,} retries"] * bool(paid.retries)
-    calls += [f"{paid.failed:,} failed"] * bool(paid.failed)
-    calls += [f"{paid.waiting:,} waiting in batches"] * bool(paid.waiting)
+    calls += [f"{paid.reused:,} reused from the ledger"] if paid.reused else []
+    calls += [f"{paid.retries:,} retries"] if paid.retries else []
+    calls += [f"{paid.failed:,} failed"] if paid.failed else []
+    calls += [f"{paid.waiting:,} waiting in batches"] if paid.waiting else []
     table.add_row("calls", " · ".join(calls))
     table.add_row("tokens", token_counts(paid.usage))
     table.add_row("spent", dollars(paid.usd))
@@ -135,8 +135,8 @@ def add_estimate(table: Table, expected: "Estimate | None") -> None:
 def token_counts(usage: Usage) -> str:
     """`1,200 in · 300 out · 800 cached`, on one line of a table."""
     parts = [f"{usage.input:,} in", f"{usage.output:,} out"]
-    parts += [f"{usage.cached:,} cached"] * bool(usage.cached)
-    parts += [f"{usage.reasoning:,} reasoning"] * bool(usage.reasoning)
+    parts += [f"{usage.cached:,} cached"] if usage.cached else []
+    parts += [f"{usage.reasoning:,} reasoning"] if usage.reasoning else []
     return " · ".join(parts)
 
 

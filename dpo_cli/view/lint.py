@@ -52,4 +52,4 @@ def _rows(finding: "Finding") -> Text:
         for row in finding.rows[:ROWS_SHOWN]
     ]
     more = len(finding.rows) - len(shown)
-    return joined([*shown, *[Text(f"and {more:,} more (--json names them)", "dim")] * bool(more)], "\n")
+    return joined([*shown, *([Text(f"and {more:,} more (--json names them)", "dim")] if more else [])], "\n")

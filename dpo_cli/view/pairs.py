@@ -116,7 +116,7 @@ def pair(console: Console, preference: Preference, place: str = "") -> None:
 
 
 def pair_view(preference: Preference, width: int, place: str = "", brief: bool = False) -> RenderableType:
-    """The same, to be drawn by others; `brief` shows one line of each system message."""
+    """A pair as a renderable, for others to draw; `brief` shows one line of each system message."""
     chosen, rejected = side_text(preference.chosen), side_text(preference.rejected)
     texts = highlighted(chosen, rejected)
     heads = (

@@ -24,7 +24,7 @@ def safe(text: str, style: str = "") -> Text:
 
 
 def safe_line(text: str, style: str = "") -> Text:
-    """The same on one line: a newline is shown as `⏎`."""
+    """Text of others on one line, made safe: a newline is shown as `⏎`."""
     shown = Text(style=style)
     for number, line in enumerate(text.split("\n")):
         if number:

@@ -230,9 +230,8 @@ class _Stages:
         yield Step(number, "generate", state, text, sampled.estimate)
         if sampled.done_before:
             asked = judge.run(self.config, self.progress, limit=self.limit, dry_run=True)
-            missing = f"{asked.owed:,} of {asked.total:,} prompts" + f" and {sampled.owed_prompts:,} to come" * bool(
-                sampled.owed_prompts
-            )
+            missing = f"{asked.owed:,} of {asked.total:,} prompts"
+            missing += f" and {sampled.owed_prompts:,} to come" if sampled.owed_prompts else ""
             state = "to do" if asked.owed or sampled.owed_prompts else "done"
             yield Step(number, "judge", state, missing, asked.estimate)
         else:

@@ -119,7 +119,7 @@ def best_said(swept: SweepResult) -> str:
 
 
 def copied(config: Config) -> Config:
-    """The same settings, to be changed."""
+    """A copy of the settings, to be changed."""
     return msgspec.convert(msgspec.to_builtins(config), Config)
 
 

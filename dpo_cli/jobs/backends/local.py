@@ -28,12 +28,12 @@ POLL_SECONDS = 0.2
 
 
 def gpu(config: Config) -> str | None:
-    """Whatever there is."""
+    """No card is asked for: training takes the one that is there."""
     return None
 
 
 def usd_per_hour(spec: Spec, config: Config) -> float:
-    """Nothing."""
+    """0: this machine is not rented."""
     return 0.0
 
 

@@ -272,7 +272,7 @@ def _has_ended(call: Any) -> bool:
 
 
 def _apart(entries: Iterator[Any]) -> Iterator[Any]:
-    """The same, read by a thread of its own: Ctrl-C inside the client would break it off half-way."""
+    """Log entries, read by a thread of their own: Ctrl-C inside the client would break it off half-way."""
     arrived: queue.Queue[Any] = queue.Queue()
 
     def read() -> None:

@@ -192,7 +192,7 @@ def compare(
 def compare_scores(
     reference: Mapping[str, Completions], policy: Mapping[str, Completions], ours: Scores, theirs: Scores
 ) -> dict[str, Comparison]:
-    """The same from scores that each completion has by itself: every one of the reference's with every policy's.
+    """Comparisons from scores that each completion has by itself: every one of the reference's with every policy's.
 
     Args:
         reference: completions by prompt.
