@@ -342,7 +342,7 @@ def test_the_frozen_head_comes_to_what_trls_head_comes_to(needs_grad, monkeypatc
     log_probs, entropy, _, mean_logits, is_top1 = ChunkedLogProbFunction.apply(
         same, layer.weight, None, targets, 1.0, 50, None, 1.0, head.METRICS
     )
-    for one, other in zip(ours, (log_probs, entropy, mean_logits, is_top1), strict=True):
+    for one, other in zip(ours[:4], (log_probs, entropy, mean_logits, is_top1), strict=True):
         assert torch.allclose(one.float(), other.float(), atol=1e-5)
     if needs_grad:
         weights = torch.randn(11)

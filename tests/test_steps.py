@@ -157,14 +157,15 @@ def test_the_runs_of_a_sweep_share_one_pass_of_the_reference(start, tmp_path, mo
     sets += ["model.adapter=none"] if setting.startswith("r") else []
     score, runs = log_probs.score, []
 
-    def counted(hidden, *arguments, metrics):
+    def counted(hidden, *arguments, metrics, squares):
         if not metrics:
             runs[-1].append(len(hidden))
-        return score(hidden, *arguments, metrics=metrics)
+        return score(hidden, *arguments, metrics=metrics, squares=squares)
 
     class Runs(Silent):
         def begin(self, stage, total, done=0):
-            runs.append([])
+            if stage == "train":
+                runs.append([])
 
     monkeypatch.setattr(packed, "score", counted)
     sweep.run(config_of(start, tmp_path, *sets), Runs(), setting, "s")
