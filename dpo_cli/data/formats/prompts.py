@@ -8,7 +8,7 @@ what the sides of a preference begin with; `system`, `history` and `tools` belon
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from dpo_cli.data.bad_rows import BadRows
 from dpo_cli.data.columns import (
@@ -81,6 +81,8 @@ def read_prompt(
     Raises:
         ValueError: the row holds no usable prompt, or content that has no place.
     """
+    if not mapping and len(row) == 1 and _is_asked_plainly(messages := row.get("prompt")):
+        return Prompt(messages, None)  # what most files hold: a fifth of the time of what follows
     cells = Cells(row, mapping, dropped)
     if cells.has(("prompt", *MESSAGES, "instruction", "question", "query", "input")) is None and cells.has(GOOD):
         pair = read_pair(cells)[1]
@@ -92,6 +94,23 @@ def read_prompt(
     cells.reasoning()
     cells.finish(keep=ANSWERS)
     return prompt
+
+
+def _is_asked_plainly(value: Any) -> TypeGuard[list[Message]]:
+    """Whether this is a list of messages with a role and a text each and nothing else, the last one the user's."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(message, dict)
+            and message.keys() == {"role", "content"}
+            and message["role"] in ("system", "user", "assistant")
+            and isinstance(message["content"], str)
+            and bool(message["content"].strip())
+            for message in value
+        )
+        and value[-1]["role"] == "user"
+    )
 
 
 def read_demonstration(
