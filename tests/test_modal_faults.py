@@ -9,7 +9,7 @@ from test_modal import asked, modal, only_server, whole  # noqa: F401
 from training import Lines
 
 from dpo_cli.errors import Exit, UserError
-from dpo_cli.jobs import launch, lease, registry
+from dpo_cli.jobs import cap, launch, lease, registry
 from dpo_cli.jobs.backends import modal as backend
 from dpo_cli.progress import Silent
 
@@ -53,7 +53,7 @@ def test_the_timeout_follows_from_the_cap(modal):  # noqa: F811
     _, config, _ = modal
     config.plan.max_hours = 1.0
     made = backend.settings(asked(config), config)
-    assert made["timeout"] == 3600 + backend.GRACE_SECONDS
+    assert made["timeout"] == 3600 + cap.GRACE_SECONDS
 
 
 def test_a_run_that_another_checkout_started_is_left_alone(modal, tmp_path, monkeypatch):  # noqa: F811

@@ -18,6 +18,8 @@ from dpo_cli.jobs.progress_lines import Outcome
 from dpo_cli.jobs.spec import Spec
 
 NOTE_SECONDS = 20.0  # between two notes of what is used: what a killed attempt may not have noted
+# Beyond the cap, until the service ends what does not end by itself: to pull the image, load the model and save.
+GRACE_SECONDS = 1800.0
 LEAST_SECONDS = 60.0  # with less left an attempt does not begin: it would load the model and save nothing
 
 

@@ -62,15 +62,23 @@ def spec(backend: str, config: Config, command: jobs_spec.Command, gpu: str | No
 def expected(backend: str, spec: Spec, config: Config) -> str:
     """What a training job will take and cost, and where its cap ends it; what can't be known is said."""
     price = backends.load(backend).usd_per_hour(spec, config)
-    try:
-        plan = preflight.run(config, Path(spec.data) if spec.data and Path(spec.data).exists() else None, spec.limit)
-        cards = spec.gpus * spec.nodes
-        said = f"plan: about {plan.hours / cards:.2g} hours, ${plan.hours / cards * price:.2f} at ${price:.2f} an hour"
-    except UserError as error:
-        said = f"plan: hours not known ({error}); ${price:.2f} an hour"
+    said = f"plan: {_hours(spec, config, price)}; ${price:.2f} an hour"
     if spec.seconds is None:
         return f"{said}; no cap (--max-usd, --max-hours)"
     return f"{said}; cap {spec.seconds / 3600:.3g} hours, ${spec.seconds / 3600 * price:.2f}"
+
+
+def _hours(spec: Spec, config: Config, price: float) -> str:
+    """Hours and dollars of a DPO run, by the data that was given or is configured."""
+    if spec.stage != "dpo":
+        return "hours are reckoned for DPO alone"
+    data = Path(config.data)
+    try:
+        plan = preflight.run(config, data if data.is_file() else None, spec.limit)
+    except UserError as error:
+        return f"hours not known ({error})"
+    hours = plan.hours / (spec.gpus * spec.nodes)
+    return f"about {hours:.2g} hours, ${hours * price:.2f}"
 
 
 def render(backend: str, spec: Spec, config: Config) -> str:

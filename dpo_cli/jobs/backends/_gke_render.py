@@ -16,6 +16,7 @@ from dpo_cli.config.resolve import as_dict
 from dpo_cli.config.settings import Config
 from dpo_cli.data.jsonl import SYNC
 from dpo_cli.errors import Exit, UserError
+from dpo_cli.jobs.cap import GRACE_SECONDS
 from dpo_cli.jobs.spec import VOLUME, Spec, training_secrets
 from dpo_cli.jobs.worker import PORT, SPEC, TRY_AGAIN
 
@@ -25,7 +26,6 @@ DRIVER_OF_CUDA = {12: 525, 13: 580}  # the least driver of a CUDA release, by NV
 USER = 1000  # of the image; the bucket's files are shown as its own
 WAIT_SECONDS = 600  # for the data; the GPU is paid for meanwhile
 KEEP_SECONDS = 7 * 24 * 3600  # a finished Job
-CAP_GRACE_SECONDS = 1800  # beyond the cap, to pull the image, load the model and save
 SPOT_GRACE, GRACE = 25, 120  # seconds from SIGTERM to SIGKILL; a spot node is gone sooner whatever is asked for
 SYNC_SECONDS = "5"  # an object may be replaced once a second, and a sync of a mounted file replaces its object
 SHARED_MEMORY = "2Gi"  # counts against the memory limit
@@ -206,7 +206,7 @@ def _pod(name: str, spec: Spec, gke: GkeSection) -> k8s.V1PodSpec:
         service_account_name=gke.service_account,
         automount_service_account_token=False,
         # Of the pod, not of the Job: the wait for a node costs nothing. The worker itself ends at the cap.
-        active_deadline_seconds=round(spec.seconds + CAP_GRACE_SECONDS) if spec.seconds is not None else None,
+        active_deadline_seconds=round(spec.seconds + GRACE_SECONDS) if spec.seconds is not None else None,
         termination_grace_period_seconds=SPOT_GRACE if training and gke.spot else GRACE,
         subdomain=name if spec.nodes > 1 else None,
         node_selector=_node_selector(spec, gke) if training else None,

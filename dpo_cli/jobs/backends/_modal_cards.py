@@ -28,8 +28,14 @@ def card(name: str, count: int) -> str:
     return name if count == 1 else f"{name}:{count}"
 
 
-def cost(card: str, seconds: float) -> str:
-    """What so many seconds of a card cost, about."""
-    name, _, count = card.partition(":")
-    used = seconds * int(count or 1)
-    return f"about {used:,.0f} GPU-seconds of {name}, ${used * CARDS[name][0]:.2f} at list price: an estimate, no bill"
+def usd_per_second(cards: str) -> float:
+    """List price of cards as `card` writes them."""
+    name, _, count = cards.partition(":")
+    return CARDS[name][0] * int(count or 1)
+
+
+def cost(cards: str, seconds: float) -> str:
+    """What so many seconds of cards cost, about."""
+    name, _, count = cards.partition(":")
+    used, usd = seconds * int(count or 1), seconds * usd_per_second(cards)
+    return f"about {used:,.0f} GPU-seconds of {name}, ${usd:.2f} at list price: an estimate, no bill"

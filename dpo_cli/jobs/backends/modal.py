@@ -25,7 +25,8 @@ from dpo_cli.data.files import sha256
 from dpo_cli.errors import Exit, UserError, require
 from dpo_cli.jobs import progress_lines, transfer
 from dpo_cli.jobs import registry as jobs
-from dpo_cli.jobs.backends._modal_cards import CARDS, card, cost
+from dpo_cli.jobs.backends._modal_cards import card, cost, usd_per_second
+from dpo_cli.jobs.cap import GRACE_SECONDS
 from dpo_cli.jobs.progress_lines import Outcome
 from dpo_cli.jobs.registry import Job, Status, ended
 from dpo_cli.jobs.spec import VOLUME, Spec, identity, training_secrets
@@ -33,7 +34,6 @@ from dpo_cli.progress import Progress
 from dpo_cli.storage.modal import CONNECT_SECONDS, within
 
 HALF = "its submission was cut short, and it may be running"
-GRACE_SECONDS = 1800.0  # beyond the cap, to load the model and to save: the worker itself ends at the cap
 PATIENCE_SECONDS = 600.0  # how long Modal may not answer before a log is given up
 RECONNECT_SECONDS = 2.0
 
@@ -73,10 +73,7 @@ def settings(spec: Spec, config: Config) -> dict[str, Any]:
 
 def usd_per_hour(spec: Spec, config: Config) -> float:
     """Modal's list price of the cards."""
-    if not spec.gpu:
-        return 0.0
-    name, _, count = card(spec.gpu, spec.gpus).partition(":")
-    return CARDS[name][0] * 3600 * int(count or 1)
+    return usd_per_second(card(spec.gpu, spec.gpus)) * 3600 if spec.gpu else 0.0
 
 
 def render(spec: Spec, config: Config) -> str:
@@ -390,10 +387,6 @@ def translate_errors(config: Config) -> Iterator[None]:
 
 def _line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _section(spec: Spec) -> str:
-    return "train" if spec.stage == "dpo" else "sft"
 
 
 def _app(made: dict[str, Any]) -> ModuleType:
