@@ -744,8 +744,8 @@ def demo(
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over.")] = False,
 ) -> Exit | None:
     """The whole pipeline on this machine: no key, no GPU, no network."""
-    from dpo_cli import demo as stage
     from dpo_cli import view
+    from dpo_cli.demo import run as stage
 
     result = stage.run(folder, session.progress(), fresh=fresh, base=base)
     session.show(result, view.demonstrated)

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from adapters import base_model
 
-from dpo_cli import demo
 from dpo_cli.config.resolve import resolve
-from dpo_cli.demo import Sizes
+from dpo_cli.demo import run as demo
+from dpo_cli.demo.run import Sizes
 from dpo_cli.demo.scenes import cast, make_scenes
 from dpo_cli.demo.score import voices
 from dpo_cli.errors import UserError

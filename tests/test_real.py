@@ -15,9 +15,9 @@ import pytest
 from adapters import save_adapter
 from training import AtStep, config_of, exit_code_of, kill_this_process, metrics, pair, write_data
 
-from dpo_cli import demo
 from dpo_cli.data.jsonl import read_rows
-from dpo_cli.demo import Sizes
+from dpo_cli.demo import run as demo
+from dpo_cli.demo.run import Sizes
 from dpo_cli.progress import Silent
 from dpo_cli.stages import train
 

@@ -12,8 +12,8 @@ from typing import TypeVar
 
 from msgspec import Struct
 
-from dpo_cli.html import labels
-from dpo_cli.html.labels import LETTER
+from dpo_cli.html.labels import LETTER, RADIUS
+from dpo_cli.html.labels import place as place_labels
 from dpo_cli.html.markup import Markup, joined, markup
 
 WIDTH, HEIGHT = 480, 250
@@ -255,7 +255,7 @@ def against(
     names = [name[:NAME] for *_, name in named]
     line = [(axes.across(x), axes.down(y)) for x, y in curve[1]]
     for (place, x, y, name), (across, down), label in zip(
-        named, centres, labels.place(centres, names, (LEFT, TOP, WIDTH, FLOOR), line), strict=True
+        named, centres, place_labels(centres, names, (LEFT, TOP, WIDTH, FLOOR), line), strict=True
     ):
         if label.is_far:
             drawn.append(
@@ -267,7 +267,7 @@ def against(
                 place % SERIES,
                 across,
                 down,
-                labels.RADIUS,
+                RADIUS,
                 name,
                 x,
                 y,

@@ -2,8 +2,8 @@
 
 At scale s the change of each weight is `(1 - s) SFT + s DPO`: 0 is the SFT adapter, 1 the DPO adapter, more goes on in
 the same direction (ExPO, arXiv:2404.16792) and less goes back. Side by side the two have the sum of their ranks; the
-sum is then reduced by SVD to the smallest rank that vLLM has and that keeps it within `TOLERANCE`, else it stays whole.
-Without an SFT adapter the line begins at the base.
+sum is then reduced by SVD to the smallest rank that vLLM has and that keeps it within `REDUCTION_TOLERANCE`, else it
+stays whole. Without an SFT adapter the line begins at the base.
 
 Reads PEFT's files and writes them. Not covered: adapters with patterns of ranks or scales, rsLoRA and DoRA.
 """
@@ -24,7 +24,7 @@ from dpo_cli.errors import UserError
 from dpo_cli.training.run_folder import ADAPTER_FILES, check_replaceable
 from dpo_cli.training.stack_adapters import PLAIN
 
-TOLERANCE = 1e-3  # most that a reduction may change, as a share of what DPO changed
+REDUCTION_TOLERANCE = 1e-3  # most that a reduction may change, as a share of what DPO changed
 MADE = "scaled.json"  # beside the weights: what they were made of
 
 
@@ -55,7 +55,7 @@ def scale_adapter(
         output: new folder, or one that holds an adapter.
         scale: 0 is the reference, 1 the policy.
         base: the name of the base that they are for.
-        rank: reduce to this rank, whatever it leaves out; None: as far as `TOLERANCE` allows.
+        rank: reduce to this rank, whatever it leaves out; None: as far as `REDUCTION_TOLERANCE` allows.
 
     Raises:
         UserError: one of the two is no plain LoRA adapter, or `output` holds something else.
@@ -70,7 +70,7 @@ def scale_adapter(
     for size in candidates:
         smaller = {name: reduce_rank(low, size) for name, low in made.items()}
         error = _norm(lost for _, lost in smaller.values()) / change if change else 0.0
-        if rank is not None or error <= TOLERANCE:
+        if rank is not None or error <= REDUCTION_TOLERANCE:
             reduced = {name: low for name, (low, _) in smaller.items()}
             break
     else:

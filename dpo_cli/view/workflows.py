@@ -16,7 +16,7 @@ from dpo_cli.workflows.auto import said
 from dpo_cli.workflows.sweep import best_said
 
 if TYPE_CHECKING:
-    from dpo_cli.demo import Demonstrated
+    from dpo_cli.demo.run import Demonstrated
     from dpo_cli.endpoint.costs import Estimate
     from dpo_cli.workflows.auto import Search
     from dpo_cli.workflows.sweep import SweepPoint, SweepResult

@@ -32,7 +32,7 @@ BASE = "the bare base"
 # Mean difference of a token's log-probability, in nats, that the weights' type explains. Measured, vLLM 0.32 on a CPU
 # against transformers in float32, two layers: 5e-7 in float32, 7e-3 in bfloat16. Rounding grows with depth, so the
 # limits are wide; what tells adapters apart is which one is nearest.
-TOLERANCE = {"float32": 1e-3, "float": 1e-3, "float16": 2e-2, "half": 2e-2}
+SERVED_TOLERANCE = {"float32": 1e-3, "float": 1e-3, "float16": 2e-2, "half": 2e-2}
 OTHERWISE = 6e-2  # bfloat16, and auto, which makes it of float32
 CLEARLY = 2.0  # times nearer
 
@@ -84,7 +84,7 @@ def check(plan: ServePlan, config: Config, url: str, progress: Progress) -> Chec
         bare, known = log_probs(base, {name: adapter.path for name, adapter in plan.adapters.items()}, sequences)
     known[plan.whole or BASE] = bare
     names = [*plan.adapters, *([plan.whole] if plan.whole else [])]
-    tolerance = TOLERANCE.get(config.serve.dtype, OTHERWISE)
+    tolerance = SERVED_TOLERANCE.get(config.serve.dtype, OTHERWISE)
     result = Checked(url=url, verdict="pass", served=[], prompts=len(sequences), tolerance=tolerance)
     progress.begin("check", len(names) * len(sequences))
     try:

@@ -39,7 +39,7 @@ from dpo_cli.training.forward.collator import (
 from dpo_cli.training.forward.log_probs import score
 
 # The mean log-probability of a token may differ by so much from TRL's forward: rounding, but no other attention.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+LOG_PROB_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 BATCH_LOSSES = {"aot", "aot_unpaired", "sft"}  # those that are no mean over pairs
 PROMPT_SLICE, COMPLETION_SLICE = 48, 24  # tokens of the rows on which the packed forward is checked
 PAIR_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -232,7 +232,7 @@ def _difference(trainer: Any) -> str | None:
     if labels is None:
         labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    tolerance = TOLERANCE[torch.bfloat16 if trainer.args.bf16 else model.dtype]
+    tolerance = LOG_PROB_TOLERANCE[torch.bfloat16 if trainer.args.bf16 else model.dtype]
     with torch.no_grad(), trainer.accelerator.autocast():
         theirs = model(**inputs, labels=labels, fused_lm_head=True).log_probs
         try:

@@ -31,7 +31,7 @@ from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Progress
 from dpo_cli.training import distributed
 from dpo_cli.training.forward.collator import PairCollator, row_key, row_keys
-from dpo_cli.training.forward.packed import TOLERANCE
+from dpo_cli.training.forward.packed import LOG_PROB_TOLERANCE
 
 TOKENS = 4096  # in a forward: enough to fill a card, less memory than a training step takes
 NAMES_ONLY = ("_name_or_path", "base_model_name_or_path", "transformers_version", "use_cache", "dtype")
@@ -218,7 +218,7 @@ def _compute(trainer: Any, examples: list[dict[str, Any]]) -> Iterator[tuple[str
 
 
 def _check(trainer: Any, example: dict[str, Any], known: dict[str, Known], path: Path) -> None:
-    tolerance = TOLERANCE[torch.bfloat16 if trainer.args.bf16 else trainer.model.dtype]
+    tolerance = LOG_PROB_TOLERANCE[torch.bfloat16 if trainer.args.bf16 else trainer.model.dtype]
     for key, log_probs in _compute(trainer, [example]):
         if not (log_probs - known[key].tensor()).abs().sum() <= tolerance * max(1, len(log_probs)):  # also for NaN
             raise UserError(
