@@ -409,7 +409,7 @@ def test_ctrl_c_leaves_it_running_and_says_how_to_come_back(modal, whole):
         f'data = "{whole}/data"\n[model]\nbase = "{whole}/base"\nadapter = "{whole}/sft"\ndpo_adapter = "out"\n'
         "[train]\nallow_cpu = true\n"
     )
-    command = [sys.executable, "-c", COMMAND, jobs_spec.VOLUME, "train", "--backend", "modal"]
+    command = [sys.executable, "-c", COMMAND, backend.VOLUME, "train", "--backend", "modal"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         for line in process.stderr:
