@@ -130,5 +130,25 @@ DIALECTS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
          {"prompt": "Alone?", "completion": A, "label": True}],
         [expected([ASKED], scores=(1.0, 0.0))],
     ),
+    "two-answers": (
+        [
+            {"prompt": Q, "response_0": B, "response_1": A, "better_response_id": 1, "id": "x"},
+            {"prompt": [SYSTEM, ASKED], "response_a": A, "response_b": B, "winner": "model_a", "language": "English"},
+            {"conversation_a": [*FIRST, ASKED, BAD], "conversation_b": [*FIRST, ASKED, GOOD], "winner": "model_b"},
+            {"prompt": Q, "response_a": B, "response_b": A, "winner_model_a": 0, "winner_model_b": 1, "winner_tie": 0},
+            {"instruction": Q, "input": "", "output_1": B, "output_2": A, "preference": 2.0},
+            {"context": [SYSTEM, ASKED], "response1": A, "response2": B, "overall_preference": -2},
+            {"question": Q, "answer_0": B, "answer_1": A, "score_0": "-0.5", "score_1": "0.5"},
+        ],
+        [
+            expected([ASKED]),
+            expected([SYSTEM, ASKED]),
+            expected([*FIRST, ASKED]),
+            expected([ASKED]),
+            expected([ASKED]),
+            expected([SYSTEM, ASKED]),
+            expected([ASKED], scores=(0.5, -0.5)),
+        ],
+    ),
     "prompt-good-bad": ([{"question": Q, "good": A, "bad": B}], [expected([ASKED])]),
 }  # fmt: skip

@@ -7,9 +7,10 @@ from dialects import ASKED, BAD, CALLING, DIALECTS, FIRST, GOOD, RESULT, SYSTEM,
 
 from dpo_cli.config.settings import Config, PairSection
 from dpo_cli.data.formats.export import TARGETS, export
+from dpo_cli.data.jsonl import read_rows
 from dpo_cli.data.records import Preference, preference_id
 from dpo_cli.errors import UserError
-from dpo_cli.stages.pair import imports
+from dpo_cli.stages.pair import imports, run
 
 
 def write(path, rows):
@@ -123,3 +124,36 @@ def test_the_table_of_dialects(tmp_path, capsys):
         lines.append(f"{name:26} {len(found):>2} pairs  {target:13}  {len(back)} of {len(found)} equal")
     with capsys.disabled():
         print("\n" + "\n".join(lines))
+
+
+def imported(tmp_path, *rows, **settings):
+    config = Config(data=str(tmp_path / "data"), pair=PairSection(val_share=0.0, **settings))
+    result = run.run_import([write(tmp_path / "rows.jsonl", rows)], config)
+    return result, [pair for _, pair in read_rows(tmp_path / "data" / "train.jsonl", Preference)]
+
+
+@pytest.mark.parametrize("verdict", [{"winner": "tie (bothbad)"}, {"overall_preference": 0}])
+def test_a_tie_of_two_answers_is_no_pair(tmp_path, verdict):
+    rows = [{"prompt": text, "response_a": "Yes.", "response_b": "No."} for text in ("One?", "Two?")]
+    result, pairs = imported(tmp_path, {**rows[0], **verdict}, {**rows[1], "winner": "B"})
+    assert [pair.chosen[0]["content"] for pair in pairs] == ["No."] and sum(result.skipped.values()) == 1
+
+
+def test_two_comparisons_of_one_prompt_are_not_mixed(tmp_path):
+    rows = [{"prompt": "One?", "response_a": a, "response_b": b, "winner": "a"} for a, b in (("A", "B"), ("C", "D"))]
+    _, pairs = imported(tmp_path, *rows, max_pairs_per_prompt=4)
+    assert [(pair.chosen[0]["content"], pair.rejected[0]["content"]) for pair in pairs] == [("A", "B"), ("C", "D")]
+
+
+def test_a_winner_that_names_neither_answer_is_refused(tmp_path):
+    rows = [{"prompt": "One?", "response_a": "Yes.", "response_b": "No.", "winner": 1}]
+    with pytest.raises(UserError, match='"winner" is 1: neither response_a nor response_b nor a tie'):
+        read(write(tmp_path / "rows.jsonl", rows))
+
+
+@pytest.mark.parametrize("weights", ["none", "prompt"])
+def test_a_row_keeps_its_own_weight_unless_weights_are_asked_for(tmp_path, weights):
+    _, (pair,) = imported(
+        tmp_path, {"prompt": "One?", "chosen": "Yes.", "rejected": "No.", "weight": 0.25}, weights=weights
+    )
+    assert pair.weight == {"none": 0.25, "prompt": 1.0}[weights]

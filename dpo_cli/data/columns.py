@@ -26,17 +26,17 @@ SYSTEM = ("system", "system_prompt", "system_message")
 TOOLS = ("tools", "functions")
 GOOD = (
     "chosen", "good", "better", "preferred", "accepted", "chosen_response", "response_chosen", "chosen_answer",
-    "preferred_response", "preferred_output", "preferred_completion", "winner", "positive",
+    "preferred_response", "preferred_output", "preferred_completion", "winner", "positive", "response_j",
 )  # fmt: skip
 BAD = (
     "rejected", "bad", "worse", "dispreferred", "rejected_response", "response_rejected", "rejected_answer",
     "dispreferred_response", "non_preferred_output", "non_preferred_completion", "loser", "negative",
-    "rejected_messages",
+    "rejected_messages", "response_k",
 )  # fmt: skip
 ANSWER = ("completion", "response", "output", "answer", "answers", "target")
 LABEL = ("label", "kto_tag")
-CANDIDATES = ("generations", "completions", "responses", "answers", "candidates")
-MARKS = ("ratings", "rating", "scores", "rewards", "ranks", "overall_scores")
+CANDIDATES = ("generations", "completions", "responses", "answers", "candidates", "all_generated_responses")
+MARKS = ("ratings", "rating", "scores", "rewards", "ranks", "overall_scores", "all_rm_scores")
 
 # What `--columns` may map to: role -> the name under which it is read here.
 ROLES = {

@@ -1,8 +1,9 @@
 """Preference rows of other tools, each told by its columns: a pair, or one prompt's answers with their scores.
 
 Reads TRL (conversational, plain, with the prompt inside both sides), UltraFeedback (binarized and raw), Anthropic HH,
-OpenAI (also Azure, Fireworks, Together), LLaMA-Factory, axolotl, ms-swift, Argilla and distilabel, NeMo RL, KTO, and
-(prompt, good, bad). Writes nothing. The forms are those of the tools' own readers and documents in November 2026.
+OpenAI (also Azure, Fireworks, Together), LLaMA-Factory, axolotl, ms-swift, Argilla and distilabel, NeMo RL, KTO, two
+answers with what compares them, and (prompt, good, bad). Writes nothing. The forms are those of the tools' own readers
+and documents in November 2026.
 Plain `chosen` and `rejected` without a prompt are divided where TRL divides them, at what both begin with.
 """
 
@@ -23,6 +24,7 @@ from dpo_cli.data.columns import (
     read_turns,
     with_system,
 )
+from dpo_cli.data.formats.compared import is_compared, read_compared
 from dpo_cli.data.formats.pairs import (
     HH_TURN,
     divide,
@@ -211,5 +213,6 @@ _OTHERS: list[tuple[str, Callable[[Cells], bool], Callable[[Cells], Preference |
     ("ultrafeedback-raw", is_raw, read_rated),
     ("distilabel", is_rated, read_rated),
     ("ms-swift", _is_ms_swift, _ms_swift),
+    ("two-answers", is_compared, read_compared),
     ("kto", lambda cells: cells.has(LABEL) is not None and cells.has((*GOOD, *BAD)) is None, read_kto),
 ]

@@ -369,8 +369,9 @@ def _filter(candidates: list[_Candidate], settings: PairSection, min_gap: float)
         kept.append(pair)
     widest = sorted(range(len(kept)), key=lambda index: -(kept[index].score_gap or 0.0))
     kept = [kept[index] for index in sorted(widest[: settings.max_pairs_per_prompt])]
-    for pair, weight in zip(kept, weigh([pair.score_gap for pair in kept], settings.weights), strict=True):
-        pair.weight = weight
+    if settings.weights != "none":  # else a row's own weight stays
+        for pair, weight in zip(kept, weigh([pair.score_gap for pair in kept], settings.weights), strict=True):
+            pair.weight = weight
     return kept, reasons
 
 

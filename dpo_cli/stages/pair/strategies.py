@@ -60,16 +60,14 @@ STRATEGIES: dict[str, Callable[[Sequence[float], Sequence[int]], Pairs]] = {
 }
 
 
-def weigh(gaps: Sequence[float | None], weights: str) -> list[float | None]:
-    """What the pairs of one prompt count in training: None each (the same), or a number.
+def weigh(gaps: Sequence[float | None], weights: str) -> list[float]:
+    """What the pairs of one prompt count in training.
 
     Args:
         gaps: their score gaps.
-        weights: `none`; `prompt`, so that all prompts count the same, however many pairs they have; `gap`, as `prompt`
-            but shared out by score gap.
+        weights: `prompt`, so that all prompts count the same, however many pairs they have; `gap`, as `prompt` but
+            shared out by score gap.
     """
-    if weights == "none" or not gaps:
-        return [None] * len(gaps)
     if weights == "prompt" or None in gaps:
         return [1 / len(gaps)] * len(gaps)
     return [gap / sum(filter(None, gaps)) for gap in gaps if gap is not None]
