@@ -116,8 +116,8 @@ def dropout(trainer):
             module.lora_dropout["default"] = torch.nn.Dropout(0.5)
 
 
-def imprecise_reference(trainer):
-    """What the reference computes is off, and its weights are right."""
+def other_function_as_reference(trainer):
+    """What the reference computes is off, its weights are right, and precision has no part in it."""
 
     def off(module, inputs, output):
         return output * 3 if trainer.model.active_adapter == "ref" else output
@@ -125,19 +125,51 @@ def imprecise_reference(trainer):
     trainer.model.base_model.model.model.norm.register_forward_hook(off)
 
 
+def imprecise_reference(trainer):
+    """The reference is off only where numbers are rounded."""
+    import torch
+
+    def off(module, inputs, output):
+        imprecise = torch.is_autocast_enabled("cpu")
+        return output * 3 if imprecise and trainer.model.active_adapter == "ref" else output
+
+    trainer.model.base_model.model.model.norm.register_forward_hook(off)
+
+
+def rounded_reference(trainer):
+    trainer.tolerance = 1e-5
+    for key, value in trainer.model.named_parameters():
+        if ".ref." in key:
+            value.data = value.data.bfloat16().float()
+
+
+def attention_dropout(trainer):
+    for module in trainer.model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = trainer.model.config.attention_dropout = 0.5
+
+
 @pytest.mark.parametrize(
-    ("mistake", "cause"),
+    ("mistake", "sets", "cause"),
     [
-        (imprecise_reference, r"it is precision \(float32\): set train.bf16 = false"),
-        (base_as_reference, "the reference is the base model"),
-        (other_adapter_as_reference, "the reference is another adapter"),
-        (dropout, "dropout is on"),
+        (other_function_as_reference, (), "margins are up to .* also without dropout: the cause is not known"),
+        (other_function_as_reference, ("train.bf16=true",), "without dropout, in float32: the cause is not known"),
+        (
+            imprecise_reference,
+            ("train.bf16=true",),
+            r"margins are 0: it is precision \(bfloat16\): set train.bf16 = false",
+        ),
+        (rounded_reference, (), "those of the adapter that is trained, rounded to torch.bfloat16"),
+        (base_as_reference, (), "the reference is the base model, and the adapter that is trained changes it"),
+        (other_adapter_as_reference, (), "the reference is another adapter"),
+        (dropout, (), "without that margins are 0: dropout is on"),
+        (attention_dropout, (), "without that margins are 0: dropout is on"),
     ],
 )
-def test_a_wrong_step_zero_stops_with_its_cause_before_anything_is_trained(trainer_of, mistake, cause):
+def test_a_wrong_step_zero_stops_with_its_cause_before_anything_is_trained(trainer_of, mistake, sets, cause):
     from dpo_cli.training.reference_check import adapter_weights
 
-    trainer = trainer_of()
+    trainer = trainer_of(*sets)
     mistake(trainer)
     before = {name: value.clone() for name, value in adapter_weights(trainer.model, "default").items()}
     with pytest.raises(UserError, match=cause) as stopped:
@@ -146,6 +178,24 @@ def test_a_wrong_step_zero_stops_with_its_cause_before_anything_is_trained(train
     assert all(value.equal(before[name]) for name, value in adapter_weights(trainer.model, "default").items())
     [event] = [row for _, row in jsonl.read_rows(trainer.events.path, dict)]
     assert not event["ok"]
+
+
+def test_a_packed_forward_that_is_wrong_is_named_once_the_models_own_is_right(trainer_of, monkeypatch):
+    import torch
+
+    from dpo_cli.training.forward import packed
+
+    trainer = trainer_of()
+    assert packed.enable(trainer) is None
+    score = packed.score
+
+    def off(states, *rest, metrics, **more):
+        return score(states * (1 if metrics else 3), *rest, metrics=metrics, **more)
+
+    monkeypatch.setattr(packed, "score", off)
+    with pytest.raises(UserError, match="margins are 0: the packed forward is wrong for this model"):
+        trainer.train()
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_the_tolerance_of_step_zero_is_a_setting(start, tmp_path, monkeypatch):

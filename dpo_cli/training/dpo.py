@@ -170,7 +170,7 @@ class DpoTrainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ign
             self.step_zero_checked = True
             added = None if router is None else router.item()
             loss = (result[0] if return_outputs else result).item() - (added or 0.0)
-            self._check_step_zero(loss, chosen - rejected, added)
+            self._check_step_zero(loss, chosen - rejected, added, inputs)
         return result
 
     def _weighted_router_loss(self) -> torch.Tensor | None:
@@ -190,11 +190,23 @@ class DpoTrainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ign
         self._rewards.append(self.accelerator.gather_for_metrics(rewards))
         return result
 
-    def _check_step_zero(self, loss: float, margins: torch.Tensor, router_loss: float | None) -> None:
+    def _check_step_zero(
+        self, loss: float, margins: torch.Tensor, router_loss: float | None, inputs: dict[str, Any]
+    ) -> None:
         found = check_step_zero(self, loss, margins, self.tolerance, router_loss)
         self.events.append(event("step_zero", 0, **msgspec.to_builtins(found)))
         if not found.ok:
-            raise refuse_step_zero(self, found, self.tolerance)
+            raise refuse_step_zero(self, inputs, found, self.tolerance)
+
+    def margins_again(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """Margins of a batch, (pairs,), as policy and reference compute now; nothing is trained."""
+        self._log_probs.clear()
+        amp = self.accelerator.native_amp  # else the step's own autocast, which surrounds this, is suspended
+        with torch.no_grad(), nullcontext() if amp else torch.autocast(self.args.device.type, enabled=False):
+            super()._compute_loss(self.model, dict(inputs), False)
+        policy, reference = self._log_probs
+        rewards: torch.Tensor = self.beta * (policy - reference).float().sum(dim=1)
+        return torch.sub(*rewards.chunk(2))
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's evaluation, with the standard error of the margin, KL on held-out prompts, and the beta of it all."""

@@ -11,7 +11,7 @@ from dpo_cli.base_model import check_base
 from dpo_cli.config.settings import ModelSection, TrainingSection
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Progress
-from dpo_cli.training.encode import REMEDIES, Encoded, Encoder, Exchange
+from dpo_cli.training.encode import REMEDIES, TOO_LONG, Encoded, Encoder, Exchange
 from dpo_cli.training.inputs import Inputs, TrainingRow
 from dpo_cli.training.run_folder import RunContext
 
@@ -39,11 +39,18 @@ def encode_inputs(
         raise UserError(
             f"no row is left to train on: {count} of {len(inputs.rows)} are refused, since {reason}",
             where=", ".join(inputs.files),
-            hint=REMEDIES[reason],
+            hint=_remedy(reason, section, encoder.max_length),
         )
     _attach_scores(rows, inputs.rows)
     _attach_scores(held_out, inputs.held_out)
     return encoder, rows, held_out
+
+
+def _remedy(reason: str, section: TrainingSection, longest: int) -> str:
+    """What mends it, where most rows are refused for a reason."""
+    if reason == TOO_LONG and longest < section.max_length:  # a larger max_length changes nothing
+        return f"the base has {longest} positions: shorter completions (generate.max_tokens), or a base with more"
+    return REMEDIES[reason]
 
 
 def exchange(row: TrainingRow) -> Exchange:

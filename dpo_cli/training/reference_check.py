@@ -4,6 +4,9 @@ Before the first update policy and reference are the same model, so that the los
 else means that they are not, and training would go against another reference than the one that is named.
 """
 
+import itertools
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +62,18 @@ def expected_loss(trainer: Any) -> float | None:
     return LN2 if plain and trainer.pair_loss is None else None  # also with label smoothing
 
 
-def refuse_step_zero(trainer: Any, found: StepZero, tolerance: float) -> UserError:
-    """The error of a step zero that is not right, with the likely cause."""
+def refuse_step_zero(trainer: Any, inputs: dict[str, Any], found: StepZero, tolerance: float) -> UserError:
+    """The error of a step zero that is not right, with its cause as far as that could be checked.
+
+    Args:
+        trainer: a DPOTrainer, which is of no use afterwards: its weights may be float32, and it may be in evaluation.
+        inputs: the batch, as the loss took it.
+        found: what it gave.
+        tolerance: most that a margin may be off, in nats.
+    """
     expected = expected_loss(trainer)
     said = f"loss {found.loss:.4f}" + (f" instead of {expected:.4f}" if expected else "")
-    cause = likely_cause(trainer, tolerance)
+    cause = other_weights(trainer) or cause_of_margins(trainer, inputs, tolerance)
     return UserError(
         f"step zero: {said}, margins up to {found.margin:.4f} instead of 0; {cause}; nothing was trained",
         hint="the reference must be a frozen copy of the adapter that is trained",
@@ -71,22 +81,89 @@ def refuse_step_zero(trainer: Any, found: StepZero, tolerance: float) -> UserErr
     )
 
 
-def likely_cause(trainer: Any, tolerance: float) -> str:
-    """Why policy and reference differ at step zero."""
+def other_weights(trainer: Any) -> str | None:
+    """How the weights of policy and reference differ; None: they are equal, or lie in different places."""
+    adapters = getattr(trainer.model, "peft_config", None)
     if trainer.ref_model is not None:
-        if not same_weights(trainer.model.state_dict(), trainer.ref_model.state_dict()):
-            return "the reference is another model than the one that is trained"
-    elif "ref" not in trainer.model.peft_config:
-        return "the reference is the base model, and the adapter that is trained is not new"
-    elif not same_weights(adapter_weights(trainer.model, "default"), adapter_weights(trainer.model, "ref")):
-        return "the reference is another adapter than the one that is trained"
-    if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in trainer.model.modules()):
-        return "dropout is on"
+        if adapters is not None:  # a copy with the adapter folded in has other tensors
+            return None
+        return _unlike("model", trainer.model.state_dict(), trainer.ref_model.state_dict())
+    if adapters is None or "ref" in adapters:
+        return _unlike("adapter", adapter_weights(trainer.model, "default"), adapter_weights(trainer.model, "ref"))
+    changes = [value for name, value in adapter_weights(trainer.model, "default").items() if "lora_B" in name]
+    if any(value.any() for value in changes):
+        init = adapters["default"].init_lora_weights
+        begins = "" if init is True else f" (train.init_lora_weights = {init})"
+        return f"the reference is the base model, and the adapter that is trained changes it already{begins}"
+    return None
+
+
+def _unlike(what: str, policy: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> str | None:
+    if same_weights(policy, reference):
+        return None
+    for dtype in (torch.bfloat16, torch.float16):
+        if same_weights({name: value.to(dtype) for name, value in policy.items()}, reference):
+            return f"the reference's weights are those of the {what} that is trained, rounded to {dtype}"
+    return f"the reference is another {what} than the one that is trained"
+
+
+def cause_of_margins(trainer: Any, inputs: dict[str, Any], tolerance: float) -> str:
+    """Why equal weights give other log-probabilities: the first change after which the batch's margins are 0.
+
+    The batch is computed again without dropout, then in float32 as well, then by the model's own forward as well.
+    """
     dtype = "bfloat16" if trainer.args.bf16 else str(next(trainer.model.parameters()).dtype).removeprefix("torch.")
+    precision = f"it is precision ({dtype}): set train.bf16 = false, or gate.step_zero_tolerance above {tolerance:g}"
+    random = "dropout is on" if _drops_out(trainer.model) else "the model computes otherwise while it trains"
+    forward = "the packed forward is wrong for this model, which is a bug in nothing-dpo"
+    changes: list[tuple[str, Callable[[], None]]] = [(random, lambda: _evaluate(trainer))]
+    if dtype != "float32":
+        changes.append((precision, lambda: _to_float32(trainer)))
+    if "packing" in inputs:
+        changes.append((forward, lambda: inputs.pop("packing")))
+    margin, tried = math.nan, []
+    for cause, change in changes:
+        change()
+        try:
+            margin = trainer.margins_again(inputs).abs().max().item()
+        except (RuntimeError, TypeError, ValueError) as error:  # lack of memory is a RuntimeError
+            said = " ".join(str(error).split())[:200]
+            return (
+                f"policy and reference agree in their weights; whether {cause.partition(':')[0]} can't be told: {said}"
+            )
+        if margin <= tolerance:
+            others = "" if cause == random or not _drops_out(trainer.model) else "dropout is on, and "
+            return f"policy and reference agree in their weights, and without that margins are 0: {others}{cause}"
+        tried.append({random: "without dropout", precision: "in float32"}.get(cause, "by the model's own forward"))
     return (
-        f"policy and reference agree in their weights, so it is precision ({dtype}): set train.bf16 = false, or "
-        f"gate.step_zero_tolerance above {tolerance:g}"
+        f"policy and reference agree in their weights, and margins are up to {margin:.4f} also {', '.join(tried)}: the "
+        "cause is not known"
     )
+
+
+def _drops_out(model: Any) -> bool:
+    layers = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules())
+    return layers or bool(getattr(model.config, "attention_dropout", 0))
+
+
+def _evaluate(trainer: Any) -> None:
+    for model in filter(None, (trainer.model, trainer.ref_model)):
+        model.eval()
+
+
+def _to_float32(trainer: Any) -> None:
+    """Have all forwards compute in float32; weights that are kept in 4 bits are unpacked to it."""
+    accelerator = trainer.accelerator
+    accelerator.native_amp = False
+    torch.set_float32_matmul_precision("highest")
+    for model in filter(None, (trainer.model, trainer.ref_model)):
+        bare = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        for value in itertools.chain(bare.parameters(), bare.buffers()):
+            if value.dtype in (torch.bfloat16, torch.float16):
+                value.data = value.data.float()
+        for module in bare.modules():
+            if hasattr(module, "compute_dtype"):  # bitsandbytes' layers
+                module.compute_dtype = torch.float32
 
 
 def same_weights(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
