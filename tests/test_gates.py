@@ -1,6 +1,8 @@
 """Gates know noise: three verdicts, further rows, a policy that has not moved; each number worked by hand."""
 
 import math
+import random
+from statistics import mean, stdev
 
 import pytest
 from training import config_of, metrics
@@ -12,7 +14,7 @@ from dpo_cli.progress import Silent
 from dpo_cli.stages import train
 from dpo_cli.statistics import Interval, of_mean, proportion, student
 from dpo_cli.training import gates, plan
-from dpo_cli.training.guards import KL, LN2, MARGIN
+from dpo_cli.training.guards import KL, LN2, MARGIN, best_step
 
 
 def evaluation(margin=0.2, margin_error=0.05, loss=0.6, loss_error=0.02, correct=70, kl=0.03, kl_error=0.005):
@@ -46,6 +48,25 @@ def test_an_effect_within_its_noise_is_not_shown_and_says_how_many_pairs_would_s
     assert (
         text.startswith("held_out_margin: not shown (0.05 [-0.04921, 0.1492], limit 0)") and "294 more held-out" in text
     )
+
+
+def of_nothing(draw, step, pairs=200):
+    """An evaluation of a policy that prefers nothing: each pair's margin is a toss."""
+    tosses = [draw.gauss(0, 1) for _ in range(pairs)]
+    row = evaluation(margin=mean(tosses), margin_error=stdev(tosses) / math.sqrt(pairs))
+    return row | {"step": step}
+
+
+def test_the_best_of_many_evaluations_without_an_effect_shows_none():
+    """The pairs that choose a checkpoint also judge it: of eight tries at nothing, one in six would look like it."""
+    draw, passed = random.Random(0), {1: 0, 8: 0}
+    for _ in range(300):
+        rows = [of_nothing(draw, step) for step in range(1, 9)]
+        best = rows[best_step(range(1, 9), rows, MARGIN, 1, 0.1) - 1]
+        for best_of in passed:
+            found = gates.check_gates("dpo", [best], Config(), 200, best_of)
+            passed[best_of] += found["held_out_margin"].ok is True
+    assert passed[1] > 40 and passed[8] <= 0.025 * 300 + 6
 
 
 def test_so_many_pairs_do_show_it():

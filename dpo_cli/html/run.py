@@ -13,6 +13,7 @@ from dpo_cli.data.same_settings import flat
 from dpo_cli.html.markup import Markup, joined, markup
 from dpo_cli.html.page import columns, document, facts, figure, footer, grid, tile, verdict
 from dpo_cli.html.svg import interval, lines
+from dpo_cli.statistics import CONFIDENCE
 from dpo_cli.training.guards import KL, LN2, MARGIN
 from dpo_cli.training.remedies import REMEDIES, advice, shown_by
 from dpo_cli.training.run_history import Run, Trained
@@ -77,7 +78,7 @@ def run(found: Run) -> str:
             _plots(found, acts, settings.get("gate", {})),
             _acts(acts),
             _asked(config),
-            footer("Steps are optimizer steps. Intervals are 95%."),
+            footer(f"Steps are optimizer steps. {_level(report, settings.get('gate', {}))}"),
         ],
     )
 
@@ -130,7 +131,18 @@ def _gates(report: Trained | None) -> Markup:
         drawn = markup(
             '<div class="card half">{}</div>', interval("held-out accuracy", low, share.value, high, share.limit)
         )
-    return markup("<h2>Gates</h2>{}{}", columns(("gate", "value", "95% interval", "limit", ""), rows), drawn)
+    return markup("<h2>Gates</h2>{}{}", columns(("gate", "value", "interval", "limit", ""), rows), drawn)
+
+
+def _level(report: Trained | None, gate: dict[str, Any]) -> str:
+    """What the intervals are, and of how many evaluations the checkpoint is the best."""
+    said = f"Intervals are {100 * gate.get('confidence', CONFIDENCE):.4g}%"
+    if report is None or report.best_of == 1:
+        return f"{said}."
+    return (
+        f"{said}, and hold for all {report.best_of} evaluations of the held-out pairs at once, "
+        "the best of which chose the checkpoint."
+    )
 
 
 def _plots(found: Run, acts: list[dict[str, Any]], gate: dict[str, Any]) -> Markup:

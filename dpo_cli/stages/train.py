@@ -266,7 +266,9 @@ def _finish(
     result.shortened, result.refused = encoded["shortened"], encoded["refused"]
     result.step_zero = _step_zero(folder)
     result.metrics = {key: value for row in rows if row["step"] <= best for key, value in row.items()}
-    result.gates = check_gates(result.stage, [row for row in rows if row["step"] <= best], config, encoded["held_out"])
+    result.best_of = len({row["step"] for row in rows if "eval_loss" in row}) or 1
+    until = [row for row in rows if row["step"] <= best]
+    result.gates = check_gates(result.stage, until, config, encoded["held_out"], result.best_of)
     result.verdict = worst(gate.verdict for gate in result.gates.values())
     result.reasons = [describe(name, result.gates[name]) for name in open_gates(result.gates)]
     if result.stage == "dpo" and not has_moved(result.gates):

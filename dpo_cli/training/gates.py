@@ -73,16 +73,21 @@ def _more(found: Interval, limit: float, above: bool) -> int | None:
     return max(1, math.ceil(rows) - found.n) if rows < MOST_ROWS else None
 
 
-def check_gates(stage: Stage, rows: Sequence[dict[str, Any]], config: Config, held_out_rows: int) -> dict[str, Gate]:
+def check_gates(
+    stage: Stage, rows: Sequence[dict[str, Any]], config: Config, held_out_rows: int, best_of: int = 1
+) -> dict[str, Gate]:
     """The conditions that a result must meet, by what was measured up to its checkpoint.
 
-    Where something is held out, the training loss is no gate: it is measured on what was learnt from.
+    Where something is held out, the training loss is no gate: it is measured on what was learnt from. The pairs that
+    judge a checkpoint also chose it; of several evaluations without any effect the best looks like one, so that each
+    interval is wide enough for all of them to hold at once (Bonferroni).
 
     Args:
         stage: dpo or sft.
         rows: lines of metrics.jsonl up to the checkpoint.
         config: `[gate]` holds the level of the intervals and the KL limit.
         held_out_rows: pairs that were held out.
+        best_of: evaluations among which the checkpoint was chosen.
     """
     trained = [row for row in rows if "loss" in row]
     held_out = [row for row in rows if "eval_loss" in row]
@@ -92,11 +97,11 @@ def check_gates(stage: Stage, rows: Sequence[dict[str, Any]], config: Config, he
     if not held_out:
         return _training_loss([row["loss"] - row.get("router_loss", 0.0) for row in trained], confidence)
     last = held_out[-1]
-    gates = {}
+    gates, of_all = {}, 1 - (1 - confidence) / best_of
     if "eval_loss_stderr" in last:  # of other losses than DPO's, ln 2 is no limit
-        gates["held_out_loss"] = compared(_interval(last, "eval_loss", held_out_rows, confidence), LN2, above=False)
-    gates["held_out_margin"] = compared(_interval(last, MARGIN, held_out_rows, confidence), 0.0)
-    correct = proportion(last["eval_pairs_correct"], held_out_rows, confidence)
+        gates["held_out_loss"] = compared(_interval(last, "eval_loss", held_out_rows, of_all), LN2, above=False)
+    gates["held_out_margin"] = compared(_interval(last, MARGIN, held_out_rows, of_all), 0.0)
+    correct = proportion(last["eval_pairs_correct"], held_out_rows, of_all)
     if correct is not None:
         gates["held_out_accuracy"] = compared(correct, 0.5)
     if KL in last:

@@ -61,7 +61,8 @@ class Trained(Struct, kw_only=True):
 
     `verdict` is the worst of the gates', none for a dry run; `reasons` are those gates that do not say yes. `step`
     is that of the newest checkpoint, `ended` the fault that ended the run before its last step, `metrics` the last
-    training and evaluation lines, `refused` reason -> rows.
+    training and evaluation lines, `refused` reason -> rows, `best_of` the evaluations of the same held-out pairs
+    among which `best_checkpoint` was chosen: the gates' intervals hold for all of them at once.
     """
 
     stage: Stage
@@ -84,6 +85,7 @@ class Trained(Struct, kw_only=True):
     merged: Merged | None = None
     retreat: Retreat | None = None
     best_checkpoint: str | None = None
+    best_of: int = 1
     policy_sha256: str | None = None
     reference_sha256: str | None = None
 

@@ -192,7 +192,8 @@ def trained(console: Console, result: "Trained") -> None:
     for name, gate in result.gates.items():
         table.add_row(name, gate_line(gate))
     if result.verdict:
-        table.add_row("adapter", safe(f"{result.adapter}, from {result.best_checkpoint}"))
+        best = f", the best of {result.best_of} evaluations" if result.best_of > 1 else ""
+        table.add_row("adapter", safe(f"{result.adapter}, from {result.best_checkpoint}{best}"))
     if result.ended:
         table.add_row(
             "ended early", safe(f"{result.ended}: nothing-dpo inspect run {Path(result.run).name} --explain", "yellow")

@@ -131,7 +131,7 @@ def _gates(report: Trained | None) -> str:
         return "**No report**: no run of nothing-dpo is known to have made these weights."
     verdict = f"**Gates: {report.verdict}.**" if report.verdict else "**No verdict.**"
     rows = [(f"`{name}`", *_gate(gate)) for name, gate in report.gates.items()]
-    return f"{verdict}\n\n" + _table(("gate", "value", "95% interval", "limit", ""), rows)
+    return f"{verdict}\n\n" + _table(("gate", "value", "interval", "limit", ""), rows)
 
 
 def _gate(gate: Gate) -> tuple[str, str, str, str]:
