@@ -379,7 +379,7 @@ def pair(
 
 
 @command(
-    "train", "model.base", "model.adapter", "model.dpo_adapter", "train.learning_rate", "train.beta",
+    "train", "model.base", "model.adapter", "model.dpo_adapter", "train.columns", "train.learning_rate", "train.beta",
     "train.loss_type", "train.num_train_epochs", "train.max_steps", "train.per_device_train_batch_size",
     "train.gradient_accumulation_steps", "train.tokens_per_batch", "train.max_length", "train.warmup_steps",
     "train.seed", "train.curriculum", "train.merge", "train.allow_cpu", "gate.adaptive_beta", "gate.kl_limit",

@@ -7,7 +7,8 @@ import lzma
 
 import pytest
 
-from dpo_cli.config.settings import PairSection
+from dpo_cli.config.resolve import resolve
+from dpo_cli.config.settings import Config, PairSection
 from dpo_cli.data.bad_rows import BadRows
 from dpo_cli.data.columns import read_mapping
 from dpo_cli.data.formats.prompts import PromptFile, read_demonstration, read_prompt
@@ -15,6 +16,7 @@ from dpo_cli.data.reader import parse_rows, read_text
 from dpo_cli.errors import UserError
 from dpo_cli.stages.evaluate.quiz import read_questions
 from dpo_cli.stages.pair import imports
+from dpo_cli.training.inputs import read_inputs
 
 ROWS = [{"prompt": "Which tide? é", "note": "a"}, {"prompt": "And\nwhich wind?", "note": "b"}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -259,3 +261,16 @@ def test_quizzes_are_read_as_well(tmp_path):
 def test_texts_in_any_encoding(tmp_path):
     for encoding in ("utf-8-sig", "utf-16"):
         assert read_text(put(tmp_path / "a.toml", "name = 'é'\n".encode(encoding))) == "name = 'é'\n"
+
+
+def test_columns_of_training_rows_are_mapped_and_what_is_left_out_is_counted(tmp_path):
+
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"ask": "One?", "reply": "Two.", "critique": "short"}) + "\n")
+    given = {"sft.columns": "prompt=ask,completion=reply", "pair.val_share": 0.0}
+    inputs = read_inputs(resolve(flags=given, environment={}).config, "sft", file, None)
+    assert inputs.rows[0].completions == [[{"role": "assistant", "content": "Two."}]]
+    assert inputs.dropped == {"critique": 1}
+    with pytest.raises(UserError, match=r'rows.jsonl:1: no "prompt".* the row has ask, critique, reply') as refused:
+        read_inputs(Config(), "sft", file, None)
+    assert "--columns prompt=NAME" in (refused.value.hint or "")

@@ -189,6 +189,7 @@ class PairSection(Struct, kw_only=True):
 class TrainingSection(Struct, kw_only=True):
     """What both training stages have in common; TRL's and PEFT's own names."""
 
+    columns: Columns = None
     learning_rate: Annotated[NonNegative, _doc("Peak learning rate.")] = 5e-6
     num_train_epochs: Annotated[Positive, _doc("Passes over the rows.")] = 1.0
     max_steps: Annotated[int, _doc("Optimizer steps, whatever num_train_epochs says; -1: as it says.")] = -1

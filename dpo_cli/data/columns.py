@@ -13,6 +13,7 @@ from typing import Any
 
 import msgspec
 
+from dpo_cli.data.bad_rows import Fault
 from dpo_cli.data.messages import MEDIA, REASONING, Message, Prompt, from_cell, read_messages, read_tools, said
 from dpo_cli.errors import UserError
 
@@ -278,7 +279,10 @@ def _asked(cells: Cells, keep_answer: bool) -> list[Message]:
         return messages[:-1]
     name = cells.has(ASKED)
     if name is None:
-        raise ValueError('no "prompt" and no "messages"')
+        raise Fault(
+            f'no "prompt" and no "messages"; the row has {", ".join(cells.names) or "nothing"}',
+            hint="--columns prompt=NAME, where another column holds it",
+        )
     messages = read_messages(cells.take(name), cells.own(name), dropped=cells.dropped)
     joins = name == "instruction" or "input" in cells.mapping.values()
     more = cells.take("input") if joins and isinstance(cells.peek("input"), str) else ""

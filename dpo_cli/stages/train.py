@@ -20,6 +20,7 @@ from dpo_cli.config.resolve import as_dict
 from dpo_cli.config.settings import Config
 from dpo_cli.data import files, jsonl
 from dpo_cli.data.files import sha256
+from dpo_cli.data.formats.prompts import counted
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Progress, Silent
 from dpo_cli.safe_text import check_run_name
@@ -90,6 +91,8 @@ def run(
     errors.require("train", "training")
     folder = RunFolder(Path(config.runs) / name, after_save)
     inputs = read_inputs(config, stage, data, limit)
+    if inputs.dropped:
+        progress.log(f"columns left out: {counted(inputs.dropped)}")
     base = download_base(config.model.base)
     found = check_base(str(base))
     adapter = _sft_adapter(config) if stage == "dpo" else None

@@ -4,14 +4,15 @@ Reads train.jsonl and val.jsonl, or one JSONL file. Writes nothing, but download
 Hub id. Needs no torch.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 from dpo_cli.config.settings import Config
-from dpo_cli.data.columns import Cells
+from dpo_cli.data.columns import Cells, read_mapping
 from dpo_cli.data.files import finish_replacement, sha256
 from dpo_cli.data.formats.preferences import read_pair
 from dpo_cli.data.formats.prompts import read_demonstration
@@ -39,12 +40,16 @@ class TrainingRow(NamedTuple):
 
 
 class Inputs(Struct):
-    """Rows to train on and rows held out, as messages; hashes of the files read; how we split, where we did."""
+    """Rows to train on and rows held out, as messages; hashes of the files read; how we split, where we did.
+
+    `dropped` counts the columns that were left out.
+    """
 
     rows: list[TrainingRow]
     held_out: list[TrainingRow]
     files: dict[str, str]
     split: dict[str, float]
+    dropped: Counter[str] = field(default_factory=Counter)
 
 
 def read_inputs(config: Config, stage: Stage, data: Path | None, limit: int | None) -> Inputs:
@@ -60,13 +65,20 @@ def read_inputs(config: Config, stage: Stage, data: Path | None, limit: int | No
     Raises:
         UserError: there are none, a line is bad, or the curriculum lacks score gaps.
     """
+    section = config.train if stage == "dpo" else config.sft
+    mapping, dropped = read_mapping(section.columns), Counter[str]()
     if stage == "dpo":
-        source, parse = data or Path(config.data), _pair
+        source = data or Path(config.data)
         hint = "nothing-dpo judge makes it from completions"
     else:
-        source, parse = data or Path(config.generate.prompts), _demonstration
+        source = data or Path(config.generate.prompts)
         hint = "a JSONL file of prompt-completion rows, or a folder that holds one as train.jsonl"
+
+    def parse(row: dict[str, Any]) -> TrainingRow:
+        return _pair(Cells(row, mapping, dropped)) if stage == "dpo" else _demonstration(row, mapping, dropped)
+
     inputs = _read_folder(source, parse, hint) if source.is_dir() else _read_file(source, parse, hint, config)
+    inputs.dropped = dropped
     if not inputs.rows:
         raise UserError("no rows to train on", where=str(source), hint=hint)
     if stage == "dpo":
@@ -91,8 +103,8 @@ def _refuse_shared(inputs: Inputs, source: Path) -> None:
         )
 
 
-def _pair(row: dict[str, Any]) -> TrainingRow:
-    preference = read_pair(Cells(row))[1]
+def _pair(cells: Cells) -> TrainingRow:
+    preference = read_pair(cells)[1]
     gap, scores = preference.score_gap, None
     if preference.chosen_score is not None and preference.rejected_score is not None:
         scores = preference.chosen_score, preference.rejected_score
@@ -103,8 +115,8 @@ def _pair(row: dict[str, Any]) -> TrainingRow:
     )
 
 
-def _demonstration(row: dict[str, Any]) -> TrainingRow:
-    prompt, completion = read_demonstration(row)
+def _demonstration(row: dict[str, Any], mapping: dict[str, str], dropped: Counter[str]) -> TrainingRow:
+    prompt, completion = read_demonstration(row, mapping, dropped)
     return TrainingRow(prompt.messages, [completion], tools=prompt.tools)
 
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 def generated(console: Console, result: "Generated") -> None:
     """What `generate` did, or would do."""
     table = fact_table()
-    merged = f" · {result.merged:,} duplicates merged" if result.merged else ""
+    merged = f" · {result.merged:,} duplicate{'s' * (result.merged != 1)} merged" if result.merged else ""
     table.add_row("prompts", f"{result.prompts:,}{merged}")
     table.add_row(
         "owed",

@@ -65,7 +65,8 @@ def read_row(
     try:
         found = read(cells)
     except ValueError as error:
-        raise ValueError(f"{error} (read as {name})") from None
+        hint = error.hint if isinstance(error, Fault) else None
+        raise Fault(f"{error} (read as {name})", hint=hint) from None
     cells.finish()
     return name, found
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from dpo_cli.data.bad_rows import BadRows
+from dpo_cli.data.bad_rows import BadRows, Fault
 from dpo_cli.data.columns import (
     ANSWER,
     BAD,
@@ -129,7 +129,11 @@ def read_demonstration(
     elif len(prompt) > 1 and prompt[-1]["role"] == "assistant":
         prompt, answer = prompt[:-1], prompt[-1:]
     else:
-        raise ValueError('no "completion", and "messages" does not end with an assistant message')
+        raise Fault(
+            f'no "completion", and no "messages" that end with an assistant message; the row has '
+            f"{', '.join(cells.names) or 'nothing'}",
+            hint="--columns prompt=NAME,completion=NAME, where other columns hold them",
+        )
     reasoning = cells.reasoning()
     if reasoning and "reasoning_content" not in answer[-1]:
         answer = [*answer[:-1], {**answer[-1], "reasoning_content": reasoning}]
