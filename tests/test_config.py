@@ -71,6 +71,27 @@ def test_values_out_of_bounds_are_refused_by_name(text):
         resolve.resolve(sets=[text], environment={})
 
 
+def test_a_value_that_is_none_of_the_few_is_refused_with_those_that_there_are(tmp_path):
+    keys = [key for key in resolve.fields() if resolve.choices(key)]
+    assert {"train.loss_type", "gate.kl_actions", "train.bf16", "train.lr_scheduler_type", "serve.dtype"} <= set(keys)
+    for key in keys:
+        is_list = key == "gate.kl_actions"
+        section, name = key.split(".")
+        file = tmp_path / "c.toml"
+        file.write_text(f"[{section}]\n{name} = {['surely-none'] if is_list else 'surely-none'!r}\n")
+        given = '["surely-none"]' if is_list else "surely-none"
+        for where in ({"sets": [f"{key}={given}"]}, {"file": file}):
+            with pytest.raises(UserError) as refused:
+                resolve.resolve(environment={}, **where)
+            assert f"'surely-none' is none of {', '.join(resolve.choices(key))}" in str(refused.value), key
+    for text in ("[]", '["sigmoid", "surely-none"]'):
+        with pytest.raises(UserError, match=r"(one|none) of sigmoid, hinge, .*rebel"):
+            resolve.resolve(sets=[f"train.loss_type={text}"], environment={})
+    with pytest.raises(UserError, match=r'a list is expected, such as \["stop"\]'):
+        resolve.resolve(sets=["gate.kl_actions=stop"], environment={})
+    assert resolve.resolve(sets=["model.name="], environment={}).config.model.name == ""
+
+
 @pytest.mark.parametrize("content", ["[generate\n", "generate = 3\n", '[generate]\nn = "x"\n', "a = 1\n"])
 def test_a_broken_file_is_named(tmp_path, content):
     file = tmp_path / "broken.toml"

@@ -9,6 +9,7 @@ from dpo_cli.config.field_types import Count, Positive, Quantity, Share
 from dpo_cli.config.field_types import description as _doc
 
 Driver = Literal["default", "latest"]
+ServedType = Literal["auto", "half", "float16", "bfloat16", "float", "float32"]
 
 
 class ServeSection(Struct, kw_only=True):
@@ -16,7 +17,7 @@ class ServeSection(Struct, kw_only=True):
 
     host: Annotated[str, _doc("Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, Meta(ge=1024, le=65535), _doc("Port to listen on; vLLM takes none below 1024.")] = 8000
-    dtype: Annotated[str, _doc("vLLM's weight type.")] = "auto"
+    dtype: Annotated[ServedType, _doc("vLLM's weight type.")] = "auto"
     max_model_len: Annotated[Count, _doc("Longest context, in tokens.")] = 4096
     gpu_memory_utilization: Annotated[Share, _doc("Share of the card that vLLM may take.")] = 0.9
     chat_template: Annotated[str | None, _doc("Chat template file; unset: the base's own.")] = None

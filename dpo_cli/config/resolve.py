@@ -8,10 +8,11 @@ Secrets are no settings: they are read from the environment where they are used 
 import difflib
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta, Struct
@@ -79,6 +80,29 @@ def takes_none(key: str) -> bool:
     """Whether `none` unsets a setting: it has no value of that name."""
     kinds = get_args(get_args(fields()[key])[0])
     return type(None) in kinds and "none" not in [value for kind in kinds for value in get_args(kind)]
+
+
+def choices(key: str) -> list[str]:
+    """The values of a setting that has nothing but a few; empty for any other."""
+    found = list(dict.fromkeys(_choices(fields()[key])))
+    return [] if None in found else [str(value) for value in found]
+
+
+def _choices(kind: Any) -> Iterator[str | None]:
+    """Each value of a type; None: it has values that can't be listed."""
+    if get_origin(kind) is Literal:
+        yield from map(str, get_args(kind))
+    elif kind is bool:
+        yield from ("true", "false")
+    elif kind is type(None):
+        yield "none"
+    elif get_origin(kind) is Annotated:
+        yield from _choices(get_args(kind)[0])
+    elif get_origin(kind) in (Union, UnionType, list):
+        for part in get_args(kind):
+            yield from _choices(part)
+    else:
+        yield None
 
 
 def default(key: str) -> Any:
@@ -160,7 +184,19 @@ def _convert(key: str, value: Any, kind: Any, source: str) -> Any:
             return msgspec.json.decode(value, type=kind)
         return msgspec.convert(value, kind, strict=False)
     except msgspec.MsgspecError as error:
-        raise UserError(f"{key} = {value!r} (from {source}): {error}", hint=describe(key)) from None
+        reason, values = str(error), choices(key)
+        if reason.startswith("Expected `array`, got `str`"):
+            reason = f'a list is expected, such as ["{value}"]'
+        elif values:
+            reason = f"one of {', '.join(values)}" if value in ("", [], None) else _outside(value, values)
+        raise UserError(f"{key} = {value!r} (from {source}): {reason}", hint=describe(key)) from None
+
+
+def _outside(value: Any, values: list[str]) -> str:
+    """Which of the values that were given there are not, and those that there are."""
+    given = value if isinstance(value, list) else [value]
+    odd = [repr(one) for one in given if one not in values]
+    return f"{', '.join(odd) or repr(value)} is none of {', '.join(values)}"
 
 
 def _unknown(key: str, source: str, known: Mapping[str, Any]) -> UserError:
@@ -178,7 +214,7 @@ def _parse_set(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals:
         raise UserError(f"--set {text}: no '='", hint="--set section.key=value")
-    if value[:1] in "[{\"'":  # lists and quoted strings as in the file; the rest is converted by its type
+    if value and value[0] in "[{\"'":  # lists and quoted strings as in the file; the rest is converted by its type
         try:
             return key.strip(), tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError as error:

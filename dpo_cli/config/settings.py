@@ -33,6 +33,10 @@ MaxUsd = Annotated[
     NonNegative | None, Meta(description="Most dollars that this run may spend on new calls; the next counts anew.")
 ]
 Thinking = Literal["keep", "strip", "empty"]
+# Of transformers' schedules, those that need no settings of their own.
+Schedule = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+]
 InitLoraWeights: TypeAlias = bool | Literal["gaussian", "orthogonal"]
 LossType = Literal[
     "sigmoid",
@@ -208,7 +212,7 @@ class TrainingSection(Struct, kw_only=True):
     gradient_checkpointing: Annotated[
         bool | None, _doc("Trade time for memory at the same loss; unset: on a GPU that needs it.")
     ] = None
-    lr_scheduler_type: Annotated[str, _doc("Learning rate schedule.")] = "cosine"
+    lr_scheduler_type: Annotated[Schedule, _doc("Learning rate schedule.")] = "cosine"
     warmup_steps: Annotated[
         Annotated[int, Meta(ge=0)] | None, _doc(f"Warmup, in optimizer steps; unset: {WARMUP:.0%} of the run's.")
     ] = None
@@ -241,7 +245,8 @@ class TrainSection(TrainingSection, kw_only=True):
 
     beta: Annotated[Positive, _doc("Strength of the pull towards the reference.")] = 0.1
     loss_type: Annotated[
-        LossType | list[LossType], _doc("TRL loss type, or rebel; several are added up by their loss_weights.")
+        LossType | Annotated[list[LossType], Meta(min_length=1)],
+        _doc("TRL loss type, or rebel; several are added up by their loss_weights."),
     ] = "sigmoid"
     loss_weights: Annotated[list[float] | None, _doc("Weight of each loss, where there are several; unset: 1.")] = None
     offset_alpha: Annotated[
