@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from dpo_cli.base_model import Base, absolute, check_base, file_sha256, find_base, weights_fingerprint
+from dpo_cli.base_model import CONV1D, Base, absolute, check_base, file_sha256, find_base, weights_fingerprint
 from dpo_cli.errors import UserError
 from dpo_cli.pickled import read_pickled
 from dpo_cli.weights import FLOATS, Tensor, check_finite, check_no_pointer, read_header
@@ -38,7 +38,6 @@ PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 LORA_TENSOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(?:(A|B)\.weight|embedding_(A|B))")
 BASE_EMBEDDINGS = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")  # saved by PEFT, skipped by vLLM
 EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "lm_head", "embed_out")
-CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # their weights are (in, out): fan_in_fan_out
 BACKBONES = ("model", "transformer", "gpt_neox", "backbone")  # what transformers calls a model without its head
 FOLD = "--set model.adapter_into_base=true folds it into the base, and trains a fresh LoRA on that"
 MERGE = "nothing-dpo push adapter FOLDER --merge makes one model of base and adapter, which vLLM serves"
@@ -142,11 +141,56 @@ def weights_path(path: Path) -> Path:
     raise UserError(f"no {WEIGHTS}", where=str(path))
 
 
-def adapted_layers(path: Path) -> list[str]:
-    """Names of the layers that an adapter's file adapts, as they stand there."""
+def adapter_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter's file by name, without copies of the base's embeddings."""
     weights = weights_path(path)
     tensors = read_pickled(weights) if weights.name == PICKLED else read_header(weights)
-    return list(dict.fromkeys(match[1] for key in tensors if (match := LORA_TENSOR.fullmatch(key))))
+    return {key: tensor for key, tensor in tensors.items() if not key.endswith(BASE_EMBEDDINGS)}
+
+
+def adapted_layers(path: Path) -> list[str]:
+    """Names of the layers that an adapter's file adapts, as they stand there."""
+    found = (LORA_TENSOR.fullmatch(key) for key in adapter_tensors(path))
+    return list(dict.fromkeys(match[1] for match in found if match))
+
+
+def is_target(name: str, targets: str | list[str]) -> bool:
+    """Whether PEFT takes a linear layer of this name for one of the target modules.
+
+    Raises:
+        UserError: a pattern that is none.
+    """
+    if targets == "all-linear":
+        return True
+    if isinstance(targets, str):
+        try:
+            return re.fullmatch(targets, name) is not None
+        except re.error as error:
+            raise UserError(f"{targets!r} is no pattern: {error}", where="train.target_modules") from None
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def lost_targets(targets: str | list[str], names: list[str], linear: list[str]) -> list[str]:
+    """Target modules that match no layer of a base.
+
+    Args:
+        targets: as PEFT takes them.
+        names: of all layers.
+        linear: of those that LoRA can be added to, for the error.
+
+    Raises:
+        UserError: nothing matches one.
+    """
+    if not any(is_target(name, targets) for name in names):
+        there = sorted({name.rpartition(".")[2] for name in linear})
+        raise UserError(
+            f"no layer of the base is called {targets if isinstance(targets, str) else ', '.join(targets)}",
+            where="train.target_modules",
+            hint=f"it has {', '.join(there)}; all-linear takes them all",
+        )
+    if isinstance(targets, str):
+        return []
+    return [target for target in targets if not any(is_target(name, [target]) for name in names)]
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

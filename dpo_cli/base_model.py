@@ -22,6 +22,7 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "vocab.txt")
 HASHED = (".json", ".jinja", ".model", ".safetensors", ".bin", ".pt")
 REMEMBERED = 500  # files
+CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # their weights are (in, out): fan_in_fan_out
 
 
 class Base(Struct, kw_only=True):

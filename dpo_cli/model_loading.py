@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.save_and_load import load_peft_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from dpo_cli.adapter import BASE_EMBEDDINGS, CONFIG, EMBEDDINGS, adapted_layers
+from dpo_cli.adapter import BASE_EMBEDDINGS, CONFIG, EMBEDDINGS, adapted_layers, lost_targets
 from dpo_cli.base_model import absolute, check_base
 from dpo_cli.config.settings import ModelSection
 from dpo_cli.errors import UserError
@@ -320,21 +320,11 @@ def routers(network: Any) -> list[str]:
     return sorted({name for name, module in network.named_modules() if gives_more(module)})
 
 
-def check_targets(network: Any, targets: Any) -> list[str]:
+def check_targets(network: Any, targets: str | list[str]) -> list[str]:
     """Names of target modules that match no layer of the network.
 
     Raises:
         UserError: none of them matches one.
     """
-    if isinstance(targets, str):
-        return []
-    names = [name for name, _ in network.named_modules()]
-    lost = [target for target in targets if not any(n == target or n.endswith(f".{target}") for n in names)]
-    if len(lost) == len(targets):
-        linear = sorted({n.rpartition(".")[2] for n, m in network.named_modules() if isinstance(m, torch.nn.Linear)})
-        raise UserError(
-            f"no layer of the base is called {', '.join(targets)}",
-            where="train.target_modules",
-            hint=f"it has {', '.join(linear)}; all-linear takes them all",
-        )
-    return lost
+    linear = [name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)]
+    return lost_targets(targets, [name for name, _ in network.named_modules()], linear)

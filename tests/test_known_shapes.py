@@ -11,6 +11,7 @@ from dpo_cli.errors import UserError
 from dpo_cli.training import known_shapes, plan, preflight
 from dpo_cli.training.known_shapes import SIZES, shape_of
 from dpo_cli.training.plan import TokenLengths
+from dpo_cli.training.trained_parameters import of_fresh_adapter
 
 # Parameters as the models' own pages give them, in thousand millions.
 PUBLISHED = {"llama-3.2-1b": 1.24, "llama-3.2-3b": 3.21, "llama-3.1-8b": 8.03, "llama-3.1-70b": 70.6,
@@ -70,8 +71,9 @@ def test_the_default_base_is_planned_without_a_network(tmp_path):
 
 
 def advice(base, card=23.6, **sets):
-    made = plan.make(TrainSection(**sets), PlanSection(gpu_memory_gb=card), shape_of(base)[0], (32, "all-linear"), ROWS,
-                     [], "test")  # fmt: skip
+    shape, section = shape_of(base)[0], TrainSection(**sets)
+    adapter, _ = of_fresh_adapter(section, shape, None)
+    made = plan.make(section, PlanSection(gpu_memory_gb=card), shape, adapter, ROWS, [], "test")
     return made, next((text for text in made.warnings if "do not fit" in text), "")
 
 

@@ -16,29 +16,33 @@ from dpo_cli.progress import Silent
 from dpo_cli.stages import train
 from dpo_cli.training import plan, preflight, remedies
 from dpo_cli.training.plan import TokenLengths
+from dpo_cli.training.trained_parameters import of_fresh_adapter
 from dpo_cli.workflows import sweep
+
+ADAPTER = 48_627_712  # weights of rank 32 on all linear layers of a 3B Llama
 
 
 def made(lengths, **section):
     return plan.make(
-        TrainSection(**section), PlanSection(), preflight.USUAL_SHAPE, (32, "all-linear"), lengths, lengths[:50], "hand"
+        TrainSection(**section), PlanSection(), preflight.USUAL_SHAPE, ADAPTER, lengths, lengths[:50], "hand"
     )
 
 
 def test_the_memory_of_a_3b_model_is_what_its_sizes_say():
     shape = preflight.USUAL_SHAPE
     assert shape.linear_parameters() + shape.embedding_parameters() == 3_212_574_720
-    assert shape.adapter_parameters(32, "all-linear") == 48_627_712
-    assert shape.adapter_parameters(1, "q_proj,k_proj") == 28 * (3072 + 3072 + 3072 + 1024)
-    parts = plan.memory_gb(TrainSection(), shape, (32, "all-linear"), 0, 0)
+    assert of_fresh_adapter(TrainSection(r=32), shape, None) == (ADAPTER, [])
+    few = TrainSection(r=1, target_modules="q_proj,k_proj,w1")
+    assert of_fresh_adapter(few, shape, None) == (28 * (3072 + 3072 + 3072 + 1024), ["w1"])
+    parts = plan.memory_gb(TrainSection(), shape, ADAPTER, 0, 0)
     assert math.isclose(parts["weights"], 6.425, rel_tol=1e-3)
     assert math.isclose(
         sum(parts[name] for name in ("adapter", "reference", "gradients", "optimizer")), 0.9726, rel_tol=1e-3
     )
-    four = plan.memory_gb(TrainSection(load_in_4bit=True), shape, (32, "all-linear"), 0, 0)
+    four = plan.memory_gb(TrainSection(load_in_4bit=True), shape, ADAPTER, 0, 0)
     assert math.isclose(four["weights"], 2.24, rel_tol=1e-2)
     plain, checkpointed = (
-        plan.memory_gb(TrainSection(gradient_checkpointing=on), shape, (32, "all-linear"), 1000, 0)["activations"]
+        plan.memory_gb(TrainSection(gradient_checkpointing=on), shape, ADAPTER, 1000, 0)["activations"]
         for on in (False, True)
     )
     assert math.isclose(plain, 3.34, rel_tol=1e-2)
@@ -126,9 +130,7 @@ def test_other_families_than_llama_have_a_plan_that_says_its_forward(tmp_path, n
     (tmp_path / "config.json").write_text(json.dumps(sizes | changes))
     shape = plan.read_shape(tmp_path)
     assert shape.embedding_parameters() == 512_000 * (1 if name.startswith("gemma") else 2)
-    result = plan.make(
-        TrainSection(), PlanSection(), shape, (8, "all-linear"), [TokenLengths(200, [100, 50])] * 16, [], "hand"
-    )
+    result = plan.make(TrainSection(), PlanSection(), shape, 1_000_000, [TokenLengths(200, [100, 50])] * 16, [], "hand")
     assert result.forward.startswith(forward) and result.forward in plan.line(result)
     assert result.tokens == 16 * (350 if forward == "packed" else 600)
     assert result.memory_gb["weights"] > 0 and result.hours > 0
@@ -303,3 +305,51 @@ def test_remedies_are_shown_for_what_the_events_name():
     assert remedies.shown_by([{"event": "tokens", "ok": False}, {"event": "step_zero", "ok": False}]) == [
         "step_zero", "tokens",
     ]  # fmt: skip
+
+
+FRESH = ("model.adapter=none", "train.r=4")
+
+
+@pytest.mark.parametrize(
+    ("targets", "lost"),
+    [
+        ("all-linear", ()),
+        ("q_proj,up_proj", ()),
+        ("q_proj,qkv_proj,w1", ("qkv_proj", "w1")),
+        (r".*layers\.1\..*_proj", ()),
+    ],
+)
+@pytest.mark.parametrize("dora", ["false", "true"])
+def test_the_plan_counts_the_weights_that_peft_trains(start, targets, lost, dora):
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from dpo_cli.training.trainer import fresh_lora
+
+    config = settings(start, start / "base", *FRESH, f"train.target_modules={targets}", f"train.use_dora={dora}")
+    result = preflight.run(config)
+    model = AutoModelForCausalLM.from_pretrained(start / "base")
+    assert (
+        result.trained
+        == get_peft_model(model, fresh_lora(config.train, model, Silent())).get_nb_trainable_parameters()[0]
+    )
+    said = [text for text in result.warnings if "no layer is called" in text]
+    assert said == [f"no layer is called {', '.join(lost)}: train.target_modules counts without"] * bool(lost)
+
+
+def test_the_plan_counts_a_saved_adapter_as_it_is_and_refuses_targets_that_match_nothing(start, tmp_path):
+    from safetensors.torch import load_file
+
+    adapter = save_adapter(tmp_path / "one", start / "base", target_modules=["q_proj"], layers_to_transform=[1], r=2)
+    held = sum(value.numel() for value in load_file(adapter / "adapter_model.safetensors").values())
+    assert preflight.run(settings(start, start / "base", f"model.adapter={adapter}")).trained == held
+    for targets in ("w1,w2", ".*w1"):
+        with pytest.raises(UserError, match=r"no layer of the base is called .*w1"):
+            preflight.run(settings(start, start / "base", *FRESH, f"train.target_modules={targets}"))
+        with pytest.raises(UserError, match=r"no layer of the base is called .*w1"):
+            train.run(
+                settings(
+                    start, start / "base", *FRESH, f"train.target_modules={targets}", f"runs={tmp_path / targets}"
+                ),
+                Silent(),
+            )

@@ -90,25 +90,19 @@ class Shape(Struct, kw_only=True):
         """Weights of the embedding and, unless tied, of the head."""
         return self.vocab_size * self.hidden_size * (1 if self.ties else 2)
 
-    def adapter_parameters(self, rank: int, targets: str | list[str]) -> int:
-        """Weights of a LoRA adapter."""
-        if targets == "all-linear":
-            targets = list(self.linears())
-        names = targets.split(",") if isinstance(targets, str) else targets
-        sizes = [sum(self.linears()[name]) for name in names if name in self.linears()]
-        return self.num_hidden_layers * rank * sum(sizes)
-
 
 class Plan(Struct, kw_only=True):
     """What a run will need.
 
-    `tokens` are those that go through the policy, `largest` those of the largest forward, `forward` says how it is
-    laid out; `memory_gb` is by part, `usd` by backend; `sizes` says where the base's sizes are from.
+    `trained` counts weights, `tokens` are those that go through the policy, `largest` those of the largest forward,
+    `forward` says how it is laid out; `memory_gb` is by part, `usd` by backend; `sizes` says where the base's sizes are
+    from.
     """
 
     pairs: int
     held_out: int
     steps: int
+    trained: int
     warmup_share: float
     evaluations: int
     tokens: int
@@ -213,7 +207,7 @@ def make(
     section: TrainSection,
     plan: PlanSection,
     shape: Shape,
-    adapter: tuple[int, str | list[str]],
+    adapter: int,
     lengths: Sequence[TokenLengths],
     held_out: Sequence[TokenLengths],
     counted_by: str,
@@ -224,7 +218,7 @@ def make(
         section: settings of the run.
         plan: the card and its prices.
         shape: sizes of the base.
-        adapter: rank and target modules of the adapter that is trained.
+        adapter: weights of the adapter that is trained.
         lengths: of each pair, chosen before rejected, as they are before anything is shortened.
         held_out: the same for evaluation.
         counted_by: how.
@@ -255,6 +249,7 @@ def make(
         pairs=len(lengths),
         held_out=len(held_out),
         steps=made,
+        trained=shape.linear_parameters() + shape.embedding_parameters() if section.full else adapter,
         warmup_share=warmup / max(made, 1),
         evaluations=evaluations,
         tokens=round(passes * sum(_size(row, why is None) for row in cut)),
@@ -329,14 +324,14 @@ def duration(hours: float) -> str:
 def memory_gb(
     section: TrainSection,
     shape: Shape,
-    adapter: tuple[int, str | list[str]],
+    adapter: int,
     tokens: int,
     scored: int,
     packs: bool = True,
 ) -> dict[str, float]:
     """Peak memory by part, in GB, with `tokens` in a forward, `scored` of them in completions, packed or padded."""
     linear, embedding, width = shape.linear_parameters(), shape.embedding_parameters(), shape.intermediate_size
-    trained = linear + embedding if section.full else shape.adapter_parameters(*adapter)
+    trained = linear + embedding if section.full else adapter
     four_bit = 4.127 / 8  # with double quantisation, arXiv:2305.14314
     weights = linear * four_bit + embedding * 2 if section.load_in_4bit else (linear + embedding) * 2
     layer = ACTIVATION * (1 if packs else PADDED) * (shape.hidden_size + width) * tokens

@@ -10,7 +10,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from dpo_cli.adapter import read_adapter
-from dpo_cli.base_model import find_base
+from dpo_cli.base_model import check_base, find_base
 from dpo_cli.config.presets import NOTES, PRESETS
 from dpo_cli.config.resolve import resolve
 from dpo_cli.config.settings import Config
@@ -20,6 +20,7 @@ from dpo_cli.training.encode import Sequences
 from dpo_cli.training.inputs import TrainingRow, read_inputs
 from dpo_cli.training.known_shapes import shape_of
 from dpo_cli.training.plan import Plan, Shape, TokenLengths
+from dpo_cli.training.trained_parameters import of_adapter, of_fresh_adapter
 
 # What the table of presets is reckoned for where there are no files: Llama 3.2 3B, 1,000 pairs of 600 + 150 tokens.
 USUAL_SHAPE = Shape(
@@ -50,6 +51,7 @@ def run(config: Config, data: Path | None = None, limit: int | None = None) -> P
     """
     inputs = read_inputs(config, "dpo", data, limit)
     shape, sizes = shape_of(config.model.base)
+    adapter, warnings = _adapter(config, shape)
     count, counted_by = plan.token_count_or_estimate(find_base(config.model.base) or Path("nowhere"))
 
     def lengths(rows: Sequence[TrainingRow]) -> list[TokenLengths]:
@@ -62,12 +64,13 @@ def run(config: Config, data: Path | None = None, limit: int | None = None) -> P
         config.train,
         config.plan,
         shape,
-        _adapter(config),
+        adapter,
         lengths(inputs.rows),
         lengths(inputs.held_out),
         counted_by,
     )
     made.sizes = sizes
+    made.warnings += warnings
     return made
 
 
@@ -77,7 +80,8 @@ def of_encoded(config: Config, base: Path, rows: Sequence[Sequences], held_out: 
         [TokenLengths(len(row.prompt), [len(one) for one in row.completions]) for row in side]
         for side in (rows, held_out)
     )
-    return plan.make(config.train, config.plan, plan.read_shape(base), _adapter(config), lengths, others, "the encoder")
+    shape = plan.read_shape(base)
+    return plan.make(config.train, config.plan, shape, _adapter(config, shape)[0], lengths, others, "the encoder")
 
 
 def presets(config: Config) -> list[Cost]:
@@ -89,17 +93,27 @@ def presets(config: Config) -> list[Cost]:
     costs = []
     for name, settings in PRESETS.items():
         chosen = resolve(preset=name, environment={}, file=Path("/dev/null")).config
-        rank = (chosen.train.r, chosen.train.target_modules)
-        made = plan.make(chosen.train, config.plan, shape, rank, USUAL_LENGTHS, [], "assumed")
+        adapter, _ = of_fresh_adapter(chosen.train, shape, None)
+        made = plan.make(chosen.train, config.plan, shape, adapter, USUAL_LENGTHS, [], "assumed")
         costs.append(
             Cost(name, NOTES[name], dict(settings), made.total_gb, made.fits, made.hours, made.usd["modal"], made.steps)
         )
     return costs
 
 
-def _adapter(config: Config) -> tuple[int, str | list[str]]:
-    """Rank and target modules of the adapter that is trained."""
-    if config.model.adapter and Path(config.model.adapter).exists():
-        adapter = read_adapter(Path(config.model.adapter), config.model.base)
-        return adapter.rank, adapter.target_modules
-    return config.train.r, config.train.target_modules
+def _adapter(config: Config, shape: Shape) -> tuple[int, list[str]]:
+    """Weights of the adapter that is trained, and warnings."""
+    section = config.model
+    base = check_base(section.base, tokenizer=False) if _has_weights(section.base) else None
+    if section.adapter and Path(section.adapter).exists() and not section.adapter_into_base:
+        return of_adapter(read_adapter(Path(section.adapter), section.base, section.same_base)), []
+    trained, lost = of_fresh_adapter(config.train, shape, base)
+    if not lost or config.train.full:
+        return trained, []
+    return trained, [f"no layer is called {', '.join(lost)}: train.target_modules counts without"]
+
+
+def _has_weights(base: str) -> bool:
+    """Whether a base is here with its weights: of a Hub id, config.json alone may be."""
+    folder = find_base(base)
+    return folder is not None and any(any(folder.glob(name)) for name in ("*.safetensors*", "pytorch_model*"))

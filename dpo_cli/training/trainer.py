@@ -37,6 +37,7 @@ from dpo_cli.training.arguments import uses_bf16
 from dpo_cli.training.encode import Encoder
 from dpo_cli.training.guards import GuardState
 from dpo_cli.training.run_folder import GUARDS, mark_complete, metric_rows
+from dpo_cli.training.trained_parameters import split_targets
 
 METERS = "meters.json"
 LIBRARIES = ("transformers", "trl", "peft", "accelerate", "datasets", "torch")
@@ -234,9 +235,7 @@ def fresh_lora(section: TrainingSection, network: Any, progress: Progress) -> Lo
     Raises:
         UserError: no layer has the name of any target module.
     """
-    targets = section.target_modules
-    named = sorted(targets.split(",")) if isinstance(targets, str) and "," in targets else targets
-    named = sorted(named) if isinstance(named, list) else named
+    named = split_targets(section.target_modules)
     if lost := check_targets(network, named):
         progress.log(f"no layer is called {', '.join(lost)}: train.target_modules counts without")
     skipped = routers(network) if named == "all-linear" else []

@@ -30,6 +30,7 @@ def plan(console: Console, plan: "Plan") -> None:
     facts = _table("", "", styles=("dim", ""))
     facts.add_row("pairs", f"{plan.pairs:,} · {plan.held_out:,} held out")
     facts.add_row("steps", f"{plan.steps:,} · warmup {percent(plan.warmup_share)} · {plan.evaluations:,} evaluations")
+    facts.add_row("trains", f"{plan.trained:,} weights")
     facts.add_row("tokens", f"{plan.tokens:,} · longest row {plan.longest:,} · counted by {plan.counted_by}")
     if plan.sizes:
         facts.add_row("base", safe(f"sizes from {plan.sizes}"))

@@ -35,6 +35,7 @@ from variants import CUDA, MODELS, Remote, Variant, quiet
 from dpo_cli.config.settings import TrainSection
 from dpo_cli.training import plan
 from dpo_cli.training.forward import attention, packed
+from dpo_cli.training.trained_parameters import of_fresh_adapter
 
 TESTS = Path(__file__).parents[1]
 MINUTES = 9.0
@@ -184,7 +185,8 @@ def memory(smoke: bool, folder: Path) -> dict[str, Any]:
             scored = sum(len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in made)
             tokens = scored + sum(len(row["prompt_ids"]) for row in made)
             section = TrainSection(gradient_checkpointing=checkpointing)
-            parts = plan.memory_gb(section, _shape(size), (32, "all-linear"), tokens, scored)
+            adapter, _ = of_fresh_adapter(section, _shape(size), None)
+            parts = plan.memory_gb(section, _shape(size), adapter, tokens, scored)
             found[f"batch {batch}, {'' if checkpointing else 'no '}checkpointing"] = {
                 "measured GB": child.ask("peak_gb"), "plan GB": sum(parts.values()) - parts["context"],
             }  # fmt: skip
