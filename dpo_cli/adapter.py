@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from dpo_cli.base_model import CONV1D, Base, absolute, check_base, file_sha256, find_base, weights_fingerprint
 from dpo_cli.errors import UserError
-from dpo_cli.pickled import read_pickled
+from dpo_cli.pickled import check_finite_pickled, read_pickled
 from dpo_cli.weights import FLOATS, Tensor, check_finite, check_no_pointer, read_header
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that --max-lora-rank takes
@@ -92,7 +92,10 @@ def read_adapter(path: Path, base: str, same_base: bool = False, resizes: bool =
             raise UserError(f"{name} has rank {layer.rank}; {CONFIG} says {settings['r']}", where=str(path))
     if found is not None:
         _check_shapes(layers, tensors, others, settings, found, base, path, resizes)
-    if weights.name == WEIGHTS and not check_finite(weights, tensors, ("lora_B", "lora_embedding_B")) and not others:
+    zero = ("lora_B", "lora_embedding_B")
+    pickled = weights.name == PICKLED
+    changes = check_finite_pickled(weights, zero) if pickled else check_finite(weights, tensors, zero)
+    if not changes and not others:
         notes.append("changes nothing: every lora_B is zero")
     return Adapter(
         path=path,

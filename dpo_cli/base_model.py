@@ -2,7 +2,7 @@
 
 Reads config.json, the tokenizer's files and the headers of the weights; the bytes of the weights once, for NaN and for
 the fingerprint, which are remembered in the user's cache by path, size, time and inode. Needs no torch. Not covered:
-what only loading shows (`model_loading.py`), and weights that are no safetensors, beyond their presence.
+what only loading shows (`model_loading.py`), and weights in the format of before torch 1.6.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Struct
 
 from dpo_cli.errors import UserError
+from dpo_cli.pickled import check_finite_pickled, is_legacy, read_pickled
 from dpo_cli.weights import Tensor, check_finite, check_no_pointer, read_header
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -28,8 +29,8 @@ CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # their wei
 class Base(Struct, kw_only=True):
     """A base model that is on this machine.
 
-    `shapes` are the weights by name, of safetensors files; empty for others. `quantised` is the method with which its
-    weights are stored, if they are.
+    `shapes` are the weights by name; empty where the files are of before torch 1.6. `quantised` is the method with
+    which its weights are stored, if they are.
     """
 
     folder: Path
@@ -89,7 +90,7 @@ def check_base(base: str, tokenizer: bool = True) -> Base | None:
 def _check(folder: Path, *_: Any) -> Base:
     config = _read_config(folder)
     shapes = _read_shapes(folder)
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in _weights_files(folder):
         _check_finite(file)
     quantised = config.get("quantization_config") or config.get("compression_config") or {}
     method = quantised.get("quant_method") if isinstance(quantised, dict) else None
@@ -143,9 +144,9 @@ def _read_shapes(folder: Path) -> dict[str, Tensor]:
     Raises:
         UserError: no weights, a shard that is missing, a pointer, or a file that is cut short.
     """
-    index = folder / WEIGHTS[1]
-    files = sorted(folder.glob("*.safetensors"))
-    if index.is_file():
+    files = _weights_files(folder)
+    index = next((folder / name for name in (WEIGHTS[1], WEIGHTS[3]) if (folder / name).is_file()), None)
+    if index is not None and not (index.name == WEIGHTS[3] and any(folder.glob("*.safetensors"))):
         check_no_pointer(index)
         named = read_object(index).get("weight_map")
         if not isinstance(named, dict):
@@ -157,16 +158,25 @@ def _read_shapes(folder: Path) -> dict[str, Tensor]:
                 where=str(folder),
                 hint="copy or download the model again",
             )
+    if not files:
+        raise UserError("no weights: neither *.safetensors nor pytorch_model.bin", where=str(folder))
     shapes: dict[str, Tensor] = {}
     for file in files:
-        shapes |= read_header(file)
-    if not shapes:
-        pickled = [*folder.glob("pytorch_model*.bin")]
-        for file in pickled:
-            check_no_pointer(file)
-        if not pickled:
-            raise UserError("no weights: neither *.safetensors nor pytorch_model.bin", where=str(folder))
+        shapes |= _tensors(file)
     return shapes
+
+
+def _weights_files(folder: Path) -> list[Path]:
+    """The files that hold a base's weights, safetensors before others, as transformers chooses."""
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    """What a file holds, by name; of one in the format of before torch 1.6 nothing is known."""
+    if file.suffix != ".bin":
+        return read_header(file)
+    check_no_pointer(file)
+    return {} if is_legacy(file) else read_pickled(file)
 
 
 def _check_tokenizer(folder: Path, shapes: dict[str, Tensor]) -> None:
@@ -253,7 +263,10 @@ def _check_finite(file: Path) -> None:
     """Refuse weights with NaN or infinity; what was found finite is not read again."""
 
     def look() -> bool:
-        check_finite(file, read_header(file))
+        if file.suffix != ".bin":
+            check_finite(file, read_header(file))
+        elif not is_legacy(file):
+            check_finite_pickled(file)
         return True
 
     _remember(file, "finite", look)

@@ -7,7 +7,7 @@ something else.
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import msgspec
 from msgspec import Struct
@@ -80,27 +80,39 @@ def check_finite(path: Path, tensors: dict[str, Tensor], zero: tuple[str, ...] =
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
         for name, tensor in tensors.items():
-            width = FLOATS.get(tensor.dtype)
-            if width is None:
+            if tensor.dtype not in FLOATS:
                 continue
             file.seek(start + tensor.data_offsets[0])
             counts = any(part in name for part in zero)
-            for block in _blocks(file, tensor.data_offsets[1] - tensor.data_offsets[0]):
-                if _not_finite(block, width, tensor.dtype):
-                    hint = "take another copy of it, or train again from a checkpoint"
-                    raise UserError(f"{name} holds NaN or infinity", where=str(path), hint=hint)
+            for block in read_blocks(file, tensor.data_offsets[1] - tensor.data_offsets[0]):
+                if not is_finite(block, tensor.dtype):
+                    raise not_finite(name, path)
                 changes = changes or (counts and bool(block.strip(b"\0")))
     return changes
 
 
-def _blocks(file: BinaryIO, left: int) -> Iterator[bytes]:
+def not_finite(name: str, path: Path) -> UserError:
+    """The error of a tensor that holds NaN or infinity."""
+    hint = "take another copy of it, or train again from a checkpoint"
+    return UserError(f"{name} holds NaN or infinity", where=str(path), hint=hint)
+
+
+def read_blocks(file: IO[bytes], left: int) -> Iterator[bytes]:
+    """The next `left` bytes of a file, a block of whole numbers at a time.
+
+    Raises:
+        EOFError: it ends before that.
+    """
     while left:
         block = file.read(min(left, BLOCK))
+        if not block:
+            raise EOFError(f"{left} bytes are missing")
         left -= len(block)
         yield block
 
 
-def _not_finite(block: bytes, width: int, dtype: str) -> bool:
-    full = 0x7C if dtype == "F16" else 0x7F
+def is_finite(block: bytes, dtype: str) -> bool:
+    """Whether all numbers of a block are finite, by the top bytes of their exponents."""
+    width, full = FLOATS[dtype], 0x7C if dtype == "F16" else 0x7F
     finite = bytes(byte for byte in range(256) if byte & full != full)
-    return bool(block[width - 1 :: width].translate(None, finite))
+    return not block[width - 1 :: width].translate(None, finite)

@@ -50,6 +50,27 @@ def nan_in_base(folder: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
+def pickle_weights(folder: Path, change=lambda tensors: None, zip_file: bool = True) -> Path:
+    """The base's or the adapter's weights as torch.save writes them."""
+    import torch
+    from safetensors.torch import load_file
+
+    file = next(folder.glob("*model.safetensors"))
+    tensors = load_file(file)
+    change(tensors)
+    file.unlink()
+    name = "pytorch_model.bin" if folder.name == "base" else "adapter_model.bin"
+    torch.save(tensors, folder / name, _use_new_zipfile_serialization=zip_file)
+    return folder / name
+
+
+def nan_somewhere(tensors):
+    """In a tensor that is a part of a larger storage, with steps in it."""
+    name = next(name for name in tensors if "down_proj" in name)
+    tensors[name] = tensors[name].repeat(2, 1)[: len(tensors[name])].T.contiguous().T
+    tensors[name][1, 2] = float("nan")
+
+
 def lacks_a_layer(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -90,6 +111,17 @@ DAMAGED = {
     "weights that are a pointer": (write("base/model.safetensors", POINTER), "Git LFS pointer"),
     "weights without a layer": (lacks_a_layer, "lack 1 tensors|has no layer"),
     "NaN in weights": (nan_in_base, "model.norm.weight holds NaN"),
+    "NaN in a .bin": (
+        lambda folder: pickle_weights(folder / "base", nan_somewhere),
+        r"pytorch_model.bin: .*down_proj.weight holds NaN",
+    ),
+    "NaN in an adapter's .bin": (
+        lambda folder: pickle_weights(folder / "sft", nan_somewhere),
+        r"adapter_model.bin: .*down_proj.lora_A.weight holds NaN",
+    ),
+    "truncated .bin": (
+        lambda folder: pickle_weights(folder / "base") and cut("base/pytorch_model.bin")(folder), "or cut short"
+    ),
     "index without its shards": (
         write("base/model.safetensors.index.json", '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'),
         "weights are missing: model-00001-of-00002",
@@ -144,6 +176,31 @@ def test_a_damaged_base_or_adapter_is_refused_in_one_line_by_every_command(whole
             run()
         assert refused.value.code == Exit.USAGE, command
         assert str(tmp_path) in str(refused.value) and "\n" not in refused.value.message, command
+
+
+@pytest.mark.parametrize("zip_file", [True, False], ids=["zip", "before torch 1.6"])
+def test_weights_that_torch_saved_are_known_as_safetensors_are(whole, tmp_path, zip_file):
+    """NaN in a storage beside what a tensor shows of it is none of the tensor's."""
+    import torch
+
+    from dpo_cli.base_model import check_base
+    from dpo_cli.pickled import read_pickled
+
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+
+    def beside(tensors):
+        name = "model.norm.weight"
+        storage = torch.full((3 * len(tensors[name]),), float("nan"))
+        tensors[name] = storage[len(tensors[name]) : -len(tensors[name])].copy_(tensors[name])
+
+    file = pickle_weights(tmp_path / "base", beside, zip_file)
+    safetensors = check_base(str(whole / "base")).shapes
+    if zip_file:
+        assert {name: one.shape for name, one in read_pickled(file).items()} == {
+            name: one.shape for name, one in safetensors.items()
+        }
+    config = settings(tmp_path, tmp_path / "base", "train.max_steps=1", "gate.kl_limit=100", "model.same_base=true")
+    assert train.run(config, Silent()).step_zero.ok
 
 
 @pytest.mark.parametrize("prefix", ["base_model.model._orig_mod.model.", "base_model.model.model.language_model."])
