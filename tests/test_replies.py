@@ -86,6 +86,9 @@ READABLE = {
     "in a list": b"[" + says(TEXT) + b"]",
     "message a text": completion(TEXT),
     "a stream": STREAM,
+    "a byte order mark": b"\xef\xbb\xbf" + says(TEXT),
+    "something behind it": says(TEXT) + b"\n\n[proxy: 12 ms]",
+    "a delta": says(TEXT).replace(b'"message"', b'"delta"'),
 }
 
 

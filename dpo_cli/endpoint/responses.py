@@ -200,7 +200,7 @@ def _decode(content: bytes) -> Any:
     try:
         return msgspec.json.decode(content)
     except ValueError:
-        text = content.decode("utf-8", "replace").strip()
+        text = content.decode("utf-8-sig", "replace").strip()
     if not text.startswith(("{", "[", "<", "data:", "event:", ":")):
         raise Unreadable(f"no JSON, but {text[:80]!r}" if text else "an empty reply")
     try:
@@ -211,13 +211,14 @@ def _decode(content: bytes) -> Any:
 
 
 def _load(text: str) -> Any:
-    """JSON, in which what is no finite number is null."""
+    """JSON, in which what is no finite number is null; what stands behind it is nothing."""
 
     def finite(number: str) -> float | None:
         value = float(number)
         return value if math.isfinite(value) else None
 
-    return json.loads(text, strict=False, parse_constant=lambda _: None, parse_float=finite)
+    reader = json.JSONDecoder(strict=False, parse_constant=lambda _: None, parse_float=finite)
+    return reader.raw_decode(text.strip())[0]
 
 
 def _join_events(text: str) -> dict[str, Any]:
@@ -253,7 +254,7 @@ def _join_events(text: str) -> dict[str, Any]:
 
 
 def _choice(value: dict[str, Any]) -> Choice:
-    message = value.get("message")
+    message = value.get("message") or value.get("delta")  # as in an event, where a proxy joined them
     if isinstance(message, str):
         message = {"content": message}
     error = value.get("error")
