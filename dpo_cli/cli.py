@@ -5,25 +5,73 @@ stdout, progress and errors to stderr. Flags take their names, help and defaults
 """
 
 import inspect as introspect
+import os
+import re
 from collections.abc import Callable, Mapping
 from contextlib import closing
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 import typer
+from typer.core import TyperArgument, TyperCommand, TyperOption
 
 from dpo_cli import __version__, engines, judges
 from dpo_cli.config import resolve, settings
 from dpo_cli.config.presets import PRESETS
 from dpo_cli.config.resolve import Resolved
 from dpo_cli.config.settings import Config
-from dpo_cli.data.files import finish_replacement
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.jobs import backends
 from dpo_cli.progress import Progress, Silent
 from dpo_cli.safe_text import check_run_name, plain
+
+
+def _read_plainly(kind: Any, value: Any, least: float | None = None) -> Any:
+    """What was typed for a parameter as its kind; Ellipsis where that is typer's to read, or to refuse.
+
+    typer reads each parameter by pydantic, also one that was not given, and so loads it: 80 ms a command.
+    """
+    if get_origin(kind) is list and isinstance(value, list | tuple):
+        found = [_read_plainly(get_args(kind)[0], one) for one in value]
+        return ... if ... in found else found
+    if value is None:
+        return () if get_origin(kind) is list else None
+    if get_origin(kind) is Literal:
+        return value if value in get_args(kind) else ...
+    if kind in (int, float) and isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,15}(\.[0-9]+)?", value):
+        value = int(value) if "." not in value and kind is int else float(value)
+    if kind is Path and isinstance(value, str):
+        value = Path(value)
+    fits = isinstance(kind, type) and type(value) is (type(Path()) if kind is Path else kind)
+    if not fits or (least is not None and value < least):
+        return ...
+    return ... if kind is Path and value.exists() and not os.access(value, os.R_OK) else value
+
+
+class _Option(TyperOption):
+    def process_value(self, ctx: Any, value: Any) -> Any:
+        plain = _read_plainly(self.type_descriptor.annotation, value, self.min)
+        return super().process_value(ctx, value) if plain is ... or self.callback or self.required else plain
+
+
+class _Argument(TyperArgument):
+    def process_value(self, ctx: Any, value: Any) -> Any:
+        plain = _read_plainly(self.type_descriptor.annotation, value)
+        return super().process_value(ctx, value) if plain is ... or (plain is None and self.required) else plain
+
+
+class _Command(TyperCommand):
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        for parameter in self.params:
+            parameter.__class__ = _Option if isinstance(parameter, TyperOption) else _Argument
+
+
+# Without this default typer loads pydantic to find that --help was not given.
+HELP_NOT_GIVEN = {"default_map": {"help": False}}
 
 app = typer.Typer(
     name="nothing-dpo",
@@ -31,11 +79,12 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,  # rich takes 0.4 s to load its help, and cuts long flags
     pretty_exceptions_enable=False,
-    # The default for --help keeps typer from loading pydantic to find that it was not given.
-    context_settings={"help_option_names": ["-h", "--help"], "default_map": {"help": False}},
+    context_settings={"help_option_names": ["-h", "--help"], **HELP_NOT_GIVEN},
     help="Direct Preference Optimization of a LoRA adapter on a budget.",
 )
-inspector = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at what a stage made.")
+inspector = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, context_settings=HELP_NOT_GIVEN, help="Look at what a stage made."
+)
 app.add_typer(inspector, name="inspect")
 
 CHOICES = {
@@ -140,6 +189,8 @@ def command(
         extra = {variable: _flag(key, names.get(key)) for variable, key in keys.items()} | COMMON
 
         def run(**given: Any) -> None:
+            from dpo_cli.data.files import finish_replacement
+
             flags = {_of_stage(key, given): given.pop(variable) for variable, key in keys.items()}
             flags["data"] = given.pop("data")
             debug = given.pop("debug")
@@ -172,14 +223,16 @@ def command(
             for variable, annotation in extra.items()
         ]
         run.__signature__ = introspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+        run.__annotations__ = {}  # the signature says it all, and typer would resolve each of these a second time
         run.__doc__ = function.__doc__
-        parent.command(name, short_help=(run.__doc__ or "").partition("\n")[0])(run)
+        summary = (run.__doc__ or "").partition("\n")[0]
+        parent.command(name, cls=_Command, context_settings=HELP_NOT_GIVEN, short_help=summary)(run)
         return function
 
     return register
 
 
+@cache
 def _flag(key: str, name: str | None = None) -> Any:
     """A typer option for one setting: name, type, help and default as `config.py` has them."""
     kind = resolve.plain_type(key)
@@ -211,7 +264,7 @@ def _say(error: UserError) -> None:
 
 
 def main() -> None:
-    """Entry point of `nothing-dpo`."""
+    """Run the command that was typed."""
     app()
 
 
@@ -247,11 +300,12 @@ def generate(
     dry_run: DryRun = False,
 ) -> Exit | None:
     """Prompts to completions: sample the SFT adapter until every prompt has n."""
-    from dpo_cli import view
-    from dpo_cli.jobs import launch
     from dpo_cli.stages import generate as stage
+    from dpo_cli.view import completions as view
 
     if backend != "local" or detach:
+        from dpo_cli.jobs import launch
+
         spec = launch.spec(backend, session.config, "generate", limit=limit)
         return _launch(session, backend, spec, detach, no_fetch, dry_run)
 
@@ -284,14 +338,14 @@ def judge(
     ] = None,
 ) -> Exit | None:
     """Completions to judgments to preference pairs."""
-    from dpo_cli import view
-    from dpo_cli.jobs import launch
     from dpo_cli.stages import judge as stage
-    from dpo_cli.stages.pair.run import run as make_pairs
+    from dpo_cli.view import judgments as view
 
     if gold is not None:
         return _measure_judges(session, gold, backend, limit, dry_run)
     if backend != "local" or detach:
+        from dpo_cli.jobs import launch
+
         spec = launch.spec(backend, session.config, "judge", limit=limit)
         return _launch(session, backend, spec, detach, no_fetch, dry_run)
 
@@ -303,6 +357,8 @@ def judge(
         session.show(result, view.judged)
         session.suggest("nothing-dpo judge --batch, which takes the results in; a batch ends within a day")
         return None
+    from dpo_cli.stages.pair.run import run as make_pairs
+
     try:
         pairs = make_pairs(session.config)
     except UserError:
@@ -317,8 +373,8 @@ def judge(
 
 
 def _measure_judges(session: Session, gold: Path, backend: str, limit: int | None, dry_run: bool) -> Exit | None:
-    from dpo_cli import view
     from dpo_cli.stages import measure_judges
+    from dpo_cli.view import gold as view
 
     if backend != "local":
         raise UserError("--gold runs on this machine", hint="without --backend")
@@ -358,8 +414,8 @@ def pair(
     dry_run: DryRun = False,
 ) -> None:
     """Judgments to pairs again, by other rules: free."""
-    from dpo_cli import view
     from dpo_cli.stages.pair import run as stage
+    from dpo_cli.view import pairs as view
 
     if sum(bool(given) for given in (rollouts, other, to)) > 1:
         raise UserError("--rollouts, --import and --to are different commands", hint="one after the other")
@@ -402,9 +458,8 @@ def train(
     dry_run: DryRun = False,
 ) -> Exit | None:
     """Preference pairs to the DPO adapter, against the frozen SFT adapter."""
-    from dpo_cli import view
-    from dpo_cli.jobs import launch
     from dpo_cli.stages import train as entry
+    from dpo_cli.view import training as view
 
     given = session.data if session.resolved.sources["data"] == "flag" else None
     if name is not None:
@@ -413,6 +468,7 @@ def train(
         return _search(session, (stage, sweep, backend), name or stage, given, fresh, limit, dry_run)
     if sweep is not None:
         from dpo_cli import html as report
+        from dpo_cli.view.workflows import swept as show_swept
         from dpo_cli.workflows import sweep as several
 
         swept = several.run(
@@ -425,10 +481,12 @@ def train(
             limit=limit,
             backend=backend,
         )
-        session.show(swept, view.swept)
+        session.show(swept, show_swept)
         _write_page(session, several.page_path(swept), report.sweep(swept, several.runs_of(swept)))
         return Exit.GATE if swept.best is None else None
     if backend != "local" or detach or gpu or gpus * nodes > 1:
+        from dpo_cli.jobs import launch
+
         spec = launch.spec(
             backend,
             session.config,
@@ -468,8 +526,8 @@ def _search(
     dry_run: bool,
 ) -> Exit | None:
     from dpo_cli import html as report
-    from dpo_cli import view
     from dpo_cli.stages import train as entry
+    from dpo_cli.view import workflows as view
     from dpo_cli.workflows import auto, sweep
 
     if asked != ("dpo", None, "local"):
@@ -500,7 +558,7 @@ def _launch(session: Session, backend: str, spec: Any, detach: bool, no_fetch: b
 
 def _show_launched(session: Session, launched: Any) -> Exit | None:
     """What became of a job, or how to come back to it."""
-    from dpo_cli import view
+    from dpo_cli.view import jobs as view
 
     session.show(launched, view.launched)
     if not launched.status.ended:
@@ -522,8 +580,8 @@ def jobs(
     no_fetch: NoFetch = False,
 ) -> Exit | None:
     """What was launched elsewhere: follow it, read its log, end it."""
-    from dpo_cli import view
     from dpo_cli.jobs import backends, launch, registry
+    from dpo_cli.view import jobs as view
 
     if action == "list":
         session.show(launch.listed(session.config, lambda text: typer.echo(plain(text), err=True)), view.jobs)
@@ -574,11 +632,11 @@ def evaluate(
     dry_run: DryRun = False,
 ) -> Exit | None:
     """Is the DPO adapter better than the SFT adapter? Both answer held-out prompts, a judge compares them blind."""
-    from dpo_cli import view
     from dpo_cli.stages.evaluate import harness as harness_tasks
     from dpo_cli.stages.evaluate import quiz as questions
     from dpo_cli.stages.evaluate import run as stage
     from dpo_cli.stages.evaluate.gates import refusals
+    from dpo_cli.view import evaluation as view
 
     if sum((dry_run, quiz is not None, harness is not None, scales is not None)) > 1:
         message = "--dry-run is of the comparison, --quiz, --harness and --scales are in its place"
@@ -587,9 +645,10 @@ def evaluate(
         raise UserError("--pick picks one of several scales", hint="--scales 0.5,1,1.5,2 --pick")
     if scales is not None:
         from dpo_cli.stages.evaluate import scales as line
+        from dpo_cli.view.scales import scaled
 
         points = line.run(session.config, session.progress(), line.read_scales(scales), pick, limit)
-        session.show(points, view.scaled)
+        session.show(points, scaled)
         return Exit.GATE if points.verdict == "fail" else None
     if harness is not None:
         measured = harness_tasks.harness(session.config, session.progress(), harness.split(","), limit)
@@ -632,7 +691,7 @@ def run(
     dry_run: DryRun = False,
 ) -> Exit | None:
     """The whole chain, once or in rounds: generate, judge, pair, train, evaluate, and what serves the result."""
-    from dpo_cli import view
+    from dpo_cli.view import workflows as view
     from dpo_cli.workflows import rounds
 
     if dry_run:
@@ -657,7 +716,7 @@ def protocol(
     dry_run: DryRun = False,
 ) -> Exit | None:
     """Topic by topic: SFT, a quiz, DPO where the voice needs it, the quiz again; the better adapter stays."""
-    from dpo_cli import view
+    from dpo_cli.view import workflows as view
     from dpo_cli.workflows import protocol as stage
 
     if dry_run:
@@ -679,8 +738,8 @@ def push(
     dry_run: DryRun = False,
 ) -> None:
     """Data, the adapter or a run to a Modal volume, Cloud Storage, the Hub or a folder: what is not there yet."""
-    from dpo_cli import view
     from dpo_cli.stages.push import run as stage
+    from dpo_cli.view import serving as view
 
     result = stage.run(
         session.config, session.progress(), what, dest, name=name, merge=merge, force=force, dry_run=dry_run
@@ -704,8 +763,8 @@ def serve_config(
     ] = None,
 ) -> Exit | None:
     """The vLLM configuration that serves the SFT adapter, and the DPO adapter where there is one."""
-    from dpo_cli import view
     from dpo_cli.stages import serve_config as stage
+    from dpo_cli.view import serving as view
 
     plan = stage.plan(session.config)
     for note in plan.notes:
@@ -744,8 +803,8 @@ def demo(
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over.")] = False,
 ) -> Exit | None:
     """The whole pipeline on this machine: no key, no GPU, no network."""
-    from dpo_cli import view
     from dpo_cli.demo import run as stage
+    from dpo_cli.view import workflows as view
 
     result = stage.run(folder, session.progress(), fresh=fresh, base=base)
     session.show(result, view.demonstrated)
@@ -771,16 +830,16 @@ def inspect_pairs(
     fix: Annotated[Path | None, typer.Option(metavar="DIR", help="Lint, and write a cleaned copy there.")] = None,
 ) -> Exit | None:
     """Preference pairs: a page of them, one side by side, their statistics, or what is wrong with them."""
-    from dpo_cli import view
-    from dpo_cli.analysis import data_stats as numbers
     from dpo_cli.data import row_index
     from dpo_cli.data.records import Preference
+    from dpo_cli.view import pairs as view
 
     if lint or fix:
         from dpo_cli.analysis.lint.run import run
+        from dpo_cli.view.lint import lint as show_lint
 
         linted = run(session.config, fix)
-        session.show(linted, view.lint)
+        session.show(linted, show_lint)
         return Exit.GATE if linted.errors_left else None
     if session.data.is_file():
         files = [session.data]
@@ -790,6 +849,8 @@ def inspect_pairs(
     if not files:
         raise UserError("no train.jsonl or val.jsonl there", where=str(session.data), hint="nothing-dpo judge")
     if stats:
+        from dpo_cli.analysis import data_stats as numbers
+
         session.show(numbers.pair_stats({file.stem: row_index.read_pairs(file) for file in files}), view.pair_stats)
         return None
     with row_index.Rows.open(files) as rows:
@@ -797,7 +858,10 @@ def inspect_pairs(
             row, pair = row_index.find(rows, identity, Preference)
             session.show(pair, view.pair, rows.place(row))
         elif browse:
-            view.browse(view.stdout_console(), rows, offset)
+            from dpo_cli.view.browse import browse as go_through
+            from dpo_cli.view.console import stdout_console
+
+            go_through(stdout_console(), rows, offset)
         else:
             _show_page(session, rows, Preference, view.pair_list, offset, limit)
     return None
@@ -808,11 +872,11 @@ def inspect_completions(
     session: Session, identity: Identity = None, stats: Stats = False, limit: Page = 20, offset: Offset = 0
 ) -> None:
     """What the SFT adapter answered."""
-    from dpo_cli import view
     from dpo_cli.analysis import data_stats as numbers
     from dpo_cli.data import row_index
     from dpo_cli.data.jsonl import stream_latest
     from dpo_cli.data.records import Completions
+    from dpo_cli.view import completions as view
 
     path = session.data / "completions.jsonl"
     if stats:
@@ -836,21 +900,24 @@ def inspect_judgments(
     offset: Offset = 0,
 ) -> None:
     """What the judge said, and whether to believe it."""
-    from dpo_cli import html as report
-    from dpo_cli import view
-    from dpo_cli.analysis import judge_audit
     from dpo_cli.data import row_index
     from dpo_cli.data.jsonl import read_latest
     from dpo_cli.data.records import Completions, Judgment
+    from dpo_cli.view import judgments as view
 
     path, texts = session.data / "judgments.jsonl", session.data / "completions.jsonl"
     if stats or html:
+        from dpo_cli.analysis import judge_audit
+        from dpo_cli.view.audit import audit
+
         judgments = read_latest(path, Judgment)
         if not judgments:
             raise UserError("no judgments", where=str(path), hint="nothing-dpo judge")
         numbers = judge_audit.audit(judgments, read_latest(texts, Completions))
-        session.show(numbers, view.audit)
+        session.show(numbers, audit)
         if html:
+            from dpo_cli import html as report
+
             _write_page(session, html, report.audit(numbers))
         return
     with row_index.Rows.open([path]) as rows:
@@ -874,16 +941,17 @@ def inspect_evaluation(
     offset: Offset = 0,
 ) -> None:
     """Wins and losses of the policy, side by side, and what the judge said of them."""
-    from dpo_cli import html as report
-    from dpo_cli import view
     from dpo_cli.data import row_index
     from dpo_cli.data.files import write_file
     from dpo_cli.data.jsonl import read_latest
     from dpo_cli.data.records import Compared
     from dpo_cli.stages.evaluate import run as stage
+    from dpo_cli.view import evaluation as view
 
     path, result = session.data / stage.ROWS, stage.read_result(session.config)
     if html:
+        from dpo_cli import html as report
+
         write_file(html, report.evaluation(result, list(read_latest(path, Compared).values())).encode(), private=True)
         session.show(result, view.evaluated)
         session.suggest(f"look at {html} in a browser")
@@ -894,7 +962,10 @@ def inspect_evaluation(
             row, found = row_index.find(rows, identity, Compared)
             session.show(found, view.comparison, rows.place(row))
         elif browse:
-            view.browse(view.stdout_console(), rows, offset, view.COMPARISONS)
+            from dpo_cli.view.browse import browse as go_through
+            from dpo_cli.view.console import stdout_console
+
+            go_through(stdout_console(), rows, offset, view.COMPARISONS)
         else:
             _show_page(session, rows, Compared, view.comparison_list, offset, limit)
 
@@ -907,19 +978,23 @@ def inspect_run(
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="All of it as a page with plots.")] = None,
 ) -> None:
     """A training run: curves, guards, gates."""
-    from dpo_cli import html as report
-    from dpo_cli import view
-    from dpo_cli.training import remedies, run_history
+    from dpo_cli.training import run_history
+    from dpo_cli.view import training as view
 
     check_run_name(name)
     if explain:
+        from dpo_cli.training import remedies
+        from dpo_cli.view.plan import explain as show_remedies
+
         folder = Path(session.config.runs) / name
         events = run_history.read_run(folder).events if folder.is_dir() else []
-        session.show(remedies.shown_by(events), view.explain)
+        session.show(remedies.shown_by(events), show_remedies)
         return
     found = run_history.read_run(Path(session.config.runs) / name)
     session.show(found, view.run)
     if html:
+        from dpo_cli import html as report
+
         _write_page(session, html, report.run(found))
 
 
@@ -933,8 +1008,8 @@ def inspect_plan(
     guide: Annotated[bool, typer.Option("--guide", help="Tables of rates, betas, batches, symptoms; no run.")] = False,
 ) -> None:
     """What a training run will need: steps, memory, hours, dollars."""
-    from dpo_cli import view
     from dpo_cli.training import preflight, remedies
+    from dpo_cli.view import plan as view
 
     if guide:
         session.show({"guide": remedies.GUIDE, "remedies": remedies.REMEDIES}, view.guide)
@@ -949,11 +1024,12 @@ def inspect_config(
     presets: Annotated[bool, typer.Option("--presets", help="What each preset sets and costs.")] = False,
 ) -> None:
     """Every setting, its value, and where that came from."""
-    from dpo_cli import view
     from dpo_cli.config import resolve
-    from dpo_cli.training import preflight
+    from dpo_cli.view import plan as view
 
     if presets:
+        from dpo_cli.training import preflight
+
         session.show(preflight.presets(session.config), view.presets)
         return
     session.show(resolve.settings(session.resolved), view.settings)

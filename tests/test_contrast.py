@@ -7,8 +7,8 @@ from test_generate import SYSTEM, folder, messages, rows, run, short_backoff
 
 from dpo_cli.config.settings import GenerateSection
 from dpo_cli.data.records import prompt_id
-from dpo_cli.engines import Request
 from dpo_cli.engines._contrast import split
+from dpo_cli.engines._engine import Request
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Silent
 from dpo_cli.stages import judge

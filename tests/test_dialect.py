@@ -13,7 +13,7 @@ from dpo_cli.config.resolve import resolve
 from dpo_cli.config.settings import GenerateSection
 from dpo_cli.endpoint.dialect import FORMATS, OUTPUT_LIMIT, SYSTEM, forget, is_about_fields, transform
 from dpo_cli.endpoint.http import Rejected
-from dpo_cli.engines import sampling
+from dpo_cli.engines._engine import sampling
 from dpo_cli.errors import UserError
 from dpo_cli.judges._request import request
 

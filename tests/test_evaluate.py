@@ -12,7 +12,7 @@ from dpo_cli.config.settings import Config
 from dpo_cli.data.jsonl import read_rows, write_rows
 from dpo_cli.data.records import Compared
 from dpo_cli.demo.tiny import make_base
-from dpo_cli.engines import Request, Sampled
+from dpo_cli.engines._engine import Request, Sampled
 from dpo_cli.engines.transformers import load, run
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Silent

@@ -9,12 +9,12 @@ from rich.console import Console
 from test_gke import NAME, bucket, cluster, outcome, results, run, settings, storage, told  # noqa: F401
 from training import Lines
 
-from dpo_cli import view
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.jobs import launch, registry
 from dpo_cli.jobs.backends import gke
 from dpo_cli.jobs.backends._gke_cluster import refusal
 from dpo_cli.progress import Silent
+from dpo_cli.view import jobs as jobs_view
 
 QUOTA = 'pods "x" is forbidden: exceeded quota: gpus, requested: requests.nvidia.com/gpu=1, used: '
 NEVER = QUOTA + "requests.nvidia.com/gpu=0, limited: requests.nvidia.com/gpu=0"
@@ -147,7 +147,7 @@ def test_the_list_of_jobs_shows_step_cost_and_the_way_to_the_cap(cluster, bucket
     assert one.step == 12 and one.status.state == "running"
     assert 0 < one.usd < 60 and 1.98 < one.hours_left < 2.0, "a dollar a second"
     console = Console(record=True, width=140)
-    view.jobs(console, [one])
+    jobs_view.jobs(console, [one])
     assert "12" in (shown := console.export_text()) and "2.0 h" in shown and "$" in shown
     held.set()
 

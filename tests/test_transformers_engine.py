@@ -8,7 +8,7 @@ import torch
 from dpo_cli.config.settings import Config, GenerateSection, ModelSection
 from dpo_cli.data.records import Message
 from dpo_cli.demo.tiny import make_base
-from dpo_cli.engines import Request, Sampled
+from dpo_cli.engines._engine import Request, Sampled
 from dpo_cli.engines.transformers import Model, choose, load, run, sample
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Silent

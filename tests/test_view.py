@@ -10,7 +10,6 @@ import pytest
 from rich.console import Console
 from screen import FORBIDDEN, HOSTILE, Terminal
 
-from dpo_cli import view
 from dpo_cli.analysis import data_stats, judge_audit
 from dpo_cli.config import resolve
 from dpo_cli.data.records import Completions, Judgment, Order, Preference
@@ -18,7 +17,19 @@ from dpo_cli.data.row_index import Rows
 from dpo_cli.errors import UserError
 from dpo_cli.training import run_history
 from dpo_cli.training.gates import Gate
-from dpo_cli.view import braille, pairs, progress, text
+from dpo_cli.view import (
+    audit,
+    braille,
+    browse,
+    completions,
+    judgments,
+    pairs,
+    plan,
+    progress,
+    text,
+    training,
+    workflows,
+)
 from dpo_cli.workflows.sweep import SweepPoint, SweepResult
 
 # What rich itself writes: colours and styles.
@@ -92,17 +103,17 @@ def hostile_drawings(folder):
         unnamed = Judgment(id=bad, completions_id="c", skipped=bad)
         judged = judge_audit.audit({"a": judgment, "b": failed, "c": unnamed}, {"a": record})
         yield from (
-            partial(view.pair, preference=preference, place=wild),
-            partial(view.pair_list, rows=pair_file, first=0, count=9),
-            partial(view.completions_list, rows=completion_file, first=0, count=9),
-            partial(view.judgments_list, rows=judgment_file, first=0, count=9),
-            partial(view.completions, record=record, place=wild),
-            partial(view.judgment, record=judgment, judged=record, place=wild),
-            partial(view.completion_stats, stats=data_stats.completion_stats([record])),
-            partial(view.audit, found=judged),
-            partial(view.run, run=run),
-            partial(view.settings, rows=[setting]),
-            lambda console, wild=wild: view.RichProgress(console).log(wild),
+            partial(pairs.pair, preference=preference, place=wild),
+            partial(pairs.pair_list, rows=pair_file, first=0, count=9),
+            partial(completions.completions_list, rows=completion_file, first=0, count=9),
+            partial(judgments.judgments_list, rows=judgment_file, first=0, count=9),
+            partial(completions.completions, record=record, place=wild),
+            partial(judgments.judgment, record=judgment, judged=record, place=wild),
+            partial(completions.completion_stats, stats=data_stats.completion_stats([record])),
+            partial(audit.audit, found=judged),
+            partial(training.run, run=run),
+            partial(plan.settings, rows=[setting]),
+            lambda console, wild=wild: progress.RichProgress(console).log(wild),
         )
 
 
@@ -150,8 +161,8 @@ def test_a_pair_stands_side_by_side_where_there_is_room():
     record = pair("the good one", "the bad one", chosen_score=8.5, rejected_score=4.0, score_gap=4.5,
                   chosen_finish_reason="length")  # fmt: skip
     wide, narrow = terminal(80), terminal(79)
-    view.pair(wide, record, "train.jsonl:7")
-    view.pair(narrow, record)
+    pairs.pair(wide, record, "train.jsonl:7")
+    pairs.pair(narrow, record)
     assert any("the good one" in row and "the bad one" in row for row in unstyled(wide).split("\n"))
     assert not any("the good one" in row and "the bad one" in row for row in unstyled(narrow).split("\n"))
     for shown in ("0123456789abcdef", "train.jsonl:7", "gap 4.5", "chosen  8.5", "rejected  4", "cut", "be kind"):
@@ -162,10 +173,10 @@ def test_a_pair_stands_side_by_side_where_there_is_room():
 def test_a_list_says_where_it_stands(tmp_path):
     records = [pair(identity=f"{number:016x}") for number in range(30)]
     console = terminal(80)
-    view.pair_list(console, rows_of(tmp_path / "train.jsonl", *records), 10, 5)
+    pairs.pair_list(console, rows_of(tmp_path / "train.jsonl", *records), 10, 5)
     assert "rows 11–15 of 30 · next: --offset 15" in unstyled(console)
     console = terminal(80)
-    view.pair_list(console, rows_of(tmp_path / "train.jsonl", *records), 99, 5)
+    pairs.pair_list(console, rows_of(tmp_path / "train.jsonl", *records), 99, 5)
     assert "no row 100: there are 30" in unstyled(console)
 
 
@@ -179,7 +190,7 @@ def test_a_run_with_gaps_one_point_or_nothing_is_drawn():
     ):
         last = {name: points[-1][1] for name, points in series.items()}
         console = terminal(80)
-        view.run(console, run_history.Run(name="dpo", series=series, last=last, events=[], report=None))
+        training.run(console, run_history.Run(name="dpo", series=series, last=last, events=[], report=None))
         assert ("loss" in unstyled(console)) == bool(series)
         assert ("no metrics yet" in unstyled(console)) == (not series)
 
@@ -193,7 +204,7 @@ def test_a_sweep_shows_its_numbers_and_plots_beside_each_other_and_names_the_bes
         for value, accuracy, margin, kl in ((0.05, 0.55, 0.4, 0.3), (0.5, 0.7, -0.2, 0.02))
     ]
     console = terminal(width)
-    view.swept(console, SweepResult("beta", points, 0.1, 0.5))
+    workflows.swept(console, SweepResult("beta", points, 0.1, 0.5))
     lines = unstyled(console).splitlines()
     assert max(map(len, lines)) <= width
     first, best = lines[1:3]
@@ -209,7 +220,7 @@ def test_guards_are_marked_below_the_curves_where_they_acted():
     acted = [{"event": "kl_limit", "step": 20, "action": "stop"}, {"event": "encoded", "step": 0}]
     series = {"loss": [(0, 1.0), (40, 0.0)]}
     console = terminal(80)
-    view.run(console, run_history.Run(name="dpo", series=series, last={"loss": 0.0}, events=acted, report=None))
+    training.run(console, run_history.Run(name="dpo", series=series, last={"loss": 0.0}, events=acted, report=None))
     [marks] = [line for line in unstyled(console).splitlines() if "▲" in line and "guards" not in line]
     assert marks.count("▲") == 1 and 20 < marks.index("▲") < 32, "half-way"
 
@@ -226,7 +237,7 @@ def test_a_curve_goes_from_the_first_point_to_the_last():
 
 def test_settings_that_are_no_default_stand_out():
     console = terminal(100)
-    view.settings(console, resolve.settings(resolve.resolve({"train.beta": 0.2}, environment={})))
+    plan.settings(console, resolve.settings(resolve.resolve({"train.beta": 0.2}, environment={})))
     rows = {row.split()[0]: row for row in drawn(console).split("\n") if len(row.split()) > 1}
     [changed] = [row for row in rows.values() if "train.beta" in row]
     [default] = [row for row in rows.values() if "train.loss_type" in row]
@@ -298,7 +309,7 @@ def test_the_panel_shows_the_counters_that_there_are():
 
 def test_the_live_panel_keeps_log_lines_and_leaves_the_cursor_visible():
     console = terminal(100)
-    live = view.RichProgress(console)
+    live = progress.RichProgress(console)
     live.begin("generate", 10)
     for done in range(11):
         live.update(done, completions=done)
@@ -314,11 +325,12 @@ def test_the_live_panel_keeps_log_lines_and_leaves_the_cursor_visible():
 BROWSE = """
     import sys
     from pathlib import Path
-    from dpo_cli import view
     from dpo_cli.data.row_index import Rows
+    from dpo_cli.view.browse import browse
+    from dpo_cli.view.console import stdout_console
 
     with Rows.open([Path(sys.argv[1])]) as rows:
-        view.browse(view.stdout_console(), rows)
+        browse(stdout_console(), rows)
 """
 
 
@@ -356,4 +368,4 @@ def test_an_interrupt_gives_the_terminal_back(many_pairs):
 
 def test_browsing_needs_a_terminal(many_pairs):
     with Rows.open([]) as rows, pytest.raises(UserError, match="needs a terminal"):
-        view.browse(Console(file=io.StringIO()), rows)
+        browse.browse(Console(file=io.StringIO()), rows)

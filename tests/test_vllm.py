@@ -17,7 +17,7 @@ from training import pair
 
 from dpo_cli.config.resolve import resolve
 from dpo_cli.data.jsonl import write_rows
-from dpo_cli.engines import Request as Sampling
+from dpo_cli.engines._engine import Request as Sampling
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Silent
 from dpo_cli.stages import generate, serve_config

@@ -5,9 +5,7 @@ Every default, description and bound is written once, in `settings.py`; flags an
 Secrets are no settings: they are read from the environment where they are used and enter no file, argument or log.
 """
 
-import difflib
 import os
-import tomllib
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -204,6 +202,8 @@ def _unknown(key: str, source: str, known: Mapping[str, Any]) -> UserError:
     if name.lower().endswith(("api_key", "token", "secret", "password")):
         hint = "secrets come from the environment only: OPENAI_API_KEY, HF_TOKEN, WANDB_API_KEY"
         return UserError(f"'{key}' is not a setting", where=source, hint=hint)
+    import difflib
+
     same = [candidate for candidate in known if candidate.rpartition(".")[2] == name]
     close = same or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     hint = f"did you mean '{close[0]}'?" if close else "nothing-dpo inspect config lists them"
@@ -215,6 +215,8 @@ def _parse_set(text: str) -> tuple[str, Any]:
     if not equals:
         raise UserError(f"--set {text}: no '='", hint="--set section.key=value")
     if value and value[0] in "[{\"'":  # lists and quoted strings as in the file; the rest is converted by its type
+        import tomllib
+
         try:
             return key.strip(), tomllib.loads(f"value = {value}")["value"]
         except tomllib.TOMLDecodeError as error:
@@ -228,6 +230,8 @@ def _read_file(path: Path | None) -> tuple[str, dict[str, Any]]:
         path = Path(DEFAULT_FILE)
         if not path.exists():
             return DEFAULT_FILE, {}
+    import tomllib
+
     try:
         text = path.read_text("utf-8")
         if path.suffix in (".yaml", ".yml"):

@@ -1,15 +1,15 @@
 """What tokens cost: the user's own price, nothing on this machine, else genai-prices' dated table (offline)."""
 
 import re
-from collections.abc import Iterator
 from datetime import date
 from functools import cache
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 from urllib.parse import urlsplit
 
 from msgspec import Struct
 
 from dpo_cli.data.records import Usage
+from dpo_cli.endpoint import price_table
 from dpo_cli.endpoint.shutdowns import shutdown_of
 from dpo_cli.errors import UserError
 
@@ -62,10 +62,8 @@ def cheaper_models(url: str, model: str, tier: Tier | None = None) -> dict[str, 
     """
     if is_local(url) or (own := _look_up(url, model, tier)) is None:
         return {}
-    from genai_prices.data import providers
-
     found: dict[str, Price] = {}
-    for provider in providers:
+    for provider in price_table.providers():
         if not re.search(provider.api_pattern, url):
             continue
         for other in provider.models:
@@ -100,19 +98,8 @@ def is_local(url: str) -> bool:
 
 def table_date() -> str:
     """Name of the price table, and the day of its newest change that is in force."""
-    import genai_prices
-    from genai_prices.data import providers
-
-    def changes() -> Iterator[date]:
-        for provider in providers:
-            for model in provider.models:
-                conditional = model.prices if isinstance(model.prices, list) else []
-                for constraint in (price.constraint for price in conditional):
-                    start = getattr(constraint, "start_date", None)
-                    if start is not None and start <= date.today():
-                        yield start
-
-    return f"genai-prices {genai_prices.__version__}, newest change {max(changes())}"
+    newest = max(day for day in price_table.start_dates() if day <= date.today())
+    return f"genai-prices {price_table.version()}, newest change {newest}"
 
 
 def _read_price(text: str) -> Price:
@@ -127,19 +114,5 @@ def _read_price(text: str) -> Price:
 
 @cache
 def _look_up(url: str, model: str, tier: Tier | None) -> Price | None:
-    from genai_prices import Usage as Tokens
-    from genai_prices import calc_price
-
-    def million(**tokens: int) -> float:
-        # A thousand at a time: a million would fall into the price of long contexts.
-        found: Any = calc_price(Tokens(**tokens), model, provider_api_url=url, price_context=_CONTEXT[tier])
-        return 1000 * float(found.total_price)
-
-    try:
-        return Price(
-            input=million(input_tokens=1000),
-            cached=million(input_tokens=1000, cache_read_tokens=1000),
-            output=million(output_tokens=1000),
-        )
-    except LookupError:
-        return None
+    found = price_table.look_up(url, model, _CONTEXT[tier])
+    return Price(*found) if found else None

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from dpo_cli.config.settings import Config
 from dpo_cli.data.records import Message, Usage
-from dpo_cli.engines import Request, Sample, Sampled
+from dpo_cli.engines import Sample
+from dpo_cli.engines._engine import Request, Sampled
 from dpo_cli.progress import Progress
 
 if TYPE_CHECKING:

@@ -1,10 +1,7 @@
-"""What an engine is asked and what it gives; the engines by name, and which one the settings mean."""
+"""What an engine is asked and what it gives; which one the settings mean, and what an endpoint would cost."""
 
-import pkgutil
-from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from msgspec import Struct, field
@@ -13,11 +10,11 @@ from dpo_cli.adapter import is_model, read_adapter
 from dpo_cli.base_model import check_base, find_base
 from dpo_cli.config.settings import Config, GenerateSection, ModelSection
 from dpo_cli.data.records import Message, Tool, Usage
-from dpo_cli.errors import UserError, require
+from dpo_cli.errors import UserError
 from dpo_cli.progress import Progress
 
-if TYPE_CHECKING:  # the names of engines and judges are wanted for --help, asyncio is not
-    from dpo_cli.endpoint.costs import Estimate, Receipt
+if TYPE_CHECKING:
+    from dpo_cli.endpoint.costs import Estimate
 
 UNLIMITED = 1024  # tokens that a completion without a limit is thought to have
 
@@ -86,26 +83,6 @@ def sampling(settings: GenerateSection) -> Sampling:
         hint = "give a value: none leaves it to a server's default"
         raise UserError(f"{' and '.join(unset)}: none", where="generate.engine = transformers", hint=hint)
     return Sampling(**values)
-
-
-Sample: TypeAlias = "Callable[[list[Request], Config, Callable[[Sampled], None], Progress], Receipt | None]"
-
-
-def names() -> list[str]:
-    """Every engine's name."""
-    modules = pkgutil.iter_modules([str(Path(__file__).parent)])
-    return sorted(module.name for module in modules if not module.name.startswith("_"))
-
-
-def load(name: str) -> Sample:
-    """The engine of a name that `names` lists.
-
-    Raises:
-        UserError: it needs an extra that is not installed.
-    """
-    if name == "transformers":
-        require("train", "--engine transformers")
-    return cast(Sample, import_module(f"{__package__}.{name}").sample)
 
 
 def choose(config: Config, progress: Progress) -> str:

@@ -22,7 +22,7 @@ from dpo_cli.endpoint.dialect import Dialect
 from dpo_cli.endpoint.http import Rejected
 from dpo_cli.endpoint.prices import price_of
 from dpo_cli.endpoint.responses import PASSING, Choice, Reply
-from dpo_cli.engines import Request, Sampled
+from dpo_cli.engines._engine import Request, Sampled
 from dpo_cli.progress import Progress
 
 KEY_VARIABLE = "SERVE_API_KEY"  # vLLM asks for a key only if it was started with one

@@ -24,7 +24,8 @@ from dpo_cli.base_model import check_base
 from dpo_cli.config.settings import Config, GenerateSection, ModelSection
 from dpo_cli.data.records import Message, Tool, Usage, content_id
 from dpo_cli.data.thinking import opening
-from dpo_cli.engines import Request, Sampled, Sampling, _unpadded, sampling
+from dpo_cli.engines import _unpadded
+from dpo_cli.engines._engine import Request, Sampled, Sampling, sampling
 from dpo_cli.model_loading import attach, can_merge, load_network, load_tokenizer, merged
 from dpo_cli.progress import Progress
 
@@ -47,9 +48,8 @@ class Model(Struct):
         how = {"tools": tools, "add_generation_prompt": True, "return_dict": False, **self.template}
         if self.thinking == "strip":
             text = self.tokenizer.apply_chat_template(prompt, tokenize=False, **how)
-            stripped: list[int] = self.tokenizer(text.removesuffix(opening(text)), add_special_tokens=False)[
-                "input_ids"
-            ]
+            text = text.removesuffix(opening(text))
+            stripped: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
             return stripped
         ids: list[int] = self.tokenizer.apply_chat_template(prompt, **how)
         return ids

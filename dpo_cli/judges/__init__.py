@@ -12,27 +12,27 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from dpo_cli.config.settings import Config
-from dpo_cli.data.records import Judgment
 from dpo_cli.errors import require
-from dpo_cli.judges._task import Task
-from dpo_cli.progress import Progress
 
-if TYPE_CHECKING:  # the names of engines and judges are wanted for --help, asyncio is not
+if TYPE_CHECKING:  # the names of judges are wanted for --help, the rest is not
+    from dpo_cli.config.settings import Config
+    from dpo_cli.data.records import Judgment
     from dpo_cli.endpoint.costs import Receipt
+    from dpo_cli.judges._task import Task
+    from dpo_cli.progress import Progress
 
 
 class Judge(Protocol):
     """What a judge module offers."""
 
-    def identity(self, config: Config) -> dict[str, Any]:
+    def identity(self, config: "Config") -> dict[str, Any]:
         """The settings that make a judgment comparable with others; one file holds judgments of one identity."""
 
-    def calls(self, tasks: Sequence[Task], config: Config) -> int:
+    def calls(self, tasks: "Sequence[Task]", config: "Config") -> int:
         """How many paid calls the tasks owe at most."""
 
     def judge(
-        self, tasks: Sequence[Task], config: Config, deliver: Callable[[Judgment], None], progress: Progress
+        self, tasks: "Sequence[Task]", config: "Config", deliver: "Callable[[Judgment], None]", progress: "Progress"
     ) -> "Receipt | None":
         """Judge every task and deliver its judgment as soon as it is there, in any order; return what was paid."""
 

@@ -28,8 +28,9 @@ from dpo_cli.data.records import Completions, Prompt, Usage, message_key, prompt
 from dpo_cli.data.resumable import Delivery, Resumable
 from dpo_cli.data.same_settings import refuse_other_settings
 from dpo_cli.endpoint.costs import Estimate, Receipt
-from dpo_cli.engines import Request, Sample, Sampled
+from dpo_cli.engines import Sample, _engine
 from dpo_cli.engines._contrast import contrasted, split
+from dpo_cli.engines._engine import Request, Sampled
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Progress
 
@@ -83,7 +84,7 @@ def run(config: Config, progress: Progress, limit: int | None = None, dry_run: b
     if settings.temperature == 0 and settings.n > 1 and not settings.contrast:
         raise UserError(f"temperature 0 gives {settings.n} times the same", hint="--n 1, or --temperature 0.9")
     keep = _line_filter(settings.keep_lines)
-    engine = engines.choose(config, progress)
+    engine = _engine.choose(config, progress)
     path = Path(config.data) / "completions.jsonl"
     result = Generated(path=str(path), dry_run=dry_run)
     with Resumable(path, _Made, _same_settings(config, engine, path), dry_run=dry_run) as rows:
@@ -145,7 +146,7 @@ def _estimate(requests: list[Request], config: Config) -> Estimate:
     settings = config.generate
     if settings.contrast:
         requests = [part for one in requests for part in split(one, settings.good_system, settings.bad_system)]
-    return engines.estimate(requests, config)
+    return _engine.estimate(requests, config)
 
 
 class _Made(Struct, gc=False):

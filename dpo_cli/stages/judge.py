@@ -17,7 +17,6 @@ import msgspec
 from msgspec import Raw, Struct, field
 
 from dpo_cli import judges
-from dpo_cli.analysis.prompt_injection import suspicious
 from dpo_cli.config.settings import Config
 from dpo_cli.data.jsonl import RowsAt, latest_starts, read_latest, stream_latest
 from dpo_cli.data.records import Completions, Judgment, Usage, completions_id
@@ -92,6 +91,7 @@ def run(config: Config, progress: Progress, limit: int | None = None, dry_run: b
         for skip in skips:
             judgments.deliver(skip)
         if tasks or skips:
+            tasks.flagging = True
 
             def deliver(judgment: Judgment) -> None:
                 judgment.judge = identity
@@ -123,11 +123,13 @@ class _Known(Struct, gc=False):
 class _Tasks(Sequence[Task]):
     """What the judge must see; each task is made from its line of completions.jsonl when it is looked at.
 
-    `flags` are what is suspicious about the completions of tasks that were looked at, by task and completion.
+    `flags` are what is suspicious about the completions of tasks that were looked at, by task and completion; they
+    are looked for only while `flagging`, which costs more than to count and to price a task.
     """
 
     def __init__(self, rows: RowsAt[Completions], config: Config) -> None:
         self.flags: dict[str, dict[int, list[str]]] = {}
+        self.flagging = False
         self._rows = rows
         self._config = config
         self._places = array("L")
@@ -153,10 +155,16 @@ class _Tasks(Sequence[Task]):
             return [self[one] for one in range(len(self))[index]]
         place = self._places[index]
         task = _task(self._rows[place], self._config, self._failures.get(place, 0))
+        if self.flagging:
+            self._flag(task)
+        return task
+
+    def _flag(self, task: Task) -> None:
+        from dpo_cli.analysis.prompt_injection import suspicious  # its patterns take 20 ms to compile
+
         found = {number: why for number, text in enumerate(task.completions) if (why := suspicious(text))}
         if found:
             self.flags[task.id] = found
-        return task
 
 
 def _open_completions(path: Path) -> RowsAt[Completions]:

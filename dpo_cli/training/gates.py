@@ -8,15 +8,17 @@ measured value, as the guards compare it: it is a limit that somebody chose, not
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import mean, stdev
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from msgspec import Struct
 
 from dpo_cli.config.settings import WARMUP, Config, TrainSection
 from dpo_cli.statistics import Interval, of_mean, proportion, quantile
 from dpo_cli.training.guards import KL, LN2, MARGIN, RECENT
-from dpo_cli.training.inputs import Stage
 from dpo_cli.training.plan import high_rate, warmup_steps
+
+if TYPE_CHECKING:  # views show gates without reading inputs
+    from dpo_cli.training.inputs import Stage
 
 GateVerdict = Literal["pass", "fail", "not shown"]
 WORDS: dict[bool | None, GateVerdict] = {True: "pass", False: "fail", None: "not shown"}
@@ -74,7 +76,7 @@ def _more(found: Interval, limit: float, above: bool) -> int | None:
 
 
 def check_gates(
-    stage: Stage, rows: Sequence[dict[str, Any]], config: Config, held_out_rows: int, best_of: int = 1
+    stage: "Stage", rows: Sequence[dict[str, Any]], config: Config, held_out_rows: int, best_of: int = 1
 ) -> dict[str, Gate]:
     """The conditions that a result must meet, by what was measured up to its checkpoint.
 

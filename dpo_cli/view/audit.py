@@ -19,8 +19,7 @@ from dpo_cli.judges._ranking import label_of
 from dpo_cli.statistics import Interval
 from dpo_cli.view.braille import interval
 from dpo_cli.view.facts import alarm, bars, counted, facts, share, share_of, spread_row, tokens
-from dpo_cli.view.pairs import ID_SHOWN, LABEL
-from dpo_cli.view.text import dollars, joined, number, percent, safe_line
+from dpo_cli.view.text import ID_SHOWN, LABEL, dollars, joined, number, percent, safe_line
 
 SIDE_BY_SIDE = 110  # columns from which a judge's numbers stand beside its histogram
 WHISKER_WIDTH = 24

@@ -25,8 +25,8 @@ from dpo_cli.view.facts import (
     tokens,
 )
 from dpo_cli.view.judgments import candidate
-from dpo_cli.view.pairs import ID_SHOWN, LABEL, ending, excerpt, list_table, position, prompt_view
-from dpo_cli.view.text import safe, safe_line
+from dpo_cli.view.pairs import ending, excerpt, list_table, position, prompt_view
+from dpo_cli.view.text import ID_SHOWN, LABEL, safe, safe_line
 
 if TYPE_CHECKING:
     from dpo_cli.stages.generate import Generated

@@ -14,8 +14,6 @@ from dpo_cli.view.browse import Look
 from dpo_cli.view.facts import add_estimate, fact_table, gate_line, reason_lines, receipt
 from dpo_cli.view.judgments import reply
 from dpo_cli.view.pairs import (
-    ID_SHOWN,
-    LABEL,
     ROOMY,
     beside,
     ending,
@@ -25,7 +23,7 @@ from dpo_cli.view.pairs import (
     position,
     prompt_view,
 )
-from dpo_cli.view.text import dollars, joined, number, percent, safe, safe_line
+from dpo_cli.view.text import ID_SHOWN, LABEL, dollars, joined, number, percent, safe, safe_line
 
 if TYPE_CHECKING:
     from dpo_cli.stages.evaluate.harness import Harnessed

@@ -14,8 +14,8 @@ from dpo_cli.data.records import Completions, Judgment, Order, Usage, judge_name
 from dpo_cli.data.row_index import Rows
 from dpo_cli.judges._ranking import label_of
 from dpo_cli.view.facts import add_estimate, fact_table, reason_lines, receipt, token_counts
-from dpo_cli.view.pairs import ID_SHOWN, LABEL, list_table, paired, position, prompt_view
-from dpo_cli.view.text import dollars, joined, number, percent, safe, safe_line
+from dpo_cli.view.pairs import list_table, paired, position, prompt_view
+from dpo_cli.view.text import ID_SHOWN, LABEL, dollars, joined, number, percent, safe, safe_line
 
 if TYPE_CHECKING:
     from dpo_cli.stages.judge import Judged

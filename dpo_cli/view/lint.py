@@ -7,8 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_cli.view.facts import alarm, facts, share
-from dpo_cli.view.pairs import ID_SHOWN, LABEL
-from dpo_cli.view.text import joined, safe, safe_line
+from dpo_cli.view.text import ID_SHOWN, LABEL, joined, safe, safe_line
 
 if TYPE_CHECKING:
     from dpo_cli.analysis.lint.findings import Finding

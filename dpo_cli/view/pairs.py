@@ -26,17 +26,16 @@ from dpo_cli.view.facts import (
     share,
     spread_row,
 )
-from dpo_cli.view.text import joined, number, safe, safe_line
+from dpo_cli.view.text import ID_SHOWN, LABEL, joined, number, safe, safe_line
 
 if TYPE_CHECKING:
     from dpo_cli.data.formats.export import Exported
     from dpo_cli.stages.pair.run import Paired
 
-CHOSEN, REJECTED, LABEL = "green", "red", "cyan"
+CHOSEN, REJECTED = "green", "red"
 TEXTS = ("prompt ends", "chosen", "rejected", "completions", "reference", "policy")
 ROOMY = 100  # columns from which a list has room for the prompt
 EXCERPT = 300  # characters of a text that a list looks at
-ID_SHOWN = 8
 RUN_OF_WORDS = 3  # fewer equal words in a row are chance, not text in common
 LONGEST_COMPARED = 4000  # words; beyond, comparing takes seconds
 

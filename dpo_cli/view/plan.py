@@ -13,8 +13,7 @@ from dpo_cli.config.resolve import Setting
 from dpo_cli.training.plan import duration
 from dpo_cli.training.remedies import GUIDE, REMEDIES
 from dpo_cli.view.braille import bar, interval
-from dpo_cli.view.pairs import LABEL
-from dpo_cli.view.text import dollars, percent, safe, safe_line
+from dpo_cli.view.text import LABEL, dollars, percent, safe, safe_line
 
 if TYPE_CHECKING:
     from dpo_cli.training.plan import Plan

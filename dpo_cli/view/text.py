@@ -13,6 +13,8 @@ from rich.text import Text
 from dpo_cli.safe_text import pieces
 
 HIDDEN_STYLE = "dim italic"
+LABEL = "cyan"  # ids, roles, names of settings
+ID_SHOWN = 8  # characters of an id in a list
 
 
 def safe(text: str, style: str = "") -> Text:

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from dpo_cli.config.settings import GenerateSection
 from dpo_cli.data.records import prompt_id
 from dpo_cli.demo.tiny import make_base
-from dpo_cli.engines import Request
+from dpo_cli.engines._engine import Request
 from dpo_cli.engines.transformers import Model, load, run
 from dpo_cli.progress import Silent
 

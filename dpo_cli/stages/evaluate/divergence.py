@@ -26,7 +26,7 @@ from dpo_cli.endpoint.client import Endpoint
 from dpo_cli.endpoint.http import COMPLETIONS, Rejected
 from dpo_cli.endpoint.prices import price_of
 from dpo_cli.endpoint.responses import Reply
-from dpo_cli.engines import UNLIMITED
+from dpo_cli.engines._engine import UNLIMITED
 from dpo_cli.engines.endpoint import KEY_VARIABLE
 from dpo_cli.progress import Progress
 from dpo_cli.stages.evaluate.sampling import FOLDER, RunBudget, Side

@@ -15,13 +15,13 @@ from statistics import fmean
 
 import msgspec
 
-from dpo_cli import engines
 from dpo_cli.analysis.judge_audit import audit
 from dpo_cli.config.settings import Config
 from dpo_cli.data.files import write_json
 from dpo_cli.data.jsonl import write_rows
 from dpo_cli.data.records import Compared, Completions, Prompt
 from dpo_cli.endpoint.responses import ADVICE
+from dpo_cli.engines import _engine
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Progress
 from dpo_cli.stages.evaluate import forgetting
@@ -225,7 +225,7 @@ def plan(config: Config, progress: Progress, limit: int | None = None) -> Planne
     missing = {kind: bench.owed(kind, own) for kind, own in tasks.items()}
     estimates = [bench.estimate(kind, own) for kind, own in missing.items()]
     estimates += [
-        engines.estimate(own, side.config)
+        _engine.estimate(own, side.config)
         for own, side in zip(requests, sides, strict=True)
         if own and side.config.generate.engine == "endpoint"
     ]
@@ -283,7 +283,7 @@ def _expected(side: Side, prompts: dict[str, Prompt]) -> dict[str, Completions]:
     rows = {}
     for key, prompt in prompts.items():
         texts = have[key].completions if key in have else []
-        length = CHARACTERS_A_TOKEN * (settings.max_tokens or engines.UNLIMITED) // 2
+        length = CHARACTERS_A_TOKEN * (settings.max_tokens or _engine.UNLIMITED) // 2
         texts = texts + [f"{side.name} {index}".ljust(length, ".") for index in range(len(texts), settings.n)]
         rows[key] = Completions(
             id=key, prompt=prompt.messages, completions=texts, finish_reasons=[], model="", sampling={}

@@ -23,7 +23,8 @@ from dpo_cli.data.resumable import Resumable
 from dpo_cli.endpoint.costs import Receipt
 from dpo_cli.endpoint.prices import price_of
 from dpo_cli.endpoint.responses import EMPTY, after_thinking
-from dpo_cli.engines import Request, Sampled
+from dpo_cli.engines import _engine
+from dpo_cli.engines._engine import Request, Sampled
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Progress
 
@@ -103,7 +104,7 @@ def make_side(name: str, config: Config, progress: Progress) -> Side:
         model, seed = replace(model, adapter=model.dpo_adapter, name=model.dpo_name), seed + 1
     generate = replace(config.generate, seed=seed, n=config.evaluate.samples)
     config = replace(config, model=model, generate=generate)
-    generate.engine = engines.choose(config, progress)
+    generate.engine = _engine.choose(config, progress)
     made_with = _made_with(config)
     folder = Path(config.data) / FOLDER / content_id(made_with)
     return Side(name=name, config=replace(config, data=str(folder)), made_with=made_with)
