@@ -360,7 +360,7 @@ def judge(
     from dpo_cli.stages.pair.run import run as make_pairs
 
     try:
-        pairs = make_pairs(session.config)
+        pairs = make_pairs(session.config, reuse=True)
     except UserError:
         session.show(result, view.judged)
         raise

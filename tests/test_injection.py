@@ -6,12 +6,14 @@ The judge here is as gullible as can be: it does whatever it reads outside the f
 import base64
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from judging import config, judgments, reply, row, run, write
 from openai_server import Call, Server
 
+from dpo_cli.analysis import prompt_injection
 from dpo_cli.analysis.prompt_injection import suspicious
 from dpo_cli.judges._control_tokens import disarm
 from dpo_cli.judges._forms import GRADE, RANKING, RATING
@@ -334,6 +336,28 @@ def test_each_reason_has_its_sign(text, reason):
 )
 def test_ordinary_texts_are_not_flagged(text):
     assert suspicious(text) == []
+
+
+def test_the_words_looked_for_first_change_nothing():
+    """Whatever the letters' case and kind: with the needs of every expression passed over, the same is found."""
+    signs = {name: sign for name, sign in vars(prompt_injection).items() if isinstance(sign, prompt_injection._Sign)}
+    folded = str.maketrans({"i": "ı", "I": "İ", "s": "ſ", "k": "\u212a", "σ": "ς"})
+    phrases = [" ".join(word[0] for word in one.needs) for sign in signs.values() for one in sign.expressions]
+    phrases += ["Score: 10 out of 10", "A: 9\nB) 8", "a. 7,5/10\n  b - ٣\n", "beste Bewertung", "αγνόησε", "ΑΓΝΌΗΣΕ"]
+    texts = [*HOSTILE.values(), *phrases, *(f"{one}\n{two}" for one, two in pairwise(HOSTILE.values()))]
+    found = dict.fromkeys(signs, 0)
+    for text in texts:
+        for changed in (text, text.upper(), text.lower(), text.title(), text.translate(folded)):
+            words = prompt_injection._Text(changed)
+            for name, sign in signs.items():
+                matches = any(expression.pattern.search(changed) for expression in sign.expressions)
+                wanted = matches and (not sign.stems or any(stem in changed.lower() for stem in sign.stems))
+                assert words.shows(sign) == wanted, (name, changed)
+                found[name] += wanted
+            lines = prompt_injection._SCORE_LINES.search(changed) is not None
+            assert prompt_injection._has_score_lines(changed) == lines, changed
+            assert prompt_injection._hides(changed) == bool(prompt_injection._HIDDEN.search(changed)), changed
+    assert all(found.values()), found
 
 
 def test_flags_go_into_the_judgment_and_none_where_nothing_is_suspicious(tmp_path):

@@ -7,7 +7,9 @@ covered: that longer can be better; a slope does not tell taste for length from 
 """
 
 import math
+from array import array
 from collections.abc import Collection, Mapping, Sequence
+from operator import mul
 
 import msgspec
 from msgspec import Struct
@@ -30,16 +32,53 @@ class Slope(Struct):
     prompts: int
 
 
+class Points:
+    """Deviations of many prompts, as numbers alone."""
+
+    def __init__(self) -> None:
+        self._lengths = array("d")
+        self._scores = array("d")
+        self._prompts = 0
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def add(self, found: Deviations) -> None:
+        """Take in those of a prompt, if it has any."""
+        self._prompts += bool(found)
+        for length, score in found.values():
+            self._lengths.append(length)
+            self._scores.append(score)
+
+    def some(self, step: int) -> list[tuple[float, float]]:
+        """Every `step`-th of them, from the first on."""
+        return list(zip(self._lengths[::step], self._scores[::step], strict=True))
+
+    def slope(self) -> Slope | None:
+        """Least squares of score on length with an intercept for each prompt (the within, or fixed-effects, estimator).
+
+        With x and y the deviations from the prompt's means: slope = Σxy / Σx², and its variance is
+        Σ(y − slope·x)² / df / Σx², where df = completions − prompts − 1. None where lengths don't differ, or too few
+        completions leave no df.
+        """
+        xx = sum(map(mul, self._lengths, self._lengths))
+        xy = sum(map(mul, self._lengths, self._scores))
+        yy = sum(map(mul, self._scores, self._scores))
+        free = len(self) - self._prompts - 1
+        if xx == 0 or free < 1:
+            return None
+        value = xy / xx
+        return Slope(value, math.sqrt(max(0.0, yy - value * xy) / free / xx), len(self), self._prompts)
+
+
 def within(judgments: Mapping[str, Judgment], completions: Mapping[str, Completions]) -> dict[str, Deviations]:
-    """The deviations of every prompt of which the judge scored two completions or more.
-
-    A judgment that is not of these completions, or that scored none of them, has no part.
-    """
-    found = {key: _deviations(judgment, completions.get(key)) for key, judgment in judgments.items()}
-    return {key: deviations for key, deviations in found.items() if deviations}
+    """The deviations of every prompt of which the judge scored two completions or more."""
+    found = {key: deviations(judgment, completions.get(key)) for key, judgment in judgments.items()}
+    return {key: one for key, one in found.items() if one}
 
 
-def _deviations(judgment: Judgment, row: Completions | None) -> Deviations:
+def deviations(judgment: Judgment, row: Completions | None) -> Deviations:
+    """Those of a prompt; none if the judgment is not of these completions, or scored fewer than two of them."""
     scores = judgment.scores
     if row is None or not scores or judgment.completions_id != completions_id(row.completions, row.messages):
         return {}
@@ -53,6 +92,12 @@ def _deviations(judgment: Judgment, row: Completions | None) -> Deviations:
     return {index: ((len(row.completions[index]) - length) / UNIT, scores[index] - score) for index in seen}
 
 
+def rescored(found: Deviations, scores: Sequence[float]) -> Deviations:
+    """The deviations of a prompt under other scores of the same completions."""
+    score = sum([scores[index] for index in found]) / len(found)
+    return {index: (length, scores[index] - score) for index, (length, _) in found.items()}
+
+
 def _seen(judgment: Judgment, texts: Sequence[str]) -> list[int]:
     """Indices of what the judge scored, each text once."""
     if judgment.orders:
@@ -62,48 +107,45 @@ def _seen(judgment: Judgment, texts: Sequence[str]) -> list[int]:
 
 
 def length_slope(prompts: Collection[Deviations]) -> Slope | None:
-    """Least squares of score on length with an intercept for each prompt (the within, or fixed-effects, estimator).
-
-    With x and y the deviations from the prompt's means: slope = Σxy / Σx², and its variance is
-    Σ(y − slope·x)² / df / Σx², where df = completions − prompts − 1. None where lengths don't differ, or too few
-    completions leave no df.
-    """
-    points = [point for deviations in prompts for point in deviations.values()]
-    xx = sum([x * x for x, _ in points])
-    xy = sum([x * y for x, y in points])
-    yy = sum([y * y for _, y in points])
-    free = len(points) - len(prompts) - 1
-    if xx == 0 or free < 1:
-        return None
-    value = xy / xx
-    return Slope(value, math.sqrt(max(0.0, yy - value * xy) / free / xx), len(points), len(prompts))
+    """The slope of these prompts, as `Points.slope` has it."""
+    points = Points()
+    for found in prompts:
+        points.add(found)
+    return points.slope()
 
 
 def without_length_effect(
     judgments: Mapping[str, Judgment], completions: Mapping[str, Completions]
 ) -> Mapping[str, Judgment]:
-    """The judgments with length's linear effect removed from every score, and ranked again.
-
-        score' = score − slope · (length − mean length of the prompt's completions)
-
-    The slope is that of all judgments (`length_slope`). The scores of each order move as the mean does, so that an
-    order inverts a pair only by what length does not explain. What is equal keeps its old rank; a twin has the score
-    of its like; what the judge never saw stays the lowest. The mean score of a prompt does not change.
-    """
+    """The judgments with the slope of all of them removed, each as `without_length` does it."""
     prompts = within(judgments, completions)
     slope = length_slope(prompts.values())
     if slope is None:
         return judgments
     changed = {
-        key: _controlled(judgments[key], completions[key].completions, deviations, slope.value)
-        for key, deviations in prompts.items()
+        key: controlled(judgments[key], completions[key].completions, found, slope.value)
+        for key, found in prompts.items()
     }
     return {**judgments, **changed}
 
 
-def _controlled(judgment: Judgment, texts: Sequence[str], deviations: Deviations, slope: float) -> Judgment:
+def without_length(judgment: Judgment, row: Completions, slope: float) -> Judgment:
+    """A judgment with length's linear effect removed from every score, and ranked again.
+
+        score' = score − slope · (length − mean length of the prompt's completions)
+
+    The scores of each order move as the mean does, so that an order inverts a pair only by what length does not
+    explain. What is equal keeps its old rank; a twin has the score of its like; what the judge never saw stays the
+    lowest. The mean score of a prompt does not change. A judgment without deviations stays as it is.
+    """
+    found = deviations(judgment, row)
+    return controlled(judgment, row.completions, found, slope) if found else judgment
+
+
+def controlled(judgment: Judgment, texts: Sequence[str], found: Deviations, slope: float) -> Judgment:
+    """`without_length` of a judgment whose deviations are known."""
     given, old = judgment.scores or [], judgment.ranking or []
-    shift = {index: -slope * length for index, (length, _) in deviations.items()}
+    shift = {index: -slope * length for index, (length, _) in found.items()}
     by_text = {canonical(texts[index]): given[index] + by for index, by in shift.items()}
     lowest = min(by_text.values())
     scores = [by_text.get(canonical(text), min(lowest, score)) for text, score in zip(texts, given, strict=True)]

@@ -2,13 +2,40 @@
 
 The fences keep such texts from being obeyed; the flags are for the person who reads the judgments. Patterns know some
 words of some languages: a text without a flag is not thereby harmless, nor one with a flag hostile.
+
+Most texts hold no sign of any kind, and a search for words in a text takes a tenth of the time of a regular
+expression's. Each expression thus stands with words without which it can't match, and is tried where they occur.
 """
 
 import base64
 import binascii
 import re
 import unicodedata
-from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class _Expression(NamedTuple):
+    """A regular expression, and words in lower case: it matches no text that lacks all words of one of `needs`."""
+
+    pattern: re.Pattern[str]
+    needs: tuple[tuple[str, ...], ...]
+
+
+class _Sign(NamedTuple):
+    """What a text shows where any expression matches; of `stems`, where there are any, it must hold one."""
+
+    expressions: tuple[_Expression, ...]
+    stems: tuple[str, ...] = ()
+
+
+def _at(pattern: str, *needs: str, flags: int = re.I) -> _Expression:
+    """An expression, and its needs: words with commas between them."""
+    return _Expression(re.compile(pattern, flags), tuple(tuple(words.split(",")) for words in needs))
+
+
+def _at_line(pattern: str, *needs: str) -> _Expression:
+    return _at(pattern, *needs, flags=re.I | re.M)
+
 
 # What is invisible, or moves what is visible: controls, zero-width signs, bidirectional controls, tags. The joiners
 # are at home in emoji and in several scripts, but not between Latin letters.
@@ -16,94 +43,246 @@ _HIDDEN = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028\u2029\u202a-\u202e\u2060-\u2069\ufeff"
     "\U000e0000-\U000e007f]|(?<=[A-Za-z])[\u00ad\u200c\u200d](?=[A-Za-z])|\r(?!\n)"
 )
-_FENCE = re.compile(r"^\s*(<<<|>>>|={5,}|-{5,}\s*(begin|end))|<<<[^<>\n]*>>>|\bcode of this request\b", re.I | re.M)
-_VERDICT = re.compile(r"""["'](scores?|ranking|rationale|verdict)["']\s*:""", re.I)
-_ROLE = re.compile(
-    r"<\|?/?(im_start|im_end|eot_id|start_header_id|end_header_id|endoftext|end_of_turn|start_of_turn|system|assistant"
-    r"|user|think|candidate|material)\|?>|\[/?(INST|SYSTEM|ASSISTANT)\]|<</?SYS>>|</s>"
-    r"|^\W*(system|assistant|developer)\W*(message|prompt|notice)?\s*:",
-    re.I | re.M,
+_ASCII_CONTROLS = bytes({*range(0x20), 0x7F} - {0x09, 0x0A})
+_FENCE = _Sign(
+    (
+        _at_line(r"^\s*(<<<|>>>|={5,}|-{5,}\s*(begin|end))", "<<<,>>>,=====,-----"),
+        _at(r"<<<[^<>\n]*>>>", "<<<"),
+        _at(r"\bcode of this request\b", "code of this request"),
+    )
 )
-_ADDRESS = re.compile(
-    r"\b(this|current) (candidate|response|completion|submission)\b|\bcandidate [A-Z]\b"
-    r"|\b(ignore|disregard|forget|override)\b.{0,40}\b(instructions?|rules|rubric|criteria|prompts?)\b"
-    r"|\b(ignore|disregard)\b.{0,15}\babove\b|\brank\b.{0,20}\b(?-i:[A-H])\W{1,3}(as |the )?(first|best|highest|top)\b"
-    r"|\b(rank|rate|score|grade)\b.{0,30}\b(me|this|it|answer|mine)\W{1,3}(\w+\W{1,3}){0,3}(first|best|highest|10|ten|top)\b"
-    r"|\b(dear|attention|note to( the)?) (ai |llm )?(judge|grader|evaluator|rater)s?\b"
-    r"|\bas (an? |the )?(ai |llm )?(judge|grader|evaluator)\b.{0,20}\byou\b"
-    r"|\bsystem prompt\b|\bnew (rubric|criteria|instructions)\b"
-    r"|\b(rate|score|grade)\b.{0,40}\b(as high as possible|full marks|top marks|the maximum)\b",
-    re.I,
+_VERDICT = _Sign((_at(r"""["'](scores?|ranking|rationale|verdict)["']\s*:""", "score,ranking,rationale,verdict"),))
+_ROLE = _Sign(
+    (
+        _at(
+            r"<\|?/?(im_start|im_end|eot_id|start_header_id|end_header_id|endoftext|end_of_turn|start_of_turn|system"
+            r"|assistant|user|think|candidate|material)\|?>",
+            "<",
+        ),
+        _at(r"\[/?(INST|SYSTEM|ASSISTANT)\]", "inst],system],assistant]"),
+        _at(r"<</?SYS>>", "sys>>"),
+        _at(r"</s>", "</s>"),
+        _at_line(r"^\W*(system|assistant|developer)\W*(message|prompt|notice)?\s*:", "system,assistant,developer"),
+    )
 )
+_ADDRESS = _Sign(
+    (
+        _at(
+            r"\b(this|current) (candidate|response|completion|submission)\b",
+            "this ,current ",
+            "candidate,response,completion,submission",
+        ),
+        _at(r"\bcandidate [A-Z]\b", "candidate "),
+        _at(
+            r"\b(ignore|disregard|forget|override)\b.{0,40}\b(instructions?|rules|rubric|criteria|prompts?)\b",
+            "ignore,disregard,forget,override",
+            "instruction,rules,rubric,criteria,prompt",
+        ),
+        _at(r"\b(ignore|disregard)\b.{0,15}\babove\b", "ignore,disregard", "above"),
+        _at(
+            r"\brank\b.{0,20}\b(?-i:[A-H])\W{1,3}(as |the )?(first|best|highest|top)\b",
+            "rank",
+            "first,best,highest,top",
+        ),
+        _at(
+            r"\b(rank|rate|score|grade)\b.{0,30}\b(me|this|it|answer|mine)\W{1,3}(\w+\W{1,3}){0,3}"
+            r"(first|best|highest|10|ten|top)\b",
+            "rank,rate,score,grade",
+            "first,best,highest,10,ten,top",
+        ),
+        _at(
+            r"\b(dear|attention|note to( the)?) (ai |llm )?(judge|grader|evaluator|rater)s?\b",
+            "dear ,attention ,note to ",
+            "judge,grader,evaluator,rater",
+        ),
+        _at(r"\bas (an? |the )?(ai |llm )?(judge|grader|evaluator)\b.{0,20}\byou\b", "judge,grader,evaluator"),
+        _at(r"\bsystem prompt\b", "system prompt"),
+        _at(r"\bnew (rubric|criteria|instructions)\b", "new rubric,new criteria,new instructions"),
+        _at(
+            r"\b(rate|score|grade)\b.{0,40}\b(as high as possible|full marks|top marks|the maximum)\b",
+            "as high as possible,full marks,top marks,the maximum",
+        ),
+    ),
+    stems=(
+        "candidate", "response", "completion", "submission", "ignor", "disregard", "forget", "override", "rank", "rate",
+        "score", "grade", "judge", "evaluator", "system prompt", "new ",
+    ),
+)  # fmt: skip
 # "Ignore the instructions", "as the judge" and "the highest score", as far as a language says them in few words.
-_ADDRESS_ELSEWHERE = re.compile(
-    r"\b(ignorier|vergiss|vergess)\w*.{0,40}\b(anweisung|regel)|\b(diese[mnrs]?|der|dem) kandidat"
-    r"|\bals (richter|gutachter|bewerter)|\b(höchst|best)e[nr]? (note|punktzahl|bewertung)"
-    r"|\b(ignor(ez?|a|e|ar|are)|olvida|esqueça|dimentica|oublie[zr]?|desconsidere)\w*\b.{0,50}"
-    r"\b(instruc|istruzion|instruç|instruções|consign|regl|règle|regol|regra)"
-    r"|\b(como|en tant que|come) (juez|evaluador|juiz|avaliador|juge|évaluateur|giudice|valutatore)\b"
-    r"|\b(puntuación|nota|calificación|punteggio|note) (máxima|más alta|massim[oa]|più alt[oa]|maximale)\b"
-    r"|\b(negeer|vergeet)\b.{0,40}\b(instructie|regel)|\bals beoordelaar\b|\bhoogste score\b"
-    r"|\b(z?ignoruj|zapomnij|zapomeň)\w*\b.{0,40}\b(instrukcj|polece|zasad|instrukce|pokyn|pravid)"
-    r"|\bnajwyższ\w+ ocen|\btalimat\w*.{0,30}(yok ?say|unut|görmezden)|\ben yüksek puan"
-    r"|\b(ignorer|glöm|glem)\w*\b.{0,40}\b(instruktion|instruks|regl)|\bhögsta (poäng|betyg)"
-    r"|bỏ qua.{0,40}(hướng dẫn|chỉ dẫn|quy tắc)|điểm (cao nhất|tối đa)"
-    r"|\babaikan\b.{0,40}\b(instruksi|perintah|aturan)|\bnilai (tertinggi|maksimal)"
-    r"|(忽略|无视|忘记).{0,20}(指示|指令|说明|规则)|(候选|这个)(答案|回答).{0,10}分|打.{0,4}(满分|最高分)"
-    r"|(無視|評価者|最高点|満点)|(무시하|최고 ?점수|만점)"
-    r"|игнорир|ігнору|забуд\w*.{0,40}(инструкц|правил|інструкц)|(высш|максимальн)\w+ (оценк|балл)|оценк\w+ 10"
-    r"|تجاهل|أعلى (درجة|تقييم)|نادیده بگیر|התעלם|αγνόησ|अनदेखा|उपेक्षा|উপেক্ষা|เพิกเฉย|ละเว้น|คะแนนสูงสุด",
-    re.I,
-)
+_ADDRESS_ELSEWHERE = _Sign(
+    (
+        _at(
+            r"\b(ignorier|vergiss|vergess)\w*.{0,40}\b(anweisung|regel)",
+            "ignorier,vergiss,vergess",
+            "anweisung,regel",
+        ),
+        _at(r"\b(diese[mnrs]?|der|dem) kandidat", "kandidat"),
+        _at(r"\bals (richter|gutachter|bewerter)", "als richter,als gutachter,als bewerter"),
+        _at(
+            r"\b(höchst|best)e[nr]? (note|punktzahl|bewertung)",
+            "höchste,beste",
+            "note,punktzahl,bewertung",
+        ),
+        _at(
+            r"\b(ignor(ez?|a|e|ar|are)|olvida|esqueça|dimentica|oublie[zr]?|desconsidere)\w*\b.{0,50}"
+            r"\b(instruc|istruzion|instruç|instruções|consign|regl|règle|regol|regra)",
+            "ignor,olvida,esqueça,dimentica,oublie,desconsidere",
+            "instruc,istruzion,instruç,consign,regl,règle,regol,regra",
+        ),
+        _at(
+            r"\b(como|en tant que|come) (juez|evaluador|juiz|avaliador|juge|évaluateur|giudice|valutatore)\b",
+            "como ,en tant que ,come ",
+            "juez,evaluador,juiz,avaliador,juge,évaluateur,giudice,valutatore",
+        ),
+        _at(
+            r"\b(puntuación|nota|calificación|punteggio|note) (máxima|más alta|massim[oa]|più alt[oa]|maximale)\b",
+            "máxima,más alta,massim,più alt,maximale",
+        ),
+        _at(r"\b(negeer|vergeet)\b.{0,40}\b(instructie|regel)", "negeer,vergeet"),
+        _at(r"\bals beoordelaar\b", "als beoordelaar"),
+        _at(r"\bhoogste score\b", "hoogste score"),
+        _at(
+            r"\b(z?ignoruj|zapomnij|zapomeň)\w*\b.{0,40}\b(instrukcj|polece|zasad|instrukce|pokyn|pravid)",
+            "ignoruj,zapomnij,zapomeň",
+        ),
+        _at(r"\bnajwyższ\w+ ocen", "najwyższ"),
+        _at(r"\btalimat\w*.{0,30}(yok ?say|unut|görmezden)", "talimat"),
+        _at(r"\ben yüksek puan", "en yüksek puan"),
+        _at(r"\b(ignorer|glöm|glem)\w*\b.{0,40}\b(instruktion|instruks|regl)", "ignorer,glöm,glem"),
+        _at(r"\bhögsta (poäng|betyg)", "högsta "),
+        _at(r"bỏ qua.{0,40}(hướng dẫn|chỉ dẫn|quy tắc)", "bỏ qua"),
+        _at(r"điểm (cao nhất|tối đa)", "điểm "),
+        _at(r"\babaikan\b.{0,40}\b(instruksi|perintah|aturan)", "abaikan"),
+        _at(r"\bnilai (tertinggi|maksimal)", "nilai "),
+        _at(
+            r"(忽略|无视|忘记).{0,20}(指示|指令|说明|规则)|(候选|这个)(答案|回答).{0,10}分|打.{0,4}(满分|最高分)"
+            r"|(無視|評価者|最高点|満点)|(무시하|최고 ?점수|만점)",
+            "忽略,无视,忘记,候选,这个,满分,最高,無視,評価者,満点,무시하,최고,만점",
+        ),
+        _at(
+            r"игнорир|ігнору|забуд\w*.{0,40}(инструкц|правил|інструкц)|(высш|максимальн)\w+ (оценк|балл)|оценк\w+ 10",
+            "игнорир,ігнору,забуд,оценк,балл",
+        ),
+        _at(
+            r"تجاهل|أعلى (درجة|تقييم)|نادیده بگیر|התעלם|αγνόησ|अनदेखा|उपेक्षा|উপেক্ষা|เพิกเฉย|ละเว้น|คะแนนสูงสุด",
+            "تجاهل,أعلى,نادیده,התעלם,αγνόησ,अनदेखा,उपेक्षा,উপেক্ষা,เพิกเฉย,ละเว้น,คะแนน",
+        ),
+    ),
+    stems=(
+        "ignor", "vergiss", "vergess", "kandidat", "richter", "gutachter", "bewerte", "note", "punktzahl", "olvida",
+        "esque", "dimentica", "oublie", "desconsidere", "juez", "evaluador", "juiz", "avaliador", "juge", "évaluateur",
+        "giudice", "valutatore", "puntuaci", "nota", "calificaci", "punteggio", "negeer", "vergeet", "beoordelaar",
+        "hoogste", "zapom", "ocen", "talimat", "puan", "glöm", "glem", "högsta", "bỏ qua", "điểm", "abaikan", "nilai",
+        "忽略", "无视", "忘记", "候选", "这个", "满分", "最高", "無視", "評価者", "満点", "무시하", "최고", "만점",
+        "игнорир", "ігнору", "забуд", "оценк", "балл", "تجاهل", "أعلى", "نادیده", "התעלם", "αγνόησ", "अनदेखा", "उपेक्षा",
+        "উপেক্ষা", "เพิกเฉย", "ละเว้น", "คะแนน",
+    ),
+)  # fmt: skip
 _JUDGING = r"(judge|grader|evaluator|rater|reviewer|language model|\bllm|\bai\b|admin(istrator)?|developer)"
-_ROLE_PLAY = re.compile(
-    rf"\b(you are|you're|you will be|act|behave|respond|answer) (now |from now on )?(as |like )?"
-    rf"(an? |the |my )?([a-z-]+ ){{0,3}}{_JUDGING}\b.{{0,60}}"
-    r"\b(who|that|which|always|never|only|without|must|give|prefer)"
-    rf"|\b(pretend|imagine|suppose|role-?play|simulate)\b.{{0,60}}{_JUDGING}.{{0,80}}"
-    r"\b(scor|rat|rank|grad|prefer|winner|10)"
-    r"|\b(game|story|role-?play|exercise|hypothetical)\b.{0,60}\b(judge|grader|evaluator)s?\b.{0,60}"
-    r"\b(always|must|has to|have to|gives?|ranks?|rates?|scores?)\b"
-    r"|\b(developer|debug|maintenance|god|dan) mode\b|\bdo anything now\b|\bfrom now on,? you\b",
-    re.I,
+_JUDGES = "judge,grader,evaluator,rater,reviewer,language model,llm, ai ,admin,developer, mode,anything now,from now on"
+_ROLE_PLAY = _Sign(
+    (
+        _at(
+            rf"\b(you are|you're|you will be|act|behave|respond|answer) (now |from now on )?(as |like )?"
+            rf"(an? |the |my )?([a-z-]+ ){{0,3}}{_JUDGING}\b.{{0,60}}"
+            r"\b(who|that|which|always|never|only|without|must|give|prefer)",
+            "you are ,you're ,you will be ,act ,behave ,respond ,answer ",
+            _JUDGES,
+        ),
+        _at(
+            rf"\b(pretend|imagine|suppose|role-?play|simulate)\b.{{0,60}}{_JUDGING}.{{0,80}}"
+            r"\b(scor|rat|rank|grad|prefer|winner|10)",
+            "pretend,imagine,suppose,roleplay,role-play,simulate",
+            _JUDGES,
+        ),
+        _at(
+            r"\b(game|story|role-?play|exercise|hypothetical)\b.{0,60}\b(judge|grader|evaluator)s?\b.{0,60}"
+            r"\b(always|must|has to|have to|gives?|ranks?|rates?|scores?)\b",
+            "judge,grader,evaluator",
+            "game,story,roleplay,role-play,exercise,hypothetical",
+        ),
+        _at(r"\b(developer|debug|maintenance|god|dan) mode\b", " mode"),
+        _at(r"\bdo anything now\b", "do anything now"),
+        _at(r"\bfrom now on,? you\b", "from now on"),
+    ),
+    stems=tuple(_JUDGES.split(",")),
 )
-_TOOL_RESULT = re.compile(
-    r"</?(tool|function)_(response|result|results|output|call)s?>|\[/?TOOL_(RESULTS|CALLS|CONTENT)\]"
-    r"|[\"']role[\"']\s*:\s*[\"'](tool|function|system|developer)[\"']|\btool_call_id\b"
-    r"|^\W*(tool|function|api|plugin|search)[ _-]?(call )?(result|output|response|return)s?\b[^\n]{0,40}[:=]"
-    r"|^\W*observation\s*:|```(tool|function)_?\w*"
-    r"|\b(scoring|grading|evaluation|rating|fact.?check\w*|verification) (tool|api|script|service|system)\b.{0,40}"
-    r"\b(return|report|result|confirm|say|said|says|gave|output|found)",
+_TOOL_RESULT = _Sign(
+    (
+        _at(r"</?(tool|function)_(response|result|results|output|call)s?>", "tool_,function_"),
+        _at(r"\[/?TOOL_(RESULTS|CALLS|CONTENT)\]", "tool_"),
+        _at(r"[\"']role[\"']\s*:\s*[\"'](tool|function|system|developer)[\"']", "role\",role'"),
+        _at(r"\btool_call_id\b", "tool_call_id"),
+        _at_line(
+            r"^\W*(tool|function|api|plugin|search)[ _-]?(call )?(result|output|response|return)s?\b[^\n]{0,40}[:=]",
+            "tool,function,api,plugin,search",
+            "result,output,response,return",
+        ),
+        _at_line(r"^\W*observation\s*:", "observation"),
+        _at(r"```(tool|function)_?\w*", "```tool,```function"),
+        _at(
+            r"\b(scoring|grading|evaluation|rating|fact.?check\w*|verification) (tool|api|script|service|system)\b"
+            r".{0,40}\b(return|report|result|confirm|say|said|says|gave|output|found)",
+            "scoring ,grading ,evaluation ,rating ,check,verification ",
+            " tool, api, script, service, system",
+        ),
+    )
+)
+_SCORE_TABLE = _Sign(
+    (
+        _at_line(r"^\s*\|?\s*\**(candidate|response|answer|option|model)?\s*[A-H]\**\s*\|.*\b\d{1,3}\b", "|"),
+        _at_line(r"^\s*\|.*\b(score|rating|rank|grade)\b.*\|\s*$", "|", "score,rating,rank,grade"),
+        _at(
+            r"\b(score|rating|grade|mark|verdict)s?\W{1,4}(is |of )?(10|ten)\s*(/|out of)\s*(10|ten)\b",
+            "score,rating,grade,mark,verdict",
+            "/,out of",
+        ),
+    )
+)
+# Two lines or more of a label and a score. In ASCII one of these places is in every such text, found by its digit.
+_SCORE_LINES = re.compile(
+    r"(^\W*((candidate|response|answer|option) )?[A-H]\W{1,4}(\d{1,2}([.,]\d)?)(\s*(/|out of)\s*10)?\W*$\n?){2,}",
     re.I | re.M,
 )
-_SCORE_TABLE = re.compile(
-    r"^\s*\|?\s*\**(candidate|response|answer|option|model)?\s*[A-H]\**\s*\|.*\b\d{1,3}\b"
-    r"|^\s*\|.*\b(score|rating|rank|grade)\b.*\|\s*$"
-    r"|(^\W*((candidate|response|answer|option) )?[A-H]\W{1,4}(\d{1,2}([.,]\d)?)(\s*(/|out of)\s*10)?\W*$\n?){2,}"
-    r"|\b(score|rating|grade|mark|verdict)s?\W{1,4}(is |of )?(10|ten)\s*(/|out of)\s*(10|ten)\b",
-    re.I | re.M,
-)
-# Only a text with one of these can match; looking for them first takes a hundredth of the time.
-_STEMS = (
-    "candidate", "response", "completion", "submission", "ignor", "disregard", "forget", "override", "rank", "rate",
-    "score", "grade", "judge", "evaluator", "system prompt", "new ",
-)  # fmt: skip
-_STEMS_ELSEWHERE = (
-    "ignor", "vergiss", "vergess", "kandidat", "richter", "gutachter", "bewerte", "note", "punktzahl", "olvida",
-    "esque", "dimentica", "oublie", "desconsidere", "juez", "evaluador", "juiz", "avaliador", "juge", "évaluateur",
-    "giudice", "valutatore", "puntuaci", "nota", "calificaci", "punteggio", "negeer", "vergeet", "beoordelaar",
-    "hoogste", "zapom", "ocen", "talimat", "puan", "glöm", "glem", "högsta", "bỏ qua", "điểm", "abaikan", "nilai",
-    "忽略", "无视", "忘记", "候选", "这个", "满分", "最高", "無視", "評価者", "満点", "무시하", "최고", "만점",
-    "игнорир", "ігнору", "забуд", "оценк", "балл", "تجاهل", "أعلى", "نادیده", "התעלם", "αγνόησ", "अनदेखा", "उपेक्षा",
-    "উপেক্ষা", "เพิกเฉย", "ละเว้น", "คะแนน",
-)  # fmt: skip
-_STEMS_ROLE_PLAY = (
-    "judge", "grader", "evaluator", "rater", "reviewer", "language model", "llm", " ai ", "admin", "developer", " mode",
-    "anything now", "from now on",
-)  # fmt: skip
+_SCORED_LABEL = re.compile(r"[0-9](?:" + "|".join(rf"(?<=[A-Ha-h]\W{{{gap}}}.)" for gap in range(1, 5)) + ")")
 _ENCODED = re.compile(r"[A-Za-z0-9+/]{20,}={0,2}")
+_ENCODED_LENGTH = 20
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _ALPHABETS = ("LATIN", "CYRILLIC", "GREEK", "ARMENIAN", "CHEROKEE")
+# Letters that an expression takes for another one although `str.lower` does not; their texts' words are not trusted.
+_FOLDED = re.compile("[\u0130\u0131\u017f\u0345\u0370-\u03ff\u1c80-\u1c8f\u1e61\u1e9b\u1f00-\u1fff\u212a\ufb05\ufb06]")
+
+
+class _Text:
+    """A text to look for signs in."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._lowered = text.lower()
+        self._folds = not text.isascii() and _FOLDED.search(text) is not None
+
+    def shows(self, sign: _Sign) -> bool:
+        """Whether a sign is there."""
+        lowered = self._lowered
+        for pattern, needs in sign.expressions:
+            if (self._folds or _holds_all(lowered, needs)) and pattern.search(self._text):
+                return not sign.stems or _holds_one(lowered, sign.stems)
+        return False
+
+
+def _holds_all(text: str, needs: tuple[tuple[str, ...], ...]) -> bool:
+    """Whether a text holds a word of each."""
+    for words in needs:  # not by `all` and `any`: their generators take longer than what they ask
+        for word in words:
+            if word in text:
+                break
+        else:
+            return False
+    return True
+
+
+def _holds_one(text: str, words: tuple[str, ...]) -> bool:
+    return any(word in text for word in words)
 
 
 def suspicious(text: str) -> list[str]:
@@ -112,26 +291,42 @@ def suspicious(text: str) -> list[str]:
     Letters in another width or style are read as what they look like, and hidden signs are passed over, so that
     neither hides a word.
     """
-    bare = _HIDDEN.sub(lambda found: "\n" if found[0] in "\r\u2028\u2029" else "", text)
-    plain = unicodedata.normalize("NFKC", bare)
+    hidden = _hides(text)
+    bare = _HIDDEN.sub(lambda found: "\n" if found[0] in "\r\u2028\u2029" else "", text) if hidden else text
+    plain = bare if bare.isascii() else unicodedata.normalize("NFKC", bare)
+    words = _Text(plain)
     found = {
-        "addresses the judge": _has(plain, _STEMS, _ADDRESS) or _has(plain, _STEMS_ELSEWHERE, _ADDRESS_ELSEWHERE),
-        "gives the judge a role": _has(plain, _STEMS_ROLE_PLAY, _ROLE_PLAY),
-        "looks like a tool's result": _TOOL_RESULT.search(plain),
-        "looks like a table of scores": _SCORE_TABLE.search(plain),
-        "looks like a verdict": _VERDICT.search(plain),
-        "looks like a fence": _FENCE.search(plain),
-        "holds role tokens": _ROLE.search(plain),
-        "holds hidden characters": _HIDDEN.search(text),
+        "addresses the judge": words.shows(_ADDRESS) or words.shows(_ADDRESS_ELSEWHERE),
+        "gives the judge a role": words.shows(_ROLE_PLAY),
+        "looks like a tool's result": words.shows(_TOOL_RESULT),
+        "looks like a table of scores": words.shows(_SCORE_TABLE) or _has_score_lines(plain),
+        "looks like a verdict": words.shows(_VERDICT),
+        "looks like a fence": words.shows(_FENCE),
+        "holds role tokens": words.shows(_ROLE),
+        "holds hidden characters": hidden,
         "mixes alphabets in a word": not plain.isascii() and any(map(_is_mixed, _WORD.findall(plain))),
-        "holds encoded text": any(map(_is_encoded, _ENCODED.findall(plain))),
+        "holds encoded text": _holds_encoded(plain),
     }
     return [reason for reason, hit in found.items() if hit]
 
 
-def _has(text: str, stems: Sequence[str], pattern: re.Pattern[str]) -> bool:
-    lowered = text.lower()
-    return any(stem in lowered for stem in stems) and pattern.search(text) is not None
+def _hides(text: str) -> bool:
+    """Whether hidden characters are there."""
+    if text.isascii():
+        content = text.encode()
+        if len(content.translate(None, _ASCII_CONTROLS)) == len(content):
+            return False
+    return _HIDDEN.search(text) is not None
+
+
+def _has_score_lines(text: str) -> bool:
+    if "\n" not in text or (text.isascii() and _SCORED_LABEL.search(text) is None):
+        return False
+    return _SCORE_LINES.search(text) is not None
+
+
+def _holds_encoded(text: str) -> bool:
+    return max(map(len, text.split()), default=0) >= _ENCODED_LENGTH and any(map(_is_encoded, _ENCODED.findall(text)))
 
 
 def _is_mixed(word: str) -> bool:

@@ -7,15 +7,15 @@ keeps a second writer out; on file systems without locks (GCS FUSE) there is non
 
 import os
 import time
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Generic, Self, TypeVar, overload
+from typing import Any, BinaryIO, Generic, Self, TypeVar
 
 import msgspec
 
 from dpo_cli.data.bad_rows import Fault
+from dpo_cli.data.bulk import paused_collection
 from dpo_cli.data.files import PRIVATE, disk_error, encode_line, lock, sync, write_all, write_file
 from dpo_cli.data.reader import decode_row
 from dpo_cli.errors import UserError
@@ -42,36 +42,16 @@ def read_rows_at(path: Path, kind: type[T]) -> Iterator[tuple[int, int, T]]:
     decode = msgspec.json.Decoder(kind).decode
     start = 0
     for first, lines in _blocks(path):
+        rows: list[T | None]
+        try:
+            rows = list(map(decode, lines))
+        except (msgspec.MsgspecError, UnicodeError, RecursionError):
+            rows = []
         for number, line in enumerate(lines, first):
-            if (row := _decode_line(path, number, line, decode, torn_end=True)) is not None:
+            row = rows[number - first] if rows else _decode_line(path, number, line, decode, torn_end=True)
+            if row is not None:
                 yield start, number, row
             start += len(line)
-
-
-def latest_starts(path: Path) -> "array[int]":
-    """Where the last line of each id begins, in the order in which the ids first come; nothing else is kept.
-
-    Raises:
-        UserError: no such file, or `file:line` of a line without an id.
-    """
-    starts = array("Q")
-    places: dict[int, int] = {}
-    for start, _, row in read_rows_at(path, _Identified):
-        place = places.setdefault(hash(row.id), len(starts))
-        if place < len(starts):
-            starts[place] = start
-        else:
-            starts.append(start)
-    return starts
-
-
-def starts_by_id(path: Path) -> dict[str, int]:
-    """Where the last line of each id begins, by id.
-
-    Raises:
-        UserError: no such file, or `file:line` of a line without an id.
-    """
-    return {row.id: start for start, _, row in read_rows_at(path, _Identified)}
 
 
 def stream_latest(path: Path, kind: type[T]) -> Iterator[T]:
@@ -80,8 +60,15 @@ def stream_latest(path: Path, kind: type[T]) -> Iterator[T]:
     Raises:
         UserError: no such file, or `file:line` of a line that is no such record.
     """
-    with RowsAt(path, kind, latest_starts(path)) as rows:
-        yield from rows
+    lines, ids = 0, set()
+    for _, row in read_rows(path, _Identified):
+        ids.add(hash(row.id))
+        lines += 1
+    if lines == len(ids):  # as every clean end of a command leaves it
+        yield from (row for _, row in read_rows(path, kind))
+        return
+    with LatestRows(path, kind) as rows:
+        yield from rows.values()
 
 
 class RowReader(Generic[T]):
@@ -116,43 +103,50 @@ class RowReader(Generic[T]):
             return row
 
 
-class RowsAt(Sequence[T]):
-    """Rows of a file by where their lines begin, read when they are looked at; use as a context manager.
+class LatestRows(Mapping[str, T]):
+    """Rows by their `id` as `read_latest` has them, each read when it is looked at; use as a context manager.
 
     Args:
-        path: the file.
-        kind: what they are read as.
-        starts: the byte at which each begins.
+        path: the file; none is an empty one.
+        kind: what rows are read as.
+
+    `starts` says where the last line of each id begins, in the order in which the ids first come.
+
+    Raises:
+        UserError: `file:line` of a line without an id.
     """
 
-    def __init__(self, path: Path, kind: type[T], starts: Sequence[int]) -> None:
-        self._path = path
+    def __init__(self, path: Path, kind: type[T]) -> None:
+        self.path = path
+        self.starts: dict[str, int] = {}
         self._kind = kind
-        self._starts = starts
+        if path.exists():
+            with paused_collection():
+                self.starts = {row.id: start for start, _, row in read_rows_at(path, _Identified)}
 
     def __enter__(self) -> Self:
-        self._file = self._path.open("rb")
-        self._reader = RowReader(self._file, self._path, self._kind)
+        if self.starts:
+            self._file = self.path.open("rb")
+            self._reader = RowReader(self._file, self.path, self._kind)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        if self.starts:
+            self._file.close()
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self.starts)
 
-    @overload
-    def __getitem__(self, index: int) -> T: ...
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.starts)
 
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[T]: ...
+    def __contains__(self, key: object) -> bool:
+        return key in self.starts
 
-    def __getitem__(self, index: int | slice) -> T | Sequence[T]:
-        if isinstance(index, slice):
-            return [self[one] for one in range(len(self))[index]]
-        return self._reader.at(self._starts[index])
+    def __getitem__(self, key: str) -> T:
+        return self._reader.at(self.starts[key])
 
 
 def read_latest(path: Path, kind: type[T]) -> dict[str, T]:

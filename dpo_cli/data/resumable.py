@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar
 
+from dpo_cli.data.bulk import paused_collection
 from dpo_cli.data.jsonl import Journal, read_rows
 from dpo_cli.progress import Progress, Silent
 
@@ -36,7 +37,7 @@ class Resumable(Generic[T]):
         dry_run: only read: nothing is locked, made or delivered.
 
     `known` are the rows of former runs by id, the last line of an id winning; delivered rows of `kind` join them.
-    `delivered` are the ids of this run's own.
+    `delivered` are the ids of this run's own, `superseded` says whether any line is not its id's last.
 
     Raises:
         UserError: another process writes to it, a line is no such row, or the disk is full.
@@ -56,7 +57,7 @@ class Resumable(Generic[T]):
         self._kind = kind
         self._check = check
         self._journal = None if dry_run else Journal(path, wait)
-        self._superseded = False
+        self.superseded = False
 
     def __enter__(self) -> Self:
         if self._journal is not None:
@@ -75,7 +76,7 @@ class Resumable(Generic[T]):
         if self._journal is None:
             return
         try:
-            if error is None and self._superseded:
+            if error is None and self.superseded:
                 self._journal.compact()
         finally:
             self._journal.close()
@@ -108,7 +109,7 @@ class Resumable(Generic[T]):
         """
         assert self._journal is not None, "a dry run delivers nothing"
         self._journal.append(row)
-        self._superseded |= row.id in self.known or row.id in self.delivered
+        self.superseded |= row.id in self.known or row.id in self.delivered
         self.delivered.add(row.id)
         if isinstance(row, self._kind):
             self.known[row.id] = row
@@ -127,12 +128,13 @@ class Resumable(Generic[T]):
         if not self.path.exists():
             return
         lines = 0
-        for number, row in read_rows(self.path, self._kind):
-            if self._check is not None:
-                self._check(number, row)
-            self.known[row.id] = row
-            lines += 1
-        self._superseded = lines > len(self.known)
+        with paused_collection():
+            for number, row in read_rows(self.path, self._kind):
+                if self._check is not None:
+                    self._check(number, row)
+                self.known[row.id] = row
+                lines += 1
+        self.superseded = lines > len(self.known)
 
 
 class Delivery(Silent):

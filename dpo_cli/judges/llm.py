@@ -126,8 +126,10 @@ async def _warn_of_endings(endpoint: Endpoint, models: Sequence[str], log: Calla
 
 def _capped(tasks: Sequence[Task], settings: JudgeSection) -> str | None:
     """That fewer orders are asked than `judge.orders` says, where there are no more cyclic ones."""
+    if settings.votes is not None or not isinstance(settings.orders, int):
+        return None
     fewest = min((len(task.shown) for task in tasks), default=0)
-    if settings.votes is not None or not isinstance(settings.orders, int) or not 1 < fewest < settings.orders:
+    if not 1 < fewest < settings.orders:
         return None
     more = f"--votes {settings.orders} goes on with their reversals, then repeats"
     return f"--orders {settings.orders} of {fewest} candidates: there are {fewest} cyclic orders; {more}"

@@ -8,17 +8,20 @@ that `generate.keep_lines` asks for) never. Making pairs is `pair`'s work.
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
+from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, BinaryIO, overload
 
 import msgspec
 from msgspec import Raw, Struct, field
 
 from dpo_cli import judges
 from dpo_cli.config.settings import Config
-from dpo_cli.data.jsonl import RowsAt, latest_starts, read_latest, stream_latest
+from dpo_cli.data.bulk import paused_collection
+from dpo_cli.data.jsonl import LatestRows, RowReader, read_latest, read_rows_at, stream_latest
 from dpo_cli.data.records import Completions, Judgment, Usage, completions_id
 from dpo_cli.data.resumable import Resumable
 from dpo_cli.data.same_settings import refuse_other_settings
@@ -74,12 +77,13 @@ def run(config: Config, progress: Progress, limit: int | None = None, dry_run: b
     identity = judge.identity(config)
     if config.generate.keep_lines:
         identity["keep_lines"] = config.generate.keep_lines
+    former = _Former(identity, path)
     with (
-        _open_completions(Path(config.data) / COMPLETIONS) as everything,
-        Resumable(path, _Known, _same_judge(identity, path), dry_run=dry_run) as judgments,
+        _open_completions(Path(config.data) / COMPLETIONS) as file,
+        Resumable(path, _Known, former.take, dry_run=dry_run) as judgments,
     ):
-        total = len(everything) if limit is None else min(limit, len(everything))
-        tasks, skips = _plan(everything, total, judgments, config)
+        plan = _plan(file, limit, judgments, config)
+        tasks, skips, total = plan.tasks, plan.skips, plan.total
         before = total - len(tasks) - len(skips)
         result = Judged(
             total=total, done_before=before, owed=len(tasks), calls=judge.calls(tasks, config), path=str(path)
@@ -91,26 +95,30 @@ def run(config: Config, progress: Progress, limit: int | None = None, dry_run: b
         for skip in skips:
             judgments.deliver(skip)
         if tasks or skips:
-            tasks.flagging = True
 
             def deliver(judgment: Judgment) -> None:
                 judgment.judge = identity
                 judgment.flags = tasks.flags.pop(judgment.id, {})
                 judgments.deliver(judgment)
 
+            tasks.flagging = True
             with judgments.reporting(progress, "judge", total, len(tasks)) as delivery:
                 result.receipt = judge.judge(tasks, config, deliver, delivery)
         fresh = judgments.delivered.copy()
         if (settle := getattr(judge, "settle", None)) is not None and len(config.judge.models) > 1:
             known = read_latest(path, Judgment)
+            everything = stream_latest(Path(config.data) / COMPLETIONS, Completions)
             for judgment in list(settle((_task(row, config) for row in everything), known, config)):
                 judgments.deliver(judgment)
-    _count(result, path, fresh)
+    if judgments.delivered or judgments.superseded:
+        _count(result, path, fresh)
+    else:
+        result.usage, result.usd, result.weights = former.usage, former.usd, former.weights
     return result
 
 
 class _Known(Struct, gc=False):
-    """What is kept of a judgment: whether, and of which completions, it is one."""
+    """What is kept of a judgment: whether, and of which completions, it is one; the rest is for `_Former`."""
 
     id: str
     completions_id: str
@@ -118,6 +126,54 @@ class _Known(Struct, gc=False):
     error: str | None = None
     skipped: str | None = None
     failures: int = 0
+    usage: Usage | None = None
+    usd: float = 0.0
+    weights: dict[str, float] = {}
+
+
+class _Former:
+    """Takes each judgment of former runs in its turn: refuses another judge's, and adds up what they cost.
+
+    Args:
+        identity: who judges now; scores of different judges do not compare.
+        path: the judgments.
+    """
+
+    def __init__(self, identity: dict[str, Any], path: Path) -> None:
+        self.usage = Usage()
+        self.usd = 0.0
+        self.weights: dict[str, float] = {}
+        self._identity = identity
+        self._path = path
+        self._checked: set[bytes] = set()
+
+    def take(self, number: int, judgment: _Known) -> None:
+        """Check and count the judgment of a line, and drop what is not needed again: it is most of it."""
+        made_by = bytes(judgment.judge)
+        self.usd += judgment.usd
+        if judgment.usage is not None:
+            self.usage += judgment.usage
+        self.weights = self.weights or judgment.weights
+        judgment.judge, judgment.usage, judgment.weights = NOTHING, None, self.weights
+        if made_by not in self._checked and judgment.error is None:
+            self._checked.add(made_by)
+            self._refuse_another(number, made_by)
+
+    def _refuse_another(self, number: int, made_by: bytes) -> None:
+        then = msgspec.json.decode(made_by) if made_by else {}
+        if not isinstance(then, dict):
+            raise UserError('"judge" is not an object', where=f"{self._path}:{number}")
+        if not then or then == self._identity:
+            return
+        refuse_other_settings(
+            "judged",
+            then,
+            self._identity,
+            where=f"{self._path}:{number}",
+            hint=f"set that back, or copy {COMPLETIONS} to another folder and use --data, or rm {self._path} to judge "
+            "anew (replies that are paid for stay in the ledger)",
+            name=lambda key: f"generate.{key}" if key == "keep_lines" else f"judge.{key}",
+        )
 
 
 class _Tasks(Sequence[Task]):
@@ -127,22 +183,22 @@ class _Tasks(Sequence[Task]):
     are looked for only while `flagging`, which costs more than to count and to price a task.
     """
 
-    def __init__(self, rows: RowsAt[Completions], config: Config) -> None:
+    def __init__(self, rows: RowReader[Completions], config: Config) -> None:
         self.flags: dict[str, dict[int, list[str]]] = {}
         self.flagging = False
         self._rows = rows
         self._config = config
-        self._places = array("L")
-        self._failures: dict[int, int] = {}  # by place, where there are any
+        self._starts = array("Q")
+        self._failures: dict[int, int] = {}  # by start, where there are any
 
-    def append(self, place: int, failures: int) -> None:
-        """Add the task of a row; `failures` counts the former runs that ended in an error."""
-        self._places.append(place)
+    def append(self, start: int, failures: int) -> None:
+        """Add the task of the row that begins there; `failures` counts the former runs that ended in an error."""
+        self._starts.append(start)
         if failures:
-            self._failures[place] = failures
+            self._failures[start] = failures
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._starts)
 
     @overload
     def __getitem__(self, index: int) -> Task: ...
@@ -153,8 +209,8 @@ class _Tasks(Sequence[Task]):
     def __getitem__(self, index: int | slice) -> Task | Sequence[Task]:
         if isinstance(index, slice):
             return [self[one] for one in range(len(self))[index]]
-        place = self._places[index]
-        task = _task(self._rows[place], self._config, self._failures.get(place, 0))
+        start = self._starts[index]
+        task = _task(self._rows.at(start), self._config, self._failures.get(start, 0))
         if self.flagging:
             self._flag(task)
         return task
@@ -167,32 +223,71 @@ class _Tasks(Sequence[Task]):
             self.flags[task.id] = found
 
 
-def _open_completions(path: Path) -> RowsAt[Completions]:
-    starts = latest_starts(path) if path.exists() else ()
-    if not starts:
-        raise UserError("no completions", where=str(path), hint="nothing-dpo generate")
-    return RowsAt(path, Completions, starts)
+class _Plan(Struct):
+    """What is to be done about `total` prompts: `tasks` for the judge, and `skips`, which leave it nothing to do."""
+
+    total: int
+    tasks: _Tasks
+    skips: list[Judgment]
 
 
-def _plan(
-    rows: RowsAt[Completions], total: int, judgments: Resumable[_Known], config: Config
-) -> tuple[_Tasks, list[Judgment]]:
-    """What the judge must see, and the judgments of prompts that leave it nothing to compare."""
-    tasks = _Tasks(rows, config)
-    skips: list[Judgment] = []
-    for place in range(total):
-        row = rows[place]
-        old = judgments.known.get(row.id)
-        if old is not None and old.completions_id != completions_id(row.completions, row.messages):
-            old = None
-        if old is not None and old.error is None and old.skipped != TOO_FEW:
-            continue
-        task = _task(row, config)
-        if len(task.shown) > 1:
-            tasks.append(place, old.failures if old else 0)
-        elif old is None or old.skipped is None:
-            skips.append(Judgment(id=row.id, completions_id=task.completions_id, skipped=TOO_FEW))
-    return tasks, skips
+@contextmanager
+def _open_completions(path: Path) -> Iterator[BinaryIO]:
+    if not path.exists() or not path.stat().st_size:
+        raise _no_completions(path)
+    with path.open("rb") as file:
+        yield file
+
+
+def _no_completions(path: Path) -> UserError:
+    return UserError("no completions", where=str(path), hint="nothing-dpo generate")
+
+
+def _plan(file: BinaryIO, limit: int | None, judgments: Resumable[_Known], config: Config) -> _Plan:
+    """What the judge must see, and the judgments of prompts that leave it nothing to compare.
+
+    Raises:
+        UserError: no completions, or a line that is none.
+    """
+    path = Path(file.name)
+    plan = _Plan(0, _Tasks(RowReader(file, path, Completions), config), [])
+    places: dict[int, int] = {}  # by hash of the id
+    owed: dict[int, int | Judgment] = {}  # by place: where the row of a task begins, or its judgment
+    failures: dict[int, int] = {}  # by place
+    with paused_collection():
+        for start, row in _rows_at(path, limit):
+            place = places.setdefault(hash(row.id), len(places))
+            owed.pop(place, None)  # the last line of an id wins
+            old = judgments.known.get(row.id)
+            if old is not None and old.completions_id != completions_id(row.completions, row.messages):
+                old = None
+            if old is not None and old.error is None and old.skipped != TOO_FEW:
+                continue
+            task = _task(row, config)
+            if len(task.shown) > 1:
+                owed[place] = start
+                if old is not None:
+                    failures[place] = old.failures
+            elif old is None or old.skipped is None:
+                owed[place] = Judgment(id=row.id, completions_id=task.completions_id, skipped=TOO_FEW)
+        for place, one in sorted(owed.items()):
+            if isinstance(one, Judgment):
+                plan.skips.append(one)
+            else:
+                plan.tasks.append(one, failures.get(place, 0))
+    plan.total = len(places)
+    if not plan.total:
+        raise _no_completions(path)
+    return plan
+
+
+def _rows_at(path: Path, limit: int | None) -> Iterator[tuple[int, Completions]]:
+    """Rows with where they begin; of the first `limit` prompts only the last lines."""
+    if limit is None:
+        yield from ((start, row) for start, _, row in read_rows_at(path, Completions))
+        return
+    with LatestRows(path, Completions) as rows:
+        yield from ((rows.starts[key], rows[key]) for key in islice(rows, limit))
 
 
 def _task(row: Completions, config: Config, failures: int = 0) -> Task:
@@ -210,33 +305,6 @@ def _compile(pattern: str | None) -> re.Pattern[str] | None:
 
 def _in_format(text: str, pattern: re.Pattern[str] | None) -> bool:
     return pattern is None or any(pattern.search(line) for line in text.splitlines())
-
-
-def _same_judge(identity: dict[str, Any], path: Path) -> Callable[[int, _Known], None]:
-    """A check of each judgment that refuses another judge's: scores of different judges do not compare."""
-    checked: set[bytes] = set()
-
-    def check(number: int, judgment: _Known) -> None:
-        made_by, judgment.judge = bytes(judgment.judge), NOTHING  # it is as long as the rest
-        if made_by in checked or judgment.error is not None:
-            return
-        checked.add(made_by)
-        then = msgspec.json.decode(made_by) if made_by else {}
-        if not isinstance(then, dict):
-            raise UserError('"judge" is not an object', where=f"{path}:{number}")
-        if not then or then == identity:
-            return
-        refuse_other_settings(
-            "judged",
-            then,
-            identity,
-            where=f"{path}:{number}",
-            hint=f"set that back, or copy {COMPLETIONS} to another folder and use --data, or rm {path} to judge anew "
-            "(replies that are paid for stay in the ledger)",
-            name=lambda key: f"generate.{key}" if key == "keep_lines" else f"judge.{key}",
-        )
-
-    return check
 
 
 class _Outcome(Struct, omit_defaults=True):

@@ -9,6 +9,7 @@ from dpo_cli.errors import Exit, UserError
 FAILED = "the judge failed"
 INVERTED = "an order inverts the pair"
 POSITION = "position: the judge's orders contradict each other"
+SAME = "both sides say the same"
 TIE, SMALL_GAP = "a tie", "the gap is below min_gap"
 TOO_CLOSE = (TIE, SMALL_GAP)
 NOT_HIGH = "no score is high, or none that is low goes with it"

@@ -8,12 +8,9 @@ beginnings are different prompts.
 """
 
 import math
-import random
 import statistics
-from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +22,9 @@ from dpo_cli.data.messages import read_tool_calls
 from dpo_cli.data.reader import parse_rows
 from dpo_cli.data.records import Message, Preference, Tool, message_key, preference_id, prompt_id, read_tools
 from dpo_cli.errors import UserError
+from dpo_cli.stages.pair.stratified import EPSILON, stratified_places
 
 STRATEGIES = ("same-prompt", "stratified")
-EPSILON = 1e-9  # 0.9 - 0.7 is 0.20000000000000007, and 0.7 - 0.5 is 0.19999999999999996
 ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
 
 
@@ -273,58 +270,17 @@ def stratified(
     Where there are more than `max_pairs`, those of one prompt come first, then a random choice of the others: a pair
     across prompts also teaches what belongs to the prompt at all.
     """
-    chosen = [rollout for rollout in rollouts if rollout.reward >= high]
-    rejected = sorted((rollout for rollout in rollouts if rollout.reward <= low), key=_reward)
-    by_prompt: dict[str, list[Rollout]] = {}
-    for rollout in rejected:
-        by_prompt.setdefault(rollout.key, []).append(rollout)
-    rng = random.Random(seed)
-    of_prompt = [by_prompt.get(good.key, []) for good in chosen]
-    same = _draw(chosen, of_prompt, min_gap, max_pairs, rng)
-    across = _draw(chosen, [rejected] * len(chosen), min_gap, max_pairs - len(same), rng, across=True)
-    return same + across
-
-
-def _draw(
-    chosen: Sequence[Rollout],
-    partners: Sequence[Sequence[Rollout]],
-    min_gap: float,
-    count: int,
-    rng: random.Random,
-    across: bool = False,
-) -> list[Preference]:
-    """Up to `count` pairs, drawn evenly from all that there are, without listing them.
-
-    The partners of a chosen side ascend by reward: those that are far enough below it are their beginning, and so all
-    pairs can be numbered through. With `across`, pairs of one prompt are passed over.
-    """
-    ends = list(
-        accumulate(
-            bisect_right(bads, good.reward - min_gap + EPSILON, key=_reward)
-            for good, bads in zip(chosen, partners, strict=True)
-        )
+    places = stratified_places(
+        [rollout.reward for rollout in rollouts],
+        [rollout.key for rollout in rollouts],
+        lambda good, bad: _is_pair(rollouts[good], rollouts[bad], min_gap),
+        min_gap=min_gap,
+        high=high,
+        low=low,
+        max_pairs=max_pairs,
+        seed=seed,
     )
-    drawn: list[int] = []
-    numbers = _shuffled(ends[-1] if ends else 0, rng)
-
-    def sides(number: int) -> tuple[Rollout, Rollout]:
-        row = bisect_right(ends, number)
-        return chosen[row], partners[row][number - (ends[row - 1] if row else 0)]
-
-    while len(drawn) < count and (number := next(numbers, None)) is not None:
-        good, bad = sides(number)
-        if _is_pair(good, bad, min_gap) and not (across and good.key == bad.key):
-            drawn.append(number)
-    return [make_pair(*sides(number)) for number in sorted(drawn)]
-
-
-def _shuffled(n: int, rng: random.Random) -> Iterator[int]:
-    """0 to n - 1 in random order (Fisher-Yates), in memory for what was taken only."""
-    moved: dict[int, int] = {}
-    for index in range(n):
-        other = rng.randrange(index, n)
-        yield moved.get(other, other)
-        moved[other] = moved.pop(index, index)
+    return [make_pair(rollouts[good], rollouts[bad]) for good, bad in places]
 
 
 def _reward(rollout: Rollout) -> float:
