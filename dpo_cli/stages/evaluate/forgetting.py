@@ -2,6 +2,8 @@
 
 Negative log-likelihood of the completions that the SFT run held out, and of those in the file `evaluate.general`, in
 nats a token, by both adapters in this process; the difference is paired by row: its interval is the noise floor.
+The default limit of 0.1 parts what plain DPO could afford in three worlds whose reward is known (tests/worlds.py):
+where 0.07 nats or less were lost, 51 to 62% of an answer's other words were of its topic; from 0.13 on, 28 to 42%.
 Reads those rows, base and adapters; writes forgetting.jsonl, so that nothing is measured twice.
 Not covered: adapters that are on a server only; what lm-evaluation-harness measures, see `harness.py`.
 """
