@@ -68,10 +68,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sft.per_device_eval_batch_size": 8, "sft.gradient_accumulation_steps": 1, "sft.warmup_steps": 3,
         "sft.r": 16, "sft.lora_alpha": 32.0, "sft.save_steps": 16,
         "sft.logging_steps": 4, "sft.eval_steps": 100, "sft.max_length": 512,
-        "train.learning_rate": 2e-4, "train.beta": 0.1, "train.num_train_epochs": 2.0,
+        "train.learning_rate": 5e-5, "train.beta": 0.1, "train.num_train_epochs": 2.0,
         "train.per_device_train_batch_size": 4, "train.per_device_eval_batch_size": 8,
         "train.gradient_accumulation_steps": 1, "train.warmup_steps": 3, "train.max_length": 512,
-        "train.logging_steps": 4, "train.eval_steps": 25, "train.save_steps": 25,
+        "train.logging_steps": 4, "train.eval_steps": 14, "train.save_steps": 14,
         "evaluate.prompts": "data/heldout.jsonl", "evaluate.samples": 2, "evaluate.kl_prompts": 16,
     },
 }  # fmt: skip
