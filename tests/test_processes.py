@@ -1,16 +1,18 @@
 """Several processes on a CPU (gloo), started by torchrun as on several GPUs: the same numbers as one process."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 from adapters import base_model, save_adapter
-from training import Lines, metrics, pair, read_rows, settings, write_rows
+from training import AtStep, Lines, exit_code_of, kill_this_process, metrics, pair, read_rows, settings, write_rows
 
-from dpo_cli.errors import Exit
+from dpo_cli.errors import Exit, UserError
 from dpo_cli.jobs import launch
 from dpo_cli.jobs.backends import local
 from dpo_cli.progress import Silent
 from dpo_cli.stages.train import run
+from dpo_cli.training import run_identity
 
 SAME = (
     "loss",
@@ -52,7 +54,7 @@ def same(folder, one, other, keys=SAME):
             assert row[key] == pytest.approx(another[key], abs=2e-5), (row["step"], key)
 
 
-def test_two_processes_have_the_losses_of_one_and_go_on_after_a_signal(start):
+def test_two_processes_have_the_losses_of_one_which_goes_on_after_a_signal(start):
     config = two(start, f"model.dpo_adapter={start / 'two'}")
     spec = launch.spec("local", config, "train", name="two", gpus=2)
     started = launch.submit("local", spec, config, Silent())
@@ -62,15 +64,30 @@ def test_two_processes_have_the_losses_of_one_and_go_on_after_a_signal(start):
             break
     stopped = launch.attach(started, config, Silent())
     assert (stopped.status.state, stopped.status.exit_code) == ("cancelled", Exit.PREEMPTED)
-    ended = launch.run("local", spec, config, progress := Lines())
-    assert (ended.status.state, ended.status.exit_code) == ("succeeded", Exit.OK)
-    assert ended.result["resumed_from"] >= 3
+    ended = run(config, Silent(), name="two")  # in one process
+    assert (ended.resumed_from >= 3, ended.step) == (True, 8)
     same(start, "one", "two")
-    assert sum("step 8: held-out loss" in line for line in progress.lines) == 1, "the first process alone tells"
     events = [row["event"] for row in read_rows(start / "runs" / "two" / "events.jsonl")]
     assert events.count("step_zero") == 1 and events.count("stopped") == 1
     again = launch.run("local", spec, config, Silent())
     assert again.result and again.result["finished_before"], again  # and none of them waits for the other
+
+
+def test_a_run_of_one_process_that_was_killed_goes_on_in_two_with_the_same_steps(start):
+    config = two(start, f"model.dpo_adapter={start / 'moved'}")
+    assert exit_code_of(lambda: run(config, AtStep(4, kill_this_process), name="moved")) < 0
+    ended = launch.run("local", launch.spec("local", config, "train", name="moved", gpus=2), config, Silent())
+    assert (ended.result["resumed_from"], ended.result["step"]) == (3, 8), ended
+    # The other metrics of a log are means over forwards, which are fewer in each of two processes.
+    same(start, "one", "moved", ("loss", "learning_rate", "eval_loss", "eval_rewards/margins", "eval_pairs_correct"))
+
+
+def test_where_the_rows_of_a_step_are_for_each_process_another_number_of_them_is_refused(start, monkeypatch):
+    config = two(start, f"model.dpo_adapter={start / 'each'}", "train.batch_per_gpu=true")
+    run(config, Silent(), name="each", pause_at=1)
+    monkeypatch.setattr(run_identity, "distributed", SimpleNamespace(count=lambda: 2))
+    with pytest.raises(UserError, match="started with other settings: processes was 1, now 2"):
+        run(config, Silent(), name="each")
 
 
 @pytest.mark.parametrize(
@@ -82,6 +99,7 @@ def test_packed_steps_by_tokens_and_a_kept_reference_come_to_the_same(start, nam
     assert ended.status.state == "succeeded", ended
     assert not any("TRL's own" in line for line in said.lines)
     assert any("reference: kept" in line for line in said.lines)
+    assert sum("step 8: held-out loss" in line for line in said.lines) == 1, "the first process alone tells"
     same(start, "one", name, SAME if name == "kept" else set(SAME) - {"kl"})  # a mean over other batches' tokens
 
 

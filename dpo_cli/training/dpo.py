@@ -12,8 +12,7 @@ come from `forward/packed.py`; `reference_check.py` holds the first batch agains
   the choice of prompts and samples, and for completions being cut at `kl_tokens`.
 
 Besides a LoRA adapter, all weights can be trained, the adapter folded in, against a frozen copy. Reads the SFT
-adapter; writes through `loop.py`. In several processes (`training/distributed.py`) forwards are TRL's own, and lack of
-memory is not met with a smaller batch.
+adapter; writes through `loop.py`.
 """
 
 import math

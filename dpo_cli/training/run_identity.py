@@ -11,6 +11,7 @@ from dpo_cli import __version__
 from dpo_cli.adapter import Adapter
 from dpo_cli.base_model import file_sha256, fingerprint
 from dpo_cli.config.settings import Config
+from dpo_cli.training import distributed
 from dpo_cli.training.inputs import Inputs, Stage
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
@@ -25,8 +26,11 @@ def identity_of(
     settings = msgspec.to_builtins(getattr(config, section))
     for key in WITHOUT_EFFECT:
         settings.pop(key, None)
+    # Else a step's rows are shared among the processes, and any number of them goes on with the same steps.
+    processes = {"processes": distributed.count()} if getattr(config, section).batch_per_gpu else {}
     return {
         "stage": stage,
+        **processes,
         section: settings,
         "gate": msgspec.to_builtins(config.gate) if stage == "dpo" else None,
         "model": {
