@@ -10,6 +10,7 @@ from training import Lines, pair, settings, write_data
 from dpo_cli.data import jsonl
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Silent
+from dpo_cli.training.encode import IGNORED
 from dpo_cli.training.run_folder import RunFolder
 
 
@@ -325,7 +326,7 @@ def test_sft_learns_the_completion_and_its_end_alone(start):
     encoder = load_encoder(start / "base", config.model, 256)
     row = pair(1)
     [example] = sft.dataset(encoder.encode([(row["prompt"], [row["chosen"]])]).rows)
-    learnt = [token for token in example["labels"] if token != sft.IGNORED]
+    learnt = [token for token in example["labels"] if token != IGNORED]
     assert encoder.tokenizer.decode(learnt) == row["chosen"][0]["content"] + "<|end|>"
     assert example["input_ids"][-len(learnt) :] == learnt and example["labels"][-len(learnt) :] == learnt
 

@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
+from dpo_cli.training.encode import IGNORED
 from dpo_cli.training.forward import collator, packed
 
 torch.set_num_threads(1)
@@ -20,7 +21,7 @@ def demonstrations(lengths=LENGTHS):
     made = []
     for row in rows([(prompt, completion, 1) for prompt, completion in lengths]):
         ids = row["prompt_ids"] + row["chosen_ids"]
-        labels = [collator.IGNORED] * len(row["prompt_ids"]) + row["chosen_ids"]
+        labels = [IGNORED] * len(row["prompt_ids"]) + row["chosen_ids"]
         made.append({"input_ids": ids, "labels": labels})
     return made
 

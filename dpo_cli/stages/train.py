@@ -26,7 +26,6 @@ from dpo_cli.progress import Progress, Silent
 from dpo_cli.safe_text import check_run_name
 from dpo_cli.training import distributed, plan
 from dpo_cli.training.device_check import check_device
-from dpo_cli.training.encode import Encoded
 from dpo_cli.training.encode_inputs import encode_inputs, exchange
 from dpo_cli.training.fold import fold_base, folded
 from dpo_cli.training.gates import check_gates, describe, has_moved, open_gates, why_unmoved, worst
@@ -194,7 +193,7 @@ def _train(
         if stage == "dpo":
             from dpo_cli.training import dpo
 
-            made = _say_plan(config, base, rows, held_out, run.progress)
+            made = _say_plan(config, base, rows.rows.lengths(), held_out.rows.lengths(), run.progress)
             start = adapter.path if adapter else None
             if adapter and adapter.unserved:
                 what = ", ".join(adapter.unserved)
@@ -211,14 +210,16 @@ def _train(
             sft.train(config.sft, base, encoder.tokenizer, rows.rows, held_out.rows, run)
 
 
-def _say_plan(config: Config, base: Path, rows: Encoded, held_out: Encoded, progress: Progress) -> plan.Plan | None:
+def _say_plan(
+    config: Config, base: Path, rows: list[plan.TokenLengths], held_out: list[plan.TokenLengths], progress: Progress
+) -> plan.Plan | None:
     """Tell what the run will need, in one line, and what to change; None: nothing is known of such a model."""
     from dpo_cli.training.trainer import card_gb
 
     if (card := card_gb()) is not None:  # the one that is here, not the one that is configured
         config = replace(config, plan=replace(config.plan, gpu_memory_gb=card))
     try:
-        made = of_encoded(config, base, rows.rows, held_out.rows)
+        made = of_encoded(config, base, rows, held_out)
     except UserError as error:  # of another family than Llama: it trains all the same
         progress.log(f"plan: {error}")
         return None

@@ -16,7 +16,8 @@ adapter; writes through `loop.py`.
 """
 
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from statistics import fmean
@@ -38,7 +39,8 @@ from dpo_cli.errors import UserError
 from dpo_cli.model_loading import attach, file_weights, fold, load_network
 from dpo_cli.training import distributed, losses
 from dpo_cli.training.arguments import arguments
-from dpo_cli.training.encode import Sequences
+from dpo_cli.training.encode import EncodedRow
+from dpo_cli.training.encoded_rows import columns
 from dpo_cli.training.forward import packed
 from dpo_cli.training.forward.reference_cache import keep_reference
 from dpo_cli.training.guards import KL, MARGIN, GuardState
@@ -274,8 +276,8 @@ def train(
     base: Path,
     adapter: Path | None,
     tokenizer: PreTrainedTokenizerBase,
-    rows: list[Sequences],
-    held_out: list[Sequences],
+    rows: Sequence[EncodedRow],
+    held_out: Sequence[EncodedRow],
     run: RunContext,
     checkpointing: bool | None = None,
 ) -> None:
@@ -306,7 +308,7 @@ def train(
         try:
             trainer = DpoTrainer(
                 events=run.events,
-                kl_prompts=_distinct([row.prompt for row in held_out])[: section.kl_prompts],
+                kl_prompts=_distinct(held_out, section.kl_prompts),
                 kl_tokens=section.kl_tokens,
                 kl_limit=config.gate.kl_limit,
                 tolerance=config.gate.step_zero_tolerance,
@@ -395,16 +397,16 @@ def _mean_and_error(name: str, values: torch.Tensor) -> dict[str, float]:
     return found
 
 
-def _dataset(rows: list[Sequences], pair_loss: losses.PairLoss | None = None) -> Dataset:
-    return Dataset.from_dict(
-        {
-            "prompt_ids": [row.prompt for row in rows],
-            "chosen_ids": [row.completions[0] for row in rows],
-            "rejected_ids": [row.completions[1] for row in rows],
-            **(pair_loss.columns(rows) if pair_loss else {}),
-        }
-    )
+def _dataset(rows: Sequence[EncodedRow], pair_loss: losses.PairLoss | None = None) -> Dataset:
+    table = columns(rows, pair_loss.columns(rows) if pair_loss else None)
+    return Dataset(table, fingerprint=os.urandom(8).hex())  # else it would hash all of it
 
 
-def _distinct(prompts: list[list[int]]) -> list[list[int]]:
-    return [list(prompt) for prompt in dict.fromkeys(map(tuple, prompts))]
+def _distinct(rows: Sequence[EncodedRow], most: int) -> list[list[int]]:
+    """The prompts of rows, each once, `most` of them."""
+    prompts: dict[tuple[int, ...], None] = {}
+    for row in rows:
+        if len(prompts) == most:
+            break
+        prompts[tuple(row.prompt)] = None
+    return list(map(list, prompts))

@@ -8,7 +8,8 @@ no torch. Reads and writes nothing. Not covered: images.
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from datetime import UTC, datetime
+from typing import Any, NamedTuple, Protocol
 
 from msgspec import Struct
 
@@ -23,6 +24,8 @@ IDENTICAL = "chosen and rejected are the same tokens"
 NOT_A_PREFIX = "the prompt's last token changes when a completion follows"
 DROPPED = "the chat template leaves out a part of the completion"
 EMPTY = "the chosen side says nothing"
+IGNORED = -100  # a label that carries no loss
+TRIED_WHOLE = 16  # rows of which each text is tokenized whole as well
 # What to do where most rows are refused for a reason.
 REMEDIES = {
     TOO_LONG: "raise max_length",
@@ -41,6 +44,30 @@ class Sequences(Struct):
     gap: float | None = None
     weight: float = 1.0
     scores: tuple[float, float] | None = None
+
+
+class EncodedRow(Protocol):
+    """What `Sequences` holds, wherever it is."""
+
+    @property
+    def prompt(self) -> list[int]:
+        """Token ids of the prompt."""
+
+    @property
+    def completions(self) -> list[list[int]]:
+        """Token ids of each completion."""
+
+    @property
+    def gap(self) -> float | None:
+        """How far apart the scores of a pair are; None: not known."""
+
+    @property
+    def weight(self) -> float:
+        """What the pair counts."""
+
+    @property
+    def scores(self) -> tuple[float, float] | None:
+        """Scores of chosen and rejected; None: not known."""
 
 
 class Encoded(Struct):
@@ -93,6 +120,23 @@ class Encoder:
         self.max_length = max_length
         self.chat_template_kwargs = chat_template_kwargs
         self.thinking = thinking
+        # Added tokens that are looked for in the text as it stands: a tokenizer divides it there before anything else.
+        added = tokenizer.added_tokens_decoder if tokenizer.is_fast else {}
+        self._dividers = {id: token.content for id, token in added.items() if not token.normalized}
+        self._divides = bool(self._dividers)
+        self._tried_whole = 0
+
+    def settings(self) -> dict[str, Any]:
+        """Everything beside the rows and the tokenizer's files that decides what `encode` makes of a row."""
+        template = str(self.tokenizer.chat_template)
+        return {
+            "chat_template": template,
+            "chat_template_kwargs": self.chat_template_kwargs,
+            "thinking": self.thinking,
+            "max_length": self.max_length,
+            "stop_ids": sorted(self.stop_ids),
+            "now": self._now() if "strftime_now" in template else None,
+        }
 
     def encode(self, rows: Sequence[Exchange]) -> Encoded:
         """Encode rows.
@@ -143,23 +187,21 @@ class Encoder:
         mark = "@today@"
         return mark in self._render(probe, True, None, None, strftime_now=lambda _: mark)
 
+    def _now(self) -> list[str]:
+        """What a template that asks for the time may write: today's date, and what it writes into a short prompt."""
+        today = datetime.now(UTC).astimezone().date().isoformat()
+        return [today, self._render([{"role": "user", "content": "hi"}], True)]
+
     def _encode(self, rows: Sequence[Exchange]) -> list[Sequences | str]:
-        """All rows in one call to the tokenizer; a reason where one can't be used."""
+        """Token ids of rows, or the reason why one can't be used; each text goes to the tokenizer once."""
         turns = [self._turns(row) for row in rows]
-        texts = [
-            text
-            for found in turns
-            if isinstance(found, list)
-            for turn in found
-            for text in (turn.prompt, turn.prompt + turn.completion)
-        ]
-        ids = iter(self._tokenize(texts))
+        ids = self._joined_ids([turn for found in turns if isinstance(found, list) for turn in found])
         encoded: list[Sequences | str] = []
         for found in turns:
             if not isinstance(found, list):
                 encoded.append(found)
                 continue
-            pairs = [(next(ids), next(ids)) for _ in found]
+            pairs = [ids[turn] for turn in found]
             start = pairs[0][0]
             self._check_bos(start)
             if any(whole[: len(start)] != start for _, whole in pairs):
@@ -170,6 +212,40 @@ class Encoder:
                 self._check_end(completion)
             encoded.append(sequences)
         return encoded
+
+    def _joined_ids(self, turns: Sequence[Turn]) -> dict[Turn, tuple[list[int], list[int]]]:
+        """Token ids of each turn's prompt, and of prompt and completion as one text.
+
+        What stands before the prompt's last added token is tokenized once, since no token reaches across that one.
+        """
+        prompts = list({turn.prompt: None for turn in turns})
+        starts = dict(zip(prompts, self._tokenize(prompts, self._divides), strict=True))
+        before = {prompt: self._divide(prompt, ids) for prompt, ids in starts.items()}
+        texts = list({turn: turn.prompt[before[turn.prompt][1] :] + turn.completion for turn in turns}.items())
+        rests = self._tokenize([text for _, text in texts], self._divides)
+        found = {}
+        for (turn, _), rest in zip(texts, rests, strict=True):
+            start, count = starts[turn.prompt], before[turn.prompt][0]
+            if count and rest[: len(start) - count] != start[count:]:  # perhaps not divided as it was thought to be
+                [rest], count = self._tokenize([turn.prompt + turn.completion]), 0
+            found[turn] = start, start[:count] + rest
+        if self._divides and self._tried_whole < TRIED_WHOLE:
+            tried = list(found)[:TRIED_WHOLE]
+            self._tried_whole += len(tried)
+            whole = self._tokenize([text for turn in tried for text in (turn.prompt, turn.prompt + turn.completion)])
+            if [ids for turn in tried for ids in found[turn]] != whole:
+                self._divides = False
+                return self._joined_ids(turns)
+        return found
+
+    def _divide(self, prompt: str, ids: list[int]) -> tuple[int, int]:
+        """Where the last added token of a prompt is, among its ids and in its text; the beginning if nowhere."""
+        if self._divides:
+            last = next((index for index in reversed(range(len(ids))) if ids[index] in self._dividers), 0)
+            place = prompt.rfind(self._dividers[ids[last]]) if last else -1
+            if place > 0:
+                return last, place
+        return 0, 0
 
     def _turns(self, row: Exchange) -> list[Turn] | str:
         """Prompt and completion of each side as texts, or the reason why the row can't be used."""
@@ -245,9 +321,15 @@ class Encoder:
             ) from None
         return text
 
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+    def _tokenize(self, texts: list[str], fast: bool = False) -> list[list[int]]:
+        """Token ids of texts; `fast` asks the tokenizer's backend itself, which then keeps nothing but them."""
         if not texts:
             return []
+        if fast:
+            backend = self.tokenizer.backend_tokenizer
+            backend.no_padding()
+            backend.no_truncation()
+            return [found.ids for found in backend.encode_batch_fast(texts, add_special_tokens=False)]
         # The template writes BOS itself where the model wants one.
         ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return ids

@@ -6,24 +6,31 @@ Reads the base's tokenizer; records one event of the run. Not covered: the token
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dpo_cli.base_model import check_base
 from dpo_cli.config.settings import ModelSection, TrainingSection
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Progress
-from dpo_cli.training.encode import REMEDIES, TOO_LONG, Encoded, Encoder, Exchange
+from dpo_cli.training.encode import REMEDIES, TOO_LONG, Encoder, Exchange
 from dpo_cli.training.inputs import Inputs, TrainingRow
 from dpo_cli.training.run_folder import RunContext
+
+if TYPE_CHECKING:  # needs pyarrow
+    from dpo_cli.training.encoded_rows import EncodedFile
+
+ENCODED = ".encoded"  # beside the runs, which share it
 
 
 def encode_inputs(
     model: ModelSection, section: TrainingSection, base: Path, inputs: Inputs, run: RunContext
-) -> tuple[Encoder, Encoded, Encoded]:
+) -> "tuple[Encoder, EncodedFile, EncodedFile]":
     """The encoder, the rows to train on and those held out.
 
     Raises:
         UserError: no row is left, or what the encoder raises.
     """
+    from dpo_cli.training.encoded_rows import encode_rows
     from dpo_cli.training.trainer import load_encoder
 
     encoder = load_encoder(base, model, _longest(section, base, run.progress))
@@ -32,7 +39,8 @@ def encode_inputs(
             "the chat template writes today's date into every prompt, so that the same rows are other tokens "
             "tomorrow: set model.chat_template_kwargs, or model.chat_template to a template without it"
         )
-    rows, held_out = (encoder.encode(list(map(exchange, side))) for side in (inputs.rows, inputs.held_out))
+    folder = run.folder.path.parent / ENCODED
+    rows, held_out = (encode_rows(encoder, side, folder, base, run.progress) for side in (inputs.rows, inputs.held_out))
     _tell(rows, held_out, run)
     if not rows.rows:
         reason, count = max(rows.refused.items(), key=lambda item: item[1])
@@ -41,8 +49,6 @@ def encode_inputs(
             where=", ".join(inputs.files),
             hint=_remedy(reason, section, encoder.max_length),
         )
-    _attach_scores(rows, inputs.rows)
-    _attach_scores(held_out, inputs.held_out)
     return encoder, rows, held_out
 
 
@@ -68,14 +74,7 @@ def _longest(section: TrainingSection, base: Path, progress: Progress) -> int:
     return positions
 
 
-def _attach_scores(encoded: Encoded, rows: list[TrainingRow]) -> None:
-    """Give encoded pairs what the loss may read beside their tokens."""
-    for sequences, index in zip(encoded.rows, encoded.kept, strict=True):
-        row = rows[index]
-        sequences.gap, sequences.weight, sequences.scores = row.gap, row.weight, row.scores
-
-
-def _tell(rows: Encoded, held_out: Encoded, run: RunContext) -> None:
+def _tell(rows: "EncodedFile", held_out: "EncodedFile", run: RunContext) -> None:
     """Say and record what encoding did to the rows."""
     shortened = rows.shortened + held_out.shortened
     reasons = sorted(rows.refused.keys() | held_out.refused.keys())

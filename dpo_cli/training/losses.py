@@ -11,6 +11,8 @@ policies at a KL, the one whose log-ratio is linear in the place wins most often
 Not covered: WPO weights (`use_weighting`) together with these.
 """
 
+import hashlib
+from array import array
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
@@ -22,7 +24,7 @@ from torch.nn import functional
 
 from dpo_cli.config.settings import TrainSection
 from dpo_cli.errors import UserError
-from dpo_cli.training.encode import Sequences
+from dpo_cli.training.encode import EncodedRow
 
 GAPS, WEIGHTS = COLUMNS = "score_gaps", "pair_weights"  # of a batch: (pairs,)
 
@@ -111,7 +113,7 @@ class PairLoss:
         UserError: there is an offset, and a pair has no gap, or none has one above 0.
     """
 
-    def __init__(self, section: TrainSection, offset_alpha: float, rows: Sequence[Sequences]) -> None:
+    def __init__(self, section: TrainSection, offset_alpha: float, rows: Sequence[EncodedRow]) -> None:
         self.types = loss_types(section)
         self.type_weights = section.loss_weights or [1.0] * len(self.types)
         self.smoothing, self.ld_alpha = section.label_smoothing, section.ld_alpha
@@ -156,14 +158,14 @@ class PairLoss:
             total = total + type_weight * part
         return total
 
-    def columns(self, rows: Sequence[Sequences]) -> dict[str, list[float]]:
+    def columns(self, rows: Sequence[EncodedRow]) -> dict[str, list[float]]:
         """The columns of a dataset that the loss reads; weights of the pairs that are trained on have a mean of 1."""
         found = {WEIGHTS: [row.weight / self.mean_weight for row in rows]}
         if self.offset:
             found[GAPS] = [self.gap(row) or 0.0 for row in rows]
         return found
 
-    def gap(self, row: Sequences) -> float | None:
+    def gap(self, row: EncodedRow) -> float | None:
         """How much better the chosen side is: by score, or by place from 0 to 1; None where that is not known."""
         if self.places is None:
             return row.gap
@@ -172,7 +174,7 @@ class PairLoss:
         chosen, rejected = (_place(score, self.places) for score in row.scores)
         return chosen - rejected
 
-    def _mean_gap(self, rows: Sequence[Sequences]) -> float:
+    def _mean_gap(self, rows: Sequence[EncodedRow]) -> float:
         gaps = [gap for gap in map(self.gap, rows) if gap is not None]
         if len(gaps) < len(rows):
             what = "score_gap" if self.places is None else "chosen_score and rejected_score"
@@ -186,12 +188,13 @@ class PairLoss:
         return fmean(gaps)
 
 
-def places(rows: Sequence[Sequences]) -> list[float]:
+def places(rows: Sequence[EncodedRow]) -> list[float]:
     """The scores of all completions that are in pairs, each completion once, ascending."""
     scores = {}
     for row in rows:
         for completion, score in zip(row.completions, row.scores or (), strict=False):
-            scores[tuple(row.prompt), tuple(completion)] = score
+            ids = array("i", [len(row.prompt), *row.prompt, *completion])
+            scores[hashlib.sha256(ids.tobytes()).digest()] = score
     return sorted(scores.values())
 
 
@@ -228,7 +231,7 @@ def trl_settings(section: TrainSection) -> dict[str, object]:
     }
 
 
-def make(section: TrainSection, rows: Sequence[Sequences]) -> PairLoss | None:
+def make(section: TrainSection, rows: Sequence[EncodedRow]) -> PairLoss | None:
     """The loss of pairs with scores or weights; None where TRL computes the loss itself.
 
     Raises:

@@ -16,7 +16,6 @@ from dpo_cli.config.resolve import resolve
 from dpo_cli.config.settings import Config
 from dpo_cli.errors import UserError
 from dpo_cli.training import plan
-from dpo_cli.training.encode import Sequences
 from dpo_cli.training.inputs import TrainingRow, read_inputs
 from dpo_cli.training.known_shapes import shape_of
 from dpo_cli.training.plan import Plan, Shape, TokenLengths
@@ -74,14 +73,10 @@ def run(config: Config, data: Path | None = None, limit: int | None = None) -> P
     return made
 
 
-def of_encoded(config: Config, base: Path, rows: Sequence[Sequences], held_out: Sequence[Sequences]) -> Plan:
-    """The plan of a run whose rows are encoded already."""
-    lengths, others = (
-        [TokenLengths(len(row.prompt), [len(one) for one in row.completions]) for row in side]
-        for side in (rows, held_out)
-    )
+def of_encoded(config: Config, base: Path, rows: Sequence[TokenLengths], held_out: Sequence[TokenLengths]) -> Plan:
+    """The plan of a run whose rows are encoded already, from their token counts."""
     shape = plan.read_shape(base)
-    return plan.make(config.train, config.plan, shape, _adapter(config, shape)[0], lengths, others, "the encoder")
+    return plan.make(config.train, config.plan, shape, _adapter(config, shape)[0], rows, held_out, "the encoder")
 
 
 def presets(config: Config) -> list[Cost]:

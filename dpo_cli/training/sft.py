@@ -5,6 +5,8 @@ alone, where that comes to TRL's log-probabilities (`forward/packed.py`). Writes
 going on from an adapter.
 """
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from datasets import Dataset
@@ -14,9 +16,9 @@ from trl import SFTConfig, SFTTrainer
 from dpo_cli.config.settings import SftSection
 from dpo_cli.errors import UserError
 from dpo_cli.training.arguments import arguments
-from dpo_cli.training.encode import Sequences
+from dpo_cli.training.encode import EncodedRow
+from dpo_cli.training.encoded_rows import columns
 from dpo_cli.training.forward import packed
-from dpo_cli.training.forward.collator import IGNORED
 from dpo_cli.training.guards import GuardState
 from dpo_cli.training.loop import fit
 from dpo_cli.training.run_folder import RunContext
@@ -35,8 +37,8 @@ def train(
     section: SftSection,
     base: Path,
     tokenizer: PreTrainedTokenizerBase,
-    rows: list[Sequences],
-    held_out: list[Sequences],
+    rows: Sequence[EncodedRow],
+    held_out: Sequence[EncodedRow],
     run: RunContext,
 ) -> None:
     """Train a fresh LoRA.
@@ -75,11 +77,6 @@ def train(
     fit(make, run)
 
 
-def dataset(rows: list[Sequences]) -> Dataset:
+def dataset(rows: Sequence[EncodedRow]) -> Dataset:
     """Token ids with labels, the prompt's tokens being ignored."""
-    return Dataset.from_dict(
-        {
-            "input_ids": [row.prompt + row.completions[0] for row in rows],
-            "labels": [[IGNORED] * len(row.prompt) + row.completions[0] for row in rows],
-        }
-    )
+    return Dataset(columns(rows), fingerprint=os.urandom(8).hex())  # else it would hash all of it

@@ -18,10 +18,10 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from dpo_cli.training import distributed
+from dpo_cli.training.encode import IGNORED
 from dpo_cli.training.forward import attention
 from dpo_cli.training.losses import COLUMNS
 
-IGNORED = -100  # a label that carries no loss
 TOKEN_MEANS = {  # metrics that TRL averages over the tokens of these rows; all others are means over pairs
     "entropy": "all", "kl": "all", "logits/chosen": "chosen", "mean_token_accuracy": "chosen",
     "logits/rejected": "rejected",

@@ -27,9 +27,9 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from dpo_cli.errors import UserError
 from dpo_cli.training import distributed
+from dpo_cli.training.encode import IGNORED
 from dpo_cli.training.forward import attention, deferred_metrics, fused_lora
 from dpo_cli.training.forward.collator import (
-    IGNORED,
     DemonstrationCollator,
     Packing,
     PairCollator,

@@ -18,7 +18,7 @@ import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from msgspec import Struct
@@ -50,6 +50,14 @@ class Known(Struct):
         return torch.frombuffer(self.log_probs, dtype=torch.float32)
 
 
+class Place(NamedTuple):
+    """Where a pair stands: in `train` or `eval`, at which row; and its tokens."""
+
+    side: str
+    row: int
+    tokens: int
+
+
 def keep_reference(trainer: Any, folder: Path, progress: Progress, wanted: bool | None = None) -> None:
     """Look up, or compute and keep, the reference's log-probabilities of the rows that come up more than once.
 
@@ -73,24 +81,33 @@ def keep_reference(trainer: Any, folder: Path, progress: Progress, wanted: bool 
         progress.log("reference: live, as no row comes up twice")
         return
     path = folder / f"{content_key(trainer)[:16]}.jsonl"
-    pairs = {_keys(collator, example): example for name in used for example in rows[name]}
+    pairs = {
+        _keys(collator, example): Place(name, index, _tokens(example))
+        for name in used
+        for index, example in enumerate(rows[name])
+    }
+
+    def read(place: Place) -> dict[str, Any]:
+        found: dict[str, Any] = rows[place.side][place.row]
+        return found
+
     # Rank 0 writes; another run may be computing just these rows, and is waited for.
     with Resumable(path, Known, wait=True) if distributed.is_main_process() else nullcontext() as kept:
         known = distributed.broadcast(kept.known if kept else {})
         missing = {id for pair in pairs for id in pair if id not in known}
-        whole = [row for pair, row in pairs.items() if missing.isdisjoint(pair)]
+        whole = [place for pair, place in pairs.items() if missing.isdisjoint(pair)]
         progress.log(
             f"reference: kept for {' and '.join(f'{name} ({passes[name]:.3g} passes)' for name in used)}; "
             f"{len(whole)} of {len(pairs)} pairs are known"
         )
         if whole:
-            _check(trainer, whole[0], known, path)
+            _check(trainer, read(whole[0]), known, path)
         # Always the same groups, whatever is known of them: a run that was killed here comes to the same values.
         groups = [group for group in _groups(pairs) if not missing.isdisjoint(id for pair in group for id in pair)]
         for first in range(0, len(groups), distributed.count()):
             # Each process computes a group; where fewer are left than processes, some compute the same one.
             own = groups[min(first + distributed.rank(), len(groups) - 1)]
-            computed = distributed.gather(_compute_what_fits(trainer, [pairs[pair] for pair in own]))
+            computed = distributed.gather(_compute_what_fits(trainer, [read(pairs[pair]) for pair in own]))
             for id, log_probs in dict(itertools.chain(*computed)).items():
                 if id in missing:
                     known[id] = row = Known(id, bytearray(log_probs.numpy().tobytes()))
@@ -160,12 +177,12 @@ def _keys(collator: PairCollator, example: dict[str, list[int]]) -> tuple[str, s
     return cut(chosen), cut(rejected)
 
 
-def _groups(pairs: dict[tuple[str, str], dict[str, Any]]) -> Iterator[list[tuple[str, str]]]:
+def _groups(pairs: dict[tuple[str, str], Place]) -> Iterator[list[tuple[str, str]]]:
     """Keys of pairs of like length together, at most TOKENS in a group, one pair at least."""
     group: list[tuple[str, str]] = []
     tokens = 0
-    for pair in sorted(pairs, key=lambda pair: (_tokens(pairs[pair]), pair)):
-        more = _tokens(pairs[pair])
+    for pair in sorted(pairs, key=lambda pair: (pairs[pair].tokens, pair)):
+        more = pairs[pair].tokens
         if group and tokens + more > TOKENS:
             yield group
             group, tokens = [], 0
