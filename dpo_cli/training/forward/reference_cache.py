@@ -50,7 +50,7 @@ class Known(Struct):
         return torch.frombuffer(self.log_probs, dtype=torch.float32)
 
 
-class Place(NamedTuple):
+class PairPlace(NamedTuple):
     """Where a pair stands: in `train` or `eval`, at which row; and its tokens."""
 
     side: str
@@ -82,12 +82,12 @@ def keep_reference(trainer: Any, folder: Path, progress: Progress, wanted: bool 
         return
     path = folder / f"{content_key(trainer)[:16]}.jsonl"
     pairs = {
-        _keys(collator, example): Place(name, index, _tokens(example))
+        _keys(collator, example): PairPlace(name, index, _tokens(example))
         for name in used
         for index, example in enumerate(rows[name])
     }
 
-    def read(place: Place) -> dict[str, Any]:
+    def read(place: PairPlace) -> dict[str, Any]:
         found: dict[str, Any] = rows[place.side][place.row]
         return found
 
@@ -177,7 +177,7 @@ def _keys(collator: PairCollator, example: dict[str, list[int]]) -> tuple[str, s
     return cut(chosen), cut(rejected)
 
 
-def _groups(pairs: dict[tuple[str, str], Place]) -> Iterator[list[tuple[str, str]]]:
+def _groups(pairs: dict[tuple[str, str], PairPlace]) -> Iterator[list[tuple[str, str]]]:
     """Keys of pairs of like length together, at most TOKENS in a group, one pair at least."""
     group: list[tuple[str, str]] = []
     tokens = 0
