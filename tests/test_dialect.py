@@ -58,6 +58,13 @@ def test_several_choices_are_asked_for_one_by_one(folder, name):  # noqa: F811
     assert "refuses n > 1" in line
 
 
+def test_what_waited_for_the_first_answer_is_sent_together(folder):  # noqa: F811
+    with Server(latency=0.2) as server:
+        assert run(server).failed == 0
+        assert len(server.bodies) == 12
+    assert server.highest >= 11  # one finds out whether the form is taken; then nobody waits for another
+
+
 MISTRAL = '{"object": "error", "message": %s, "type": "invalid_request_error", "param": null, "code": null}'
 EXTRA = '{"detail": [{"type": "extra_forbidden", "loc": ["body", "%s"], "msg": "Extra inputs are not permitted"}]}'
 UNKNOWN = (

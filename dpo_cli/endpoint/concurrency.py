@@ -10,12 +10,13 @@ from collections import deque
 class Pace:
     """How many requests may be in flight: additive increase, multiplicative decrease, as in TCP (RFC 5681).
 
-    The limit doubles a round trip until the first sign of congestion, then grows by a 32nd of what it had reached; a
-    sign cuts it to 0.7 of what was in flight, at most once a round trip: requests sent before the last cut say
-    nothing new.
+    Until the first sign of congestion the limit grows eightfold a round trip: a server that answered the first ones
+    all alike is asked for as much as it may be. Then it grows by a 32nd of what it had reached; a sign cuts it to 0.7
+    of what was in flight, at most once a round trip: requests sent before the last cut say nothing new.
     """
 
     START = 32
+    RISE = 7.0  # places that an answer adds before the first sign
     CUT = 0.7
 
     def __init__(self, most: int) -> None:
@@ -44,6 +45,9 @@ class Pace:
     def leave(self) -> None:
         """Give the place back."""
         self.in_flight -= 1
+        self._admit()
+
+    def _admit(self) -> None:
         free = int(self.limit) - self.in_flight
         while free > 0 and self._waiting:
             place = self._waiting.popleft()
@@ -53,7 +57,9 @@ class Pace:
 
     def grow(self) -> None:
         """A request was answered: grow so that a round trip of answers adds one step."""
-        self.limit = min(self.most, self.limit + min(1.0, self._step / self.limit))
+        rise = self.RISE if self._step == math.inf else min(1.0, self._step / self.limit)
+        self.limit = min(self.most, self.limit + rise)
+        self._admit()
 
     def cut(self, sent: float) -> None:
         """A request that was sent at `sent` met congestion."""

@@ -154,6 +154,10 @@ class Dialect:
     ) -> Reply:
         """Send a request whose form was never taken, or was refused just now."""
         held = await self._enter(refusal is not None)
+        if refusal is None and shape in self._known.shapes:  # found out by the one that was waited for
+            if held:
+                self._gate.release()
+            return await self.chat(body, replicate)
         sent = transform(body, self._known.forms)
         try:
             if refusal is None:

@@ -1,6 +1,9 @@
 """Rows a second of whole tools against a server that takes 200 ms, 256 requests in flight, on one core.
 
-    python tests/bench/clients.py [--environments DIR] [--in-flight 256] [--rounds 3] [--rows 3840]
+    python tests/bench/clients.py [--environments DIR] [--in-flight 256] [--rounds 3] [--rows 3840] [--latency 0.2]
+    python tests/bench/clients.py --tools bare,nothing-dpo,sdk,sdk-aiohttp --beside FOLDER
+
+`--beside` is another checkout, whose nothing-dpo takes its turn as well.
 
 curator and distilabel get an environment each under DIR, made if it is not there (1.5 GB). The tools take turns, each
 in a process of its own on the first core; the server has the second. `ideal` is requests in flight / 0.2 s; imports are
@@ -18,7 +21,6 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
-LATENCY = 0.2
 PEERS = {
     "curator": ["bespokelabs-curator==0.1.31"],
     "distilabel": ["distilabel[openai]==1.5.3", "requests"],  # which it imports and does not name
@@ -42,12 +44,14 @@ def write_prompts(path: Path, count: int) -> None:
             file.write(json.dumps({"prompt": f"Scene {number}. {scene}"}) + "\n")
 
 
-def measure(tool: str, python: str, url: str, prompts: Path, in_flight: int) -> dict[str, float]:
+def measure(
+    tool: str, python: str, url: str, prompts: Path, in_flight: int, checkout: Path = HERE.parents[1]
+) -> dict[str, float]:
     """Run a tool on the first core; what it printed last."""
-    command = [python, str(HERE / "peers.py"), tool, url, str(prompts), str(in_flight)]
+    command = [python, str(checkout / "tests/bench/peers.py"), tool, url, str(prompts), str(in_flight)]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HERE.parents[1])},
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(checkout)},
         preexec_fn=lambda: os.sched_setaffinity(0, {0}),
     )  # fmt: skip
     output, errors = process.communicate()
@@ -63,12 +67,19 @@ def main() -> None:
     parser.add_argument("--in-flight", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=3840)
+    parser.add_argument("--latency", type=float, default=0.2, help="seconds that the server takes")
+    parser.add_argument("--tools", default="bare,nothing-dpo,sdk,sdk-aiohttp,curator,distilabel")
+    parser.add_argument("--beside", type=Path, help="another checkout")
     options = parser.parse_args()
-    in_flight, ideal = options.in_flight, options.in_flight / LATENCY
-    pythons = {"bare": sys.executable, "nothing-dpo": sys.executable}
-    pythons |= {name: environment(options.environments / name, packages) for name, packages in PEERS.items()}
+    in_flight, ideal = options.in_flight, options.in_flight / options.latency
+    pythons = {
+        name: environment(options.environments / name, PEERS[name]) if name in PEERS else sys.executable
+        for name in options.tools.split(",")
+    }
+    if options.beside:
+        pythons["beside"] = sys.executable
     server = subprocess.Popen(
-        [sys.executable, str(HERE / "fixed_server.py"), str(LATENCY)], stdout=subprocess.PIPE, text=True,
+        [sys.executable, str(HERE / "fixed_server.py"), str(options.latency)], stdout=subprocess.PIPE, text=True,
         preexec_fn=lambda: os.sched_setaffinity(0, {1}),
     )  # fmt: skip
     assert server.stdout is not None
@@ -80,21 +91,25 @@ def main() -> None:
             write_prompts(prompts, options.rows)
             for _ in range(options.rounds):
                 for tool, python in pythons.items():
-                    found = measure(tool, python, url, prompts, in_flight)
+                    if tool == "beside":
+                        found = measure("nothing-dpo", python, url, prompts, in_flight, options.beside.resolve())
+                    else:
+                        found = measure(tool, python, url, prompts, in_flight)
                     assert found["rows"] == options.rows, f"{tool} made {found['rows']} rows"
                     runs[tool].append(found)
             server_rate = options.rows / measure("bare", sys.executable, url, prompts, 4 * in_flight)["wall"]
     finally:
         server.terminate()
         server.wait()
-    print(f"{options.rows} rows, {in_flight} in flight, {LATENCY} s an answer: at most {ideal:.0f} rows/s")
-    print(f"{'':<12} {'rows/s':>7} {'of ideal':>9} {'least':>6} {'most':>6} {'CPU ms a row':>13}")
+    print(f"{options.rows} rows, {in_flight} in flight, {options.latency} s an answer: at most {ideal:.0f} rows/s")
+    print(f"{'':<12} {'rows/s':>7} {'of ideal':>9} {'least':>6} {'most':>6} {'CPU ms a row':>13} {'of bare':>8}")
+    base = statistics.median(run["cpu"] for run in runs.get("bare") or runs[next(iter(runs))])
     for tool, found in runs.items():
         rates = [options.rows / run["wall"] for run in found]
         rate, cpu = statistics.median(rates), statistics.median(run["cpu"] for run in found)
         print(
             f"{tool:<12} {rate:>7.0f} {rate / ideal:>9.2f} {min(rates) / ideal:>6.2f} {max(rates) / ideal:>6.2f} "
-            f"{1000 * cpu / options.rows:>13.2f}"
+            f"{1000 * cpu / options.rows:>13.3f} {cpu / base:>8.2f}"
         )
     print(f"the server gives a bare client with {4 * in_flight} in flight {server_rate:.0f} answers/s")
 

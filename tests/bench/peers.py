@@ -2,7 +2,8 @@
 
 Prints rows, wall seconds and CPU seconds (children's too) of the tool's own call, imports not included. Each tool is
 set as its documentation says for this many requests at once, with its caches and telemetry off. `bare` is no tool: it
-sends the same requests and keeps nothing, so it shows what the server and the machine can do.
+sends the same requests and keeps nothing, so it shows what the server and the machine can do. So do `sdk` and
+`sdk-aiohttp`, through the OpenAI SDK.
 """
 
 import asyncio
@@ -15,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 MAX_TOKENS = 256
 Run = Callable[[], int]
@@ -36,6 +38,41 @@ def bare(url: str, prompts: list[str], in_flight: int, folder: str) -> Run:
                     body = {"model": "writer", "messages": [message], "n": 1, "max_tokens": MAX_TOKENS}
                     async with session.post(f"{url}/chat/completions", json=body) as response:
                         answered += len((await response.json())["choices"])
+
+            await asyncio.gather(*(work() for _ in range(in_flight)))
+        return answered
+
+    return lambda: asyncio.run(ask())
+
+
+def sdk(url: str, prompts: list[str], in_flight: int, folder: str) -> Run:
+    """The OpenAI SDK and nothing else, as it comes."""
+    return _sdk(url, prompts, in_flight, None)
+
+
+def sdk_aiohttp(url: str, prompts: list[str], in_flight: int, folder: str) -> Run:
+    """The OpenAI SDK with its aiohttp transport."""
+    from openai import DefaultAioHttpClient
+
+    return _sdk(url, prompts, in_flight, DefaultAioHttpClient)
+
+
+def _sdk(url: str, prompts: list[str], in_flight: int, transport: Any) -> Run:
+    from openai import AsyncOpenAI
+
+    async def ask() -> int:
+        rows = iter(prompts)
+        answered = 0
+        client = AsyncOpenAI(base_url=url, api_key="none", max_retries=0, http_client=transport and transport())
+        async with client:
+
+            async def work() -> None:
+                nonlocal answered
+                for prompt in rows:
+                    reply = await client.chat.completions.create(
+                        model="writer", messages=[{"role": "user", "content": prompt}], n=1, max_tokens=MAX_TOKENS
+                    )
+                    answered += len(reply.choices)
 
             await asyncio.gather(*(work() for _ in range(in_flight)))
         return answered
@@ -111,7 +148,10 @@ def distilabel(url: str, prompts: list[str], in_flight: int, folder: str) -> Run
     return run
 
 
-TOOLS = {"bare": bare, "nothing-dpo": nothing_dpo, "curator": curator, "distilabel": distilabel}
+TOOLS = {
+    "bare": bare, "nothing-dpo": nothing_dpo, "sdk": sdk, "sdk-aiohttp": sdk_aiohttp, "curator": curator,
+    "distilabel": distilabel,
+}  # fmt: skip
 
 
 def cpu() -> float:
