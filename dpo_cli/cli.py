@@ -901,7 +901,7 @@ def inspect_judgments(
 ) -> None:
     """What the judge said, and whether to believe it."""
     from dpo_cli.data import row_index
-    from dpo_cli.data.jsonl import read_latest
+    from dpo_cli.data.jsonl import LatestRows
     from dpo_cli.data.records import Completions, Judgment
     from dpo_cli.view import judgments as view
 
@@ -910,10 +910,10 @@ def inspect_judgments(
         from dpo_cli.analysis import judge_audit
         from dpo_cli.view.audit import audit
 
-        judgments = read_latest(path, Judgment)
-        if not judgments:
-            raise UserError("no judgments", where=str(path), hint="nothing-dpo judge")
-        numbers = judge_audit.audit(judgments, read_latest(texts, Completions))
+        with LatestRows(path, Judgment) as judgments, LatestRows(texts, Completions) as judged:
+            if not judgments:
+                raise UserError("no judgments", where=str(path), hint="nothing-dpo judge")
+            numbers = judge_audit.audit(judgments, judged)
         session.show(numbers, audit)
         if html:
             from dpo_cli import html as report
@@ -923,7 +923,8 @@ def inspect_judgments(
     with row_index.Rows.open([path]) as rows:
         if identity:
             row, found = row_index.find(rows, identity, Judgment)
-            session.show(found, view.judgment, read_latest(texts, Completions).get(found.id), rows.place(row))
+            with LatestRows(texts, Completions) as judged:
+                session.show(found, view.judgment, judged.get(found.id), rows.place(row))
         else:
             _show_page(session, rows, Judgment, view.judgments_list, offset, limit)
 

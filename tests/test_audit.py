@@ -6,7 +6,8 @@ import pytest
 from judging import config, write
 
 from dpo_cli.analysis import judge_audit
-from dpo_cli.analysis.length_bias import length_slope, within, without_length_effect
+from dpo_cli.analysis.length_bias import Points, deviations, without_length
+from dpo_cli.analysis.reliability import Units
 from dpo_cli.config.settings import PairSection
 from dpo_cli.data.jsonl import read_latest, write_rows
 from dpo_cli.data.records import Completions, Judgment, Order, Preference, Usage, completions_id, prompt_id
@@ -42,6 +43,21 @@ def audited(*rows):
     return judge_audit.audit({j.id: j for _, j in rows}, {c.id: c for c, _ in rows})
 
 
+def alpha(units):
+    found = Units()
+    for unit in units:
+        found.add(unit)
+    return found.alpha()
+
+
+def slope_of(rows):
+    """The slope of (completions, judgment) pairs."""
+    points = Points()
+    for completions, judgment in rows:
+        points.add(deviations(judgment, completions))
+    return points.slope()
+
+
 def simulated(prompts, primacy=0.0, per_character=0.0, seed=2):
     """Judgments of three random texts a prompt, in two orders, by quality + place + length + noise."""
     rng = random.Random(seed)
@@ -67,15 +83,15 @@ def test_krippendorffs_own_example():
         [1, 2, 3, 3, 2, 4, 4, 1, 2, 5, 1, None],
     ]
     units = [[value for value in unit if value is not None] for unit in zip(*observers, strict=True)]
-    assert judge_audit.krippendorff_alpha(units) == pytest.approx(0.849, abs=5e-4)
+    assert alpha(units) == pytest.approx(0.849, abs=5e-4)
 
 
 def test_alpha_by_hand():
     # Values 1 2 | 4 4 | 7, the last one alone and unpaired. Observed (1/4)(2·1) = 0.5.
     # Expected: squared differences of 1 2 4 4: 1 9 9 4 4 0, twice their sum over 4·3 = 54/12 = 4.5. α = 1 − 0.5/4.5.
-    assert judge_audit.krippendorff_alpha([[1, 2], [4, 4], [7]]) == pytest.approx(8 / 9)
-    assert judge_audit.krippendorff_alpha([[3, 3], [3, 3]]) is None
-    assert judge_audit.krippendorff_alpha([]) is None
+    assert alpha([[1, 2], [4, 4], [7]]) == pytest.approx(8 / 9)
+    assert alpha([[3, 3], [3, 3]]) is None
+    assert alpha([]) is None
 
 
 def test_flips_and_tau_by_hand():
@@ -211,26 +227,25 @@ def test_length_control_by_hand():
     rows = [(c, judged(c, order([0, 1], 3, 7), order([1, 0], 7, 3))) for c, _ in rows]
     odd = row(9, "x" * 100, "x" * 100 + " ", "y" * 300, " ")
     rows.append((odd, judged(odd, order([0, 2], 5, 7), order([2, 0], 6, 5))))
-    judgments, completions = {j.id: j for _, j in rows}, {c.id: c for c, _ in rows}
-    slope = length_slope(within(judgments, completions).values()).value
+    slope = slope_of(rows).value
     assert slope == pytest.approx((8 * 4 + 1.5) / 18)
-    found = without_length_effect(judgments, completions)[odd.id]
+    given = rows[-1][1]
+    found = without_length(given, odd, slope)
     # Means 5 and 6.5 at one hundred characters below and above the mean of the prompt; the twin follows its like, and
     # what was never shown stays below all.
     assert found.scores == pytest.approx([5 + slope, 5 + slope, 6.5 - slope, 0])
     assert found.ranking == [0, 1, 2, 3]
     assert found.consistent
     assert found.orders[1].scores == pytest.approx({"A": 6 - slope, "B": 5 + slope})
-    assert judgments[odd.id].ranking == [2, 0, 1, 3]  # what was given is as it was
+    assert given.ranking == [2, 0, 1, 3]  # what was given is as it was
 
 
 def test_judgments_of_other_completions_are_left_alone():
     rows = simulated(20, per_character=0.05)
     stale = Judgment(id="old", completions_id=completions_id(["a"]), scores=[1.0], ranking=[0])
-    judgments = {j.id: j for _, j in rows} | {"old": stale}
-    completions = {c.id: c for c, _ in rows} | {"old": row(99, "b")}
-    assert without_length_effect(judgments, completions)["old"] == stale
-    assert len(within(judgments, completions)) == 20
+    rows.append((row(99, "b"), stale))
+    assert without_length(stale, rows[-1][0], 1.0) == stale
+    assert slope_of(rows).prompts == 20
 
 
 def test_pair_length_control_changes_the_pair(tmp_path):

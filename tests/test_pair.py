@@ -189,3 +189,36 @@ def test_a_dry_run_counts_and_writes_nothing(tmp_path):
     result = run.run(config(tmp_path), dry_run=True)
     assert result.train + result.val == 30
     assert not (tmp_path / "train.jsonl").exists()
+
+
+def test_pairs_are_made_anew_unless_nothing_changed(tmp_path):
+    """What judge does where it owes nothing; each kind of change is seen."""
+    pairs = many(30)
+    made_anew = make(tmp_path, pairs)
+
+    def again(**settings) -> tuple[run.Paired, bool]:
+        before = [
+            (tmp_path / name).stat().st_ino for name in ("train.jsonl", "val.jsonl") if (tmp_path / name).exists()
+        ]
+        found = run.run(config(tmp_path, pair=PairSection(**settings)), reuse=True)
+        return found, before == [(tmp_path / name).stat().st_ino for name in ("train.jsonl", "val.jsonl")]
+
+    assert again() == (made_anew, True)
+    assert again(min_gap=3)[1] is False
+    assert again(min_gap=3)[1] is True
+    assert again()[1] is False
+    (tmp_path / "val.jsonl").unlink()
+    assert again() == (made_anew, False)
+    lines = (tmp_path / "train.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "train.jsonl").write_bytes(b"".join(lines[1:]))  # somebody cleaned it
+    assert again() == (made_anew, False)
+    assert (tmp_path / "train.jsonl").read_bytes() == b"".join(lines)
+    one = pairs[0][0]
+    write_rows(tmp_path / "judgments.jsonl", [judged(one, 4, 8), *(other for _, other in pairs[1:])])
+    assert again() == (made_anew, False)
+    turned = {**made(tmp_path)[0], **made(tmp_path)[1]}
+    assert any(pair.prompt == one.prompt and pair.chosen_score == 8 for pair in turned.values())
+    assert [pair.chosen[0]["content"] for pair in turned.values()].count("[OTIS] No.") == 1
+    (tmp_path / ".paired.json").write_text("{")
+    assert again()[1] is False
+    assert again()[1] is True

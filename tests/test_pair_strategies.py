@@ -85,6 +85,14 @@ def test_the_margin_is_the_gap(tmp_path):
     assert [one.margin for one in [*train.values(), *val.values()]] == [3, 2]
 
 
+@pytest.mark.parametrize("weights", ["prompt", "gap"])
+def test_a_prompt_without_pairs_has_nothing_to_weigh(tmp_path, weights):
+    two, tied = row(1, "a", "b", "c"), row(2, "a", "b")
+    make(tmp_path, [(two, judged(two, 9, 7, 4)), (tied, judged(tied, 5, 5))], strategy="adjacent", weights=weights)
+    train, val = made(tmp_path)
+    assert sum(one.weight for one in [*train.values(), *val.values()]) == pytest.approx(1)
+
+
 def test_an_order_inverts_the_pairs_that_it_inverts_and_no_others(tmp_path):
     completions = row(1, "a", "b", "c")
     orders = [Order([0, 1, 2], {"A": 9, "B": 4, "C": 1}, ""), Order([2, 1, 0], {"A": 5, "B": 4, "C": 9}, "")]

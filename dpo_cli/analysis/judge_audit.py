@@ -6,37 +6,21 @@ owner is not covered: `--judge human` compares the two.
 """
 
 import math
+from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain, combinations
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from msgspec import Struct, field
 
-from dpo_cli.analysis.length_bias import length_slope, within, without_length_effect
+from dpo_cli.analysis.length_bias import Deviations, Points, controlled, deviations, rescored
+from dpo_cli.analysis.reliability import TENTATIVE, Ratings, Reliability, ScoreByIndex, scatter
 from dpo_cli.data.records import Completions, Judgment, Order, Usage, judge_name
-from dpo_cli.judges._agreement import agree
 from dpo_cli.judges._ranking import label_of
 from dpo_cli.statistics import Histogram, Interval, Spread, histogram, normal, proportion, spread
 
 POINTS = 300  # of a scatter plot; more say no more
 SKIPPED_MUCH = 0.1
-RELIABLE, TENTATIVE = 0.8, 0.667  # thresholds of α: Krippendorff, "Content Analysis" (2004), p. 241
-
-# Completion -> score, of one reply of a judge.
-ScoreByIndex = dict[int, float]
-
-
-class Reliability(Struct):
-    """How alike several ratings of the same completions are.
-
-    `flips` is the share of the candidate pairs whose order two ratings of a prompt invert; `tau` is Kendall's τ-b over
-    all those pairs; `alpha` is Krippendorff's α, interval metric, with the completions as units.
-    """
-
-    flips: Interval | None
-    tau: float | None
-    alpha: float | None
 
 
 class JudgeAudit(Struct, kw_only=True):
@@ -109,139 +93,124 @@ class Audit(Struct, kw_only=True):
 def audit(judgments: Mapping[str, Judgment], completions: Mapping[str, Completions]) -> Audit:
     """Everything that the judgments tell about their judge.
 
+    Each judgment is looked at in its turn, twice in all, and of none but the examples more than numbers is kept: the
+    mappings may read their rows from a file.
+
     Args:
         judgments: by id; a row without scores is a skip or an error.
         completions: by id; where one is missing or has changed since, its judgment counts in no length.
     """
-    rows = judgments.values()
-    judged = [row for row in rows if row.scores]
-    gaps = [max(row.scores) - min(row.scores) for row in judged if row.scores]
-    skipped = Counter(row.skipped.partition(":")[0] for row in rows if row.skipped is not None)
-    known = [row.consistent for row in judged if row.consistent is not None]
-    judges, between = _judges(judged)
+    scores, gaps, usd = array("d"), array("d"), array("d")
+    skipped, errors, flagged = Counter[str](), Counter[str](), Counter[str]()
+    consistent = Counter[bool]()
+    usage, judges, lengths, examples = Usage(), _Judges(), _Lengths(), _Examples()
+    for key, row in judgments.items():
+        usage += row.usage
+        usd.append(row.usd)
+        flagged.update(reason for flags in row.flags.values() for reason in flags)
+        if row.skipped is not None:
+            skipped[row.skipped.partition(":")[0]] += 1
+        if row.error is not None:
+            errors[row.error.partition(":")[0]] += 1
+        examples.add(row)
+        if not row.scores:
+            continue
+        scores.extend(row.scores)
+        gaps.append(max(row.scores) - min(row.scores))
+        if row.consistent is not None:
+            consistent[row.consistent] += 1
+        judges.add(row)
+        lengths.add(deviations(row, completions.get(key)), row.ranking or [])
     result = Audit(
         total=len(judgments),
-        judged=len(judged),
+        judged=len(gaps),
         skipped_share=proportion(skipped.total(), len(judgments)),
         skipped=dict(skipped.most_common()),
-        errors=dict(Counter(row.error.partition(":")[0] for row in rows if row.error is not None).most_common()),
-        consistent=proportion(sum(known), len(known)),
-        scores=spread([score for row in judged for score in row.scores or []]),
+        errors=dict(errors.most_common()),
+        consistent=proportion(consistent[True], consistent.total()),
+        scores=spread(scores),
         gaps=spread(gaps),
-        judges=judges,
-        between_judges=between,
-        length=_length(judgments, completions),
-        length_controlled=_length(without_length_effect(judgments, completions), completions),
-        usage=sum((row.usage for row in rows), Usage()),
-        usd=sum(row.usd for row in rows),
-        examples=_examples(rows, completions),
+        judges=judges.result(),
+        between_judges=judges.between(),
+        length=lengths.result(),
+        length_controlled=_controlled(judgments, completions, lengths).result(),
+        usage=usage,
+        usd=sum(usd),
+        examples=examples.result(completions),
     )
-    reasons = Counter(reason for row in rows for flags in row.flags.values() for reason in flags)
-    result.flagged = dict(reasons.most_common())
+    result.flagged = dict(flagged.most_common())
     result.findings = _findings(result)
     return result
 
 
-def krippendorff_alpha(units: Iterable[Sequence[float]]) -> float | None:
-    """Krippendorff's α with the interval metric (Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability").
-
-    α = 1 − observed / expected disagreement. With the squared difference as metric, the sum over ordered pairs of m
-    values is 2m times their scatter around the mean, so no matrix of coincidences is needed.
-
-    Args:
-        units: the values that each unit was given, by whatever raters; a unit with one value pairs with nothing.
-
-    Returns:
-        1 where all agree, 0 for chance; None if no two values differ.
-    """
-    pairable = [unit for unit in units if len(unit) > 1]
-    values = [value for unit in pairable for value in unit]
-    expected = _scatter(values) * len(values) / (len(values) - 1) if values else 0.0
-    if expected == 0:
-        return None
-    return 1 - sum(_scatter(unit) * len(unit) / (len(unit) - 1) for unit in pairable) / expected
-
-
-def verdict(alpha: float) -> str:
-    """What Krippendorff would conclude from an α."""
-    return "reliable" if alpha >= RELIABLE else "tentative" if alpha >= TENTATIVE else "unreliable"
-
-
-def _scatter(values: Sequence[float]) -> float:
-    mean = fmean(values)
-    return sum((value - mean) ** 2 for value in values)
-
-
-def reliability(ratings: Sequence[Sequence[ScoreByIndex]]) -> Reliability:
-    """Compare the ratings of each prompt with each other.
-
-    Args:
-        ratings: for each prompt its ratings, each completion -> score; a completion may be missing.
-    """
-    ours: dict[str, Judgment] = {}
-    theirs: dict[str, Judgment] = {}
-    units: list[list[float]] = []
-    for of_prompt in ratings:
-        for one, two in combinations(of_prompt, 2):
-            common = sorted(one.keys() & two.keys())
-            key = str(len(ours))
-            seen = [Order(list(range(len(common))), {}, "")]
-            ours[key] = Judgment(id=key, completions_id="", scores=[one[index] for index in common], orders=seen)
-            theirs[key] = Judgment(id=key, completions_id="", scores=[two[index] for index in common])
-        rated = sorted({index for rating in of_prompt for index in rating})
-        units += [[rating[index] for rating in of_prompt if index in rating] for index in rated]
-    found = agree(ours, theirs)
-    return Reliability(proportion(found.contrary, found.pairs), found.tau, krippendorff_alpha(units))
-
-
-def _judges(judged: Sequence[Judgment]) -> tuple[dict[str, JudgeAudit], Reliability | None]:
+class _Judges:
     """Each judge by itself, and all of them beside each other where there are several."""
-    orders: dict[str, list[list[Order]]] = defaultdict(list)  # by judge, then by prompt
-    direct: dict[str, list[float]] = defaultdict(list)  # scores of judges that see one completion at a time
-    panels: list[list[ScoreByIndex]] = []
-    for row in judged:
+
+    def __init__(self) -> None:
+        self._judges: dict[str, _Judge] = defaultdict(_Judge)
+        self._panels = Ratings()
+
+    def add(self, row: Judgment) -> None:
         by_judge: dict[str, list[Order]] = defaultdict(list)
         for order in row.orders or []:
             by_judge[order.model or judge_name(row)].append(order)
+        ratings = {name: [_given(order) for order in seen] for name, seen in by_judge.items()}
         for name, seen in by_judge.items():
-            orders[name].append(seen)
+            self._judges[name].add(seen, ratings[name])
         if not by_judge:
-            direct[judge_name(row)] += row.scores or []
-            orders[judge_name(row)].append([])
+            judge = self._judges[judge_name(row)]
+            judge.direct.extend(row.scores or [])
+            judge.add([], [])
         if len(by_judge) > 1:
-            panels.append([_mean([_given(order) for order in seen]) for seen in by_judge.values()])
-    judges = {name: _judge(prompts, direct[name]) for name, prompts in orders.items()}
-    return judges, reliability(panels) if panels else None
+            self._panels.add([_mean(theirs) for theirs in ratings.values()])
+
+    def result(self) -> dict[str, JudgeAudit]:
+        return {name: judge.result() for name, judge in self._judges.items()}
+
+    def between(self) -> Reliability | None:
+        return self._panels.result() if self._panels.prompts else None
 
 
-def _judge(prompts: Sequence[Sequence[Order]], direct: Sequence[float]) -> JudgeAudit:
-    ratings = [[_given(order) for order in orders] for orders in prompts]
-    scores = [score for of_prompt in ratings for rating in of_prompt for score in rating.values()]
-    first = decided = undecided = 0
-    expected = 0.0
-    by_place: dict[int, list[float]] = defaultdict(list)
-    for order, rating in zip(chain.from_iterable(prompts), chain.from_iterable(ratings), strict=True):
-        if len(rating) < max(2, len(order.order)):
-            continue
-        mean, best = fmean(rating.values()), max(rating.values())
-        for place, index in enumerate(order.order):
-            by_place[place].append(rating[index] - mean)
-        if sum(score == best for score in rating.values()) > 1:
-            undecided += 1
-            continue
-        decided += 1
-        first += rating[order.order[0]] == best
-        expected += 1 / len(rating)
-    return JudgeAudit(
-        judgments=len(prompts),
-        orders=sum(map(len, prompts)),
-        first_wins=proportion(first, decided),
-        expected_first=expected / decided if decided else None,
-        undecided=undecided,
-        places=[_mean_interval(by_place[place]) for place in sorted(by_place)],
-        between_orders=reliability(ratings),
-        scores=histogram(scores or direct),
-    )
+class _Judge:
+    """What one judge said; `direct` are the scores of one that sees one completion at a time."""
+
+    def __init__(self) -> None:
+        self.direct = array("d")
+        self._scores = array("d")
+        self._orders = self._first = self._decided = self._undecided = 0
+        self._expected = 0.0
+        self._by_place: dict[int, array[float]] = defaultdict(lambda: array("d"))
+        self._ratings = Ratings()
+
+    def add(self, orders: Sequence[Order], ratings: Sequence[ScoreByIndex]) -> None:
+        """Take in its orders of a prompt, and the scores in each."""
+        self._orders += len(orders)
+        self._ratings.add(ratings)
+        for order, rating in zip(orders, ratings, strict=True):
+            self._scores.extend(rating.values())
+            if len(rating) < max(2, len(order.order)):
+                continue
+            mean, best = fmean(rating.values()), max(rating.values())
+            for place, index in enumerate(order.order):
+                self._by_place[place].append(rating[index] - mean)
+            if sum(score == best for score in rating.values()) > 1:
+                self._undecided += 1
+                continue
+            self._decided += 1
+            self._first += rating[order.order[0]] == best
+            self._expected += 1 / len(rating)
+
+    def result(self) -> JudgeAudit:
+        return JudgeAudit(
+            judgments=self._ratings.prompts,
+            orders=self._orders,
+            first_wins=proportion(self._first, self._decided),
+            expected_first=self._expected / self._decided if self._decided else None,
+            undecided=self._undecided,
+            places=[_mean_interval(self._by_place[place]) for place in sorted(self._by_place)],
+            between_orders=self._ratings.result(),
+            scores=histogram(self._scores or self.direct),
+        )
 
 
 def _given(order: Order) -> ScoreByIndex:
@@ -257,41 +226,73 @@ def _mean(ratings: Sequence[ScoreByIndex]) -> ScoreByIndex:
 
 def _mean_interval(values: Sequence[float]) -> Interval:
     n = len(values)
-    return normal(fmean(values), math.sqrt(_scatter(values) / (n - 1) / n) if n > 1 else math.inf, n)
+    return normal(fmean(values), math.sqrt(scatter(values) / (n - 1) / n) if n > 1 else math.inf, n)
 
 
-def _length(judgments: Mapping[str, Judgment], completions: Mapping[str, Completions]) -> LengthEffect:
-    prompts = within(judgments, completions)
-    longer = unequal = 0
-    for key, deviations in prompts.items():
-        ranked = [deviations[index] for index in judgments[key].ranking or [] if index in deviations]
-        (best, best_score), (worst, worst_score) = ranked[0], ranked[-1]
-        if best_score != worst_score and best != worst:
-            longer += best > worst
-            unequal += 1
-    slope = length_slope(prompts.values())
-    points = [point for deviations in prompts.values() for point in deviations.values()]
-    return LengthEffect(
-        normal(slope.value, slope.error, slope.n) if slope else None,
-        proportion(longer, unequal),
-        points[:: max(1, math.ceil(len(points) / POINTS))],
-    )
+class _Lengths:
+    """What length does to the scores of many prompts."""
+
+    def __init__(self) -> None:
+        self.points = Points()
+        self._longer = self._unequal = 0
+
+    def add(self, found: Deviations, ranking: Sequence[int]) -> None:
+        """Take in the deviations of a prompt, if it has any, and its ranking."""
+        self.points.add(found)
+        ranked = [found[index] for index in ranking if index in found]
+        if ranked:
+            (best, best_score), (worst, worst_score) = ranked[0], ranked[-1]
+            if best_score != worst_score and best != worst:
+                self._longer += best > worst
+                self._unequal += 1
+
+    def result(self) -> LengthEffect:
+        slope = self.points.slope()
+        return LengthEffect(
+            normal(slope.value, slope.error, slope.n) if slope else None,
+            proportion(self._longer, self._unequal),
+            self.points.some(max(1, math.ceil(len(self.points) / POINTS))),
+        )
 
 
-def _examples(rows: Iterable[Judgment], completions: Mapping[str, Completions]) -> list[Example]:
+def _controlled(
+    judgments: Mapping[str, Judgment], completions: Mapping[str, Completions], lengths: _Lengths
+) -> _Lengths:
+    """The lengths, once the slope is removed from the scores."""
+    slope = lengths.points.slope()
+    if slope is None:
+        return lengths
+    without = _Lengths()
+    for key, judgment in judgments.items():
+        row = completions.get(key)
+        found = deviations(judgment, row)
+        if found and row is not None:
+            changed = controlled(judgment, row.completions, found, slope.value)
+            without.add(rescored(found, changed.scores or []), changed.ranking or [])
+    return without
+
+
+class _Examples:
     """The largest gap, the largest that an order inverts, and a skipped one; of equals the one with the lowest id."""
-    kinds: dict[str, list[Judgment]] = {"largest gap": [], "an order inverts it": [], "skipped": []}
-    for row in rows:
+
+    def __init__(self) -> None:
+        self._found: dict[str, Judgment] = {}
+
+    def add(self, row: Judgment) -> None:
         if row.scores:
-            kinds["an order inverts it" if row.consistent is False else "largest gap"].append(row)
+            why = "an order inverts it" if row.consistent is False else "largest gap"
         elif row.skipped is not None:
-            kinds["skipped"].append(row)
-    found = []
-    for why, candidates in kinds.items():
-        if candidates:
-            row = min(candidates, key=lambda row: (-_gap(row), row.id))
-            found.append(Example(why, row, completions.get(row.id)))
-    return found
+            why = "skipped"
+        else:
+            return
+        best = self._found.get(why)
+        if best is None or (-_gap(row), row.id) < (-_gap(best), best.id):
+            self._found[why] = row
+
+    def result(self, completions: Mapping[str, Completions]) -> list[Example]:
+        kinds = ("largest gap", "an order inverts it", "skipped")
+        rows = ((why, self._found[why]) for why in kinds if why in self._found)
+        return [Example(why, row, completions.get(row.id)) for why, row in rows]
 
 
 def _gap(row: Judgment) -> float:

@@ -8,7 +8,7 @@ covered: that longer can be better; a slope does not tell taste for length from 
 
 import math
 from array import array
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from operator import mul
 
 import msgspec
@@ -71,12 +71,6 @@ class Points:
         return Slope(value, math.sqrt(max(0.0, yy - value * xy) / free / xx), len(self), self._prompts)
 
 
-def within(judgments: Mapping[str, Judgment], completions: Mapping[str, Completions]) -> dict[str, Deviations]:
-    """The deviations of every prompt of which the judge scored two completions or more."""
-    found = {key: deviations(judgment, completions.get(key)) for key, judgment in judgments.items()}
-    return {key: one for key, one in found.items() if one}
-
-
 def deviations(judgment: Judgment, row: Completions | None) -> Deviations:
     """Those of a prompt; none if the judgment is not of these completions, or scored fewer than two of them."""
     scores = judgment.scores
@@ -104,29 +98,6 @@ def _seen(judgment: Judgment, texts: Sequence[str]) -> list[int]:
         return sorted({index for order in judgment.orders for index in order.order if index < len(texts)})
     first = {canonical(text): index for index, text in reversed(list(enumerate(texts)))}
     return sorted(index for text, index in first.items() if text)
-
-
-def length_slope(prompts: Collection[Deviations]) -> Slope | None:
-    """The slope of these prompts, as `Points.slope` has it."""
-    points = Points()
-    for found in prompts:
-        points.add(found)
-    return points.slope()
-
-
-def without_length_effect(
-    judgments: Mapping[str, Judgment], completions: Mapping[str, Completions]
-) -> Mapping[str, Judgment]:
-    """The judgments with the slope of all of them removed, each as `without_length` does it."""
-    prompts = within(judgments, completions)
-    slope = length_slope(prompts.values())
-    if slope is None:
-        return judgments
-    changed = {
-        key: controlled(judgments[key], completions[key].completions, found, slope.value)
-        for key, found in prompts.items()
-    }
-    return {**judgments, **changed}
 
 
 def without_length(judgment: Judgment, row: Completions, slope: float) -> Judgment:

@@ -6,7 +6,8 @@ Takes what `audit` found and returns the page; writes nothing. Text is escaped b
 import re
 from collections.abc import Iterable
 
-from dpo_cli.analysis.judge_audit import Audit, Example, JudgeAudit, LengthEffect, Reliability, verdict
+from dpo_cli.analysis.judge_audit import Audit, Example, JudgeAudit, LengthEffect
+from dpo_cli.analysis.reliability import Reliability, verdict
 from dpo_cli.data.records import Judgment
 from dpo_cli.html.markup import Markup, escaped, joined, markup
 from dpo_cli.html.page import document, figure, footer, grid, tile

@@ -1,7 +1,7 @@
 """How far two judges agree on the same completions; numbers only, nothing is read or written."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 
 from msgspec import Struct
@@ -37,16 +37,39 @@ class Agreement(Struct):
         return f"{words}; tied by either: {self.pairs - ordered}; prompts: {self.prompts}"
 
 
+class PairCounter:
+    """Counts how two judges order the same pairs of candidates, prompt after prompt."""
+
+    def __init__(self) -> None:
+        self.pairs = self.alike = self.contrary = 0
+        self._our_ties = self._their_ties = 0
+
+    def add(self, ours: Sequence[float], theirs: Sequence[float], places: Iterable[int]) -> None:
+        """Take in a prompt: the scores of its candidates, and which of them count."""
+        for one, two in combinations(places, 2):
+            our_gap = ours[one] - ours[two]
+            their_gap = theirs[one] - theirs[two]
+            self.pairs += 1
+            self._our_ties += our_gap == 0
+            self._their_ties += their_gap == 0
+            self.alike += our_gap * their_gap > 0
+            self.contrary += our_gap * their_gap < 0
+
+    @property
+    def tau(self) -> float | None:
+        """Kendall's τ-b (1945, doi:10.1093/biomet/33.3.239); None where a judge tied every pair."""
+        scale = math.sqrt((self.pairs - self._our_ties) * (self.pairs - self._their_ties))
+        return (self.alike - self.contrary) / scale if scale else None
+
+
 def agree(ours: Mapping[str, Judgment], theirs: Mapping[str, Judgment]) -> Agreement:
     """Compare judgments of the same completions, joined by id and `completions_id`.
-
-    τ-b: Kendall 1945, doi:10.1093/biomet/33.3.239.
 
     Args:
         ours: judgments by id, with the order in which the candidates were seen: no others are compared.
         theirs: judgments by id.
     """
-    prompts = pairs = alike = contrary = our_ties = their_ties = 0
+    prompts, found = 0, PairCounter()
     for key, mine in ours.items():
         other = theirs.get(key)
         if not (mine.scores and mine.orders and other and other.scores):
@@ -54,22 +77,14 @@ def agree(ours: Mapping[str, Judgment], theirs: Mapping[str, Judgment]) -> Agree
         if other.completions_id != mine.completions_id or len(other.scores) != len(mine.scores):
             continue
         prompts += 1
-        for one, two in combinations(mine.orders[0].order, 2):
-            our_gap = mine.scores[one] - mine.scores[two]
-            their_gap = other.scores[one] - other.scores[two]
-            pairs += 1
-            our_ties += our_gap == 0
-            their_ties += their_gap == 0
-            alike += our_gap * their_gap > 0
-            contrary += our_gap * their_gap < 0
-    scale = math.sqrt((pairs - our_ties) * (pairs - their_ties))
-    ordered = alike + contrary
+        found.add(mine.scores, other.scores, mine.orders[0].order)
+    ordered = found.alike + found.contrary
     return Agreement(
         prompts=prompts,
-        pairs=pairs,
-        alike=alike,
-        contrary=contrary,
-        tau=(alike - contrary) / scale if scale else None,
-        share=alike / ordered if ordered else None,
-        interval=wilson(alike, ordered),
+        pairs=found.pairs,
+        alike=found.alike,
+        contrary=found.contrary,
+        tau=found.tau,
+        share=found.alike / ordered if ordered else None,
+        interval=wilson(found.alike, ordered),
     )

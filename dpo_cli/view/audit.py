@@ -6,15 +6,8 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from dpo_cli.analysis.judge_audit import (
-    TENTATIVE,
-    Audit,
-    Example,
-    JudgeAudit,
-    LengthEffect,
-    Reliability,
-    verdict,
-)
+from dpo_cli.analysis.judge_audit import Audit, Example, JudgeAudit, LengthEffect
+from dpo_cli.analysis.reliability import TENTATIVE, Reliability, verdict
 from dpo_cli.judges._ranking import label_of
 from dpo_cli.statistics import Interval
 from dpo_cli.view.braille import interval

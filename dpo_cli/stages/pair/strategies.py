@@ -69,5 +69,5 @@ def weigh(gaps: Sequence[float | None], weights: str) -> list[float]:
             shared out by score gap.
     """
     if weights == "prompt" or None in gaps:
-        return [1 / len(gaps)] * len(gaps)
+        return [1 / len(gaps) for _ in gaps]  # also of a prompt without pairs
     return [gap / sum(filter(None, gaps)) for gap in gaps if gap is not None]
