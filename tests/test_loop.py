@@ -187,3 +187,26 @@ def test_what_the_kl_guard_halves_and_doubles_is_in_force_at_the_next_step(start
         "halve_lr", "raise_beta", "halve_lr", "stop",
     ]  # fmt: skip
     assert result.ended == "kl_limit" and "no checkpoint is within the KL limit" in result.reasons[-1]
+
+
+@pytest.mark.parametrize("most", [10_000, 60_000], ids=["the adapter", "the optimizer"])
+def test_a_checkpoint_that_can_not_be_written_leaves_the_one_before_and_the_same_command_goes_on(start, tmp_path, most):
+    """The system refuses files beyond a size from step 4 on, as a full disk does."""
+    import resource
+
+    from dpo_cli.errors import Exit
+
+    def fill():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+
+    config = config_of(start, tmp_path, "train.save_total_limit=2")
+    try:
+        with pytest.raises(UserError, match="checkpoint-6 can't be saved: .*; checkpoint-3 is whole") as refused:
+            train.run(config, AtStep(4, fill))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert refused.value.code == Exit.FAILED and "the same command goes on from step 3" in refused.value.hint
+    assert [path.name for path in (tmp_path / "runs/dpo/checkpoints").iterdir()] == ["checkpoint-3"]
+    assert train.run(config, Silent()).resumed_from == 3
+    train.run(config_of(start, tmp_path / "whole"), Silent())
+    assert metrics(tmp_path / "runs/dpo") == metrics(tmp_path / "whole/runs/dpo")

@@ -170,6 +170,16 @@ def publish(checkpoint: Path, folder: Path, base: str, tokenizer: Path | None = 
     replaced = folder.with_name(f".{folder.name}.old")
     for left in (staged, replaced):
         shutil.rmtree(left, ignore_errors=True)
+    with files.explained(staged):
+        _stage(checkpoint, staged, base, tokenizer)
+        if folder.exists():
+            folder.rename(replaced)
+        staged.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _stage(checkpoint: Path, staged: Path, base: str, tokenizer: Path | None) -> None:
+    """Copy what is published of a checkpoint."""
     staged.mkdir(parents=True)
     if (checkpoint / ADAPTER_FILES[0]).exists():
         for name in ADAPTER_FILES:
@@ -181,10 +191,6 @@ def publish(checkpoint: Path, folder: Path, base: str, tokenizer: Path | None = 
         sources += [file for pattern in TOKENIZER_FILES for file in (tokenizer.glob(pattern) if tokenizer else ())]
         for source in filter(Path.exists, sources):
             shutil.copyfile(source, staged / source.name)
-    if folder.exists():
-        folder.rename(replaced)
-    staged.rename(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def weights_file(folder: Path) -> Path:

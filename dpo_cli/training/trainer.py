@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import resource
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,29 +18,32 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from safetensors import SafetensorError
 from transformers import (
     BitsAndBytesConfig,
     GenerationConfig,
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging as transformers_logging
 
 from dpo_cli import errors
 from dpo_cli.base_model import check_base
 from dpo_cli.config.settings import ModelSection, TrainingSection
 from dpo_cli.data.files import write_json
-from dpo_cli.errors import UserError
+from dpo_cli.errors import Exit, UserError
 from dpo_cli.model_loading import check_targets, explained, load_network, load_tokenizer, routers
 from dpo_cli.progress import Progress
 from dpo_cli.training import guards
 from dpo_cli.training.arguments import uses_bf16
 from dpo_cli.training.encode import Encoder
 from dpo_cli.training.guards import GuardState
-from dpo_cli.training.run_folder import GUARDS, mark_complete, metric_rows
+from dpo_cli.training.run_folder import GUARDS, RunFolder, mark_complete, metric_rows
 from dpo_cli.training.trained_parameters import split_targets
 
 METERS = "meters.json"
+FULL = 1e6  # bytes; what is left of a disk on which nothing more goes
 LIBRARIES = ("transformers", "trl", "peft", "accelerate", "datasets", "torch")
 
 
@@ -91,15 +95,21 @@ class ResumableTrainer:
             self.model.save_pretrained(output_dir, state_dict=state_dict, max_shard_size="1TB")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)  # type: ignore[misc]
-        meters = self._remembered_meters or self.meters()
-        self.accelerator.wait_for_everyone()  # each process adds its random state
-        if not self.args.should_save:
-            return
         checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        (checkpoint / METERS).write_text(json.dumps(meters))
-        write_json(checkpoint / GUARDS, self.guard_state)
-        mark_complete(checkpoint)
+        kept, self.args.save_total_limit = self.args.save_total_limit, None  # none goes before this one is whole
+        try:
+            with saved_whole(checkpoint):
+                super()._save_checkpoint(model, trial)  # type: ignore[misc]
+                meters = self._remembered_meters or self.meters()
+                self.accelerator.wait_for_everyone()  # each process adds its random state
+                if not self.args.should_save:
+                    return
+                (checkpoint / METERS).write_text(json.dumps(meters))
+                write_json(checkpoint / GUARDS, self.guard_state)
+                mark_complete(checkpoint)
+        finally:
+            self.args.save_total_limit = kept
+        rotate_checkpoints(self.args.output_dir, kept, self.state.best_model_checkpoint, use_mtime=True)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         # Which checkpoint rotation keeps: transformers would look at the metric alone, not at KL.
@@ -162,6 +172,32 @@ class ResumableTrainer:
         self._total_train_tokens = meters["tokens"]
         self._metrics["train"].update(meters["metrics"])
         self.owes_evaluation = meters["owes_evaluation"]
+
+
+@contextmanager
+def saved_whole(checkpoint: Path) -> Iterator[None]:
+    """Save a checkpoint within; one that can't be saved is removed, and the one before is named.
+
+    Raises:
+        UserError: the disk is full, or can't be written.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (UserError, OSError, RuntimeError, SafetensorError) as error:  # torch's own is a RuntimeError
+        free = shutil.disk_usage(checkpoint.parent).free
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        newest = max(RunFolder(checkpoint.parent.parent).complete_checkpoints(), default=0)
+        said = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
+        said = "the disk is full" if free < FULL else f"{said} ({free / 1e9:,.1f} GB are free there)"
+        raise UserError(
+            f"{checkpoint.name} can't be saved: {said}; "
+            + (f"checkpoint-{newest} is whole" if newest else "there is none before it"),
+            where=str(checkpoint.parent),
+            hint="make room; then the same command goes on from " + (f"step {newest}" if newest else "the start"),
+            code=Exit.FAILED,
+        ) from error
 
 
 def load_base(folder: Path, section: TrainingSection) -> Any:
