@@ -201,7 +201,7 @@ def test_a_checkpoint_that_can_not_be_written_leaves_the_one_before_and_the_same
 
     config = config_of(start, tmp_path, "train.save_total_limit=2")
     try:
-        with pytest.raises(UserError, match="checkpoint-6 can't be saved: .*; checkpoint-3 is whole") as refused:
+        with pytest.raises(UserError, match=r"checkpoint-6 can't be saved: .*; checkpoint-3 is whole") as refused:
             train.run(config, AtStep(4, fill))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
