@@ -7,6 +7,8 @@ stdout, progress and errors to stderr. Flags take their names, help and defaults
 import inspect as introspect
 import os
 import re
+import shlex
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from functools import cache
@@ -96,6 +98,7 @@ CHOICES = {
 
 # Flags whose name is not the setting's own.
 FLAGS = {"model.name": "--model", "judge.model": "--model"}
+RESUMABLE = ("generate", "judge", "train", "evaluate", "run", "push")  # the same command goes on where it ended
 METAVARS = {"generate.extra_body": "JSON", "judge.extra_body": "JSON"}
 
 
@@ -201,6 +204,11 @@ def command(
                 finish_replacement(session.data)
                 with closing(session):
                     code = function(session, **given)
+            except KeyboardInterrupt as error:
+                if debug:
+                    raise
+                _say(UserError(str(error) or "interrupted", hint=_same_command(name)))
+                code = Exit.INTERRUPTED
             except UserError as error:
                 if debug:
                     raise
@@ -254,6 +262,15 @@ def _check_choices(resolved: Resolved) -> None:
         value = resolve.get(resolved.config, key)
         if value not in choices:
             raise UserError(f"{key} = '{value}' (from {resolved.sources[key]})", hint=f"one of: {', '.join(choices)}")
+
+
+def _same_command(name: str) -> str | None:
+    """What goes on with an interrupted command; None: it begins anew whatever is typed."""
+    if name not in RESUMABLE:
+        return None
+    return (
+        f"{shlex.join(['nothing-dpo', *(one for one in sys.argv[1:] if one != '--fresh')])}, which goes on from there"
+    )
 
 
 def _say(error: UserError) -> None:

@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -387,6 +388,7 @@ def test_an_interrupt_exits_130_and_the_next_run_goes_on(folder):
         _, errors = process.communicate(timeout=30)
         assert process.returncode == Exit.INTERRUPTED
         assert "Traceback" not in errors
+        assert re.search(r"next: nothing-dpo generate .*, which goes on from there", errors), errors
         process = command(server)
         process.communicate()
         assert process.returncode == 0

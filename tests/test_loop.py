@@ -210,3 +210,54 @@ def test_a_checkpoint_that_can_not_be_written_leaves_the_one_before_and_the_same
     assert train.run(config, Silent()).resumed_from == 3
     train.run(config_of(start, tmp_path / "whole"), Silent())
     assert metrics(tmp_path / "runs/dpo") == metrics(tmp_path / "whole/runs/dpo")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_reference_is_computed_keeps_what_there_is_of_it(start, tmp_path, monkeypatch, number):
+    from dpo_cli.errors import Exit
+    from dpo_cli.training.forward import reference_cache
+
+    monkeypatch.setattr(reference_cache, "TOKENS", 200)  # a group is a pair or two
+    config, calls = config_of(start, tmp_path, "train.keep_reference=true", "train.max_steps=2"), []
+    compute = reference_cache._compute
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), number)
+        return compute(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reference_cache, "_compute", interrupted)
+        with pytest.raises((UserError, KeyboardInterrupt), match="before the first step; the reference of") as stopped:
+            train.run(config, Silent())
+    assert len(calls) == 3
+    if number == signal.SIGTERM:
+        assert stopped.value.code == Exit.PREEMPTED and "the same command goes on" in stopped.value.hint
+    progress = Lines()
+    train.run(config, progress)
+    known = next(line for line in progress.lines if "pairs are known" in line).rpartition("; ")[2]
+    assert known.split()[0] != "0" and f"reference of {known.removesuffix(' pairs are known')}" in str(stopped.value)
+    train.run(config_of(start, tmp_path / "whole", "train.keep_reference=true", "train.max_steps=2"), Silent())
+    assert metrics(tmp_path / "runs/dpo") == metrics(tmp_path / "whole/runs/dpo")
+
+
+@pytest.mark.parametrize("phase", ["encode_rows", "load_network"])
+def test_sigterm_before_there_is_a_trainer_ends_the_run_at_once(start, tmp_path, monkeypatch, phase):
+    from dpo_cli.errors import Exit
+    from dpo_cli.training import encoded_rows, trainer
+
+    module = {"encode_rows": encoded_rows, "load_network": trainer}[phase]
+
+    def interrupted(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("it went on")
+
+    config = config_of(start, tmp_path, "train.max_steps=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, phase, interrupted)
+        with pytest.raises(UserError, match="stopped by SIGTERM before the first step") as stopped:
+            train.run(config, Silent())
+    assert stopped.value.code == Exit.PREEMPTED
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert train.run(config, Silent()).step == 1

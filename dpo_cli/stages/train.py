@@ -6,6 +6,7 @@ and does nothing for one that is finished. Importing this needs no torch.
 """
 
 import math
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from dpo_cli.data import files, jsonl
 from dpo_cli.data.files import sha256
 from dpo_cli.data.formats.prompts import counted
 from dpo_cli.errors import Exit, UserError
+from dpo_cli.interrupts import Interrupted, Stop, interruptible
 from dpo_cli.progress import Progress, Silent
 from dpo_cli.safe_text import check_run_name
 from dpo_cli.training import distributed, plan
@@ -150,7 +152,10 @@ def run(
         if distributed.broadcast(trains):
             progress.begin("train", result.steps, result.resumed_from or 0)
             try:
-                _train(config, stage, base, adapter, inputs, RunContext(folder, events, progress, pause_at))
+                with Stop() as stop:  # before the trainer has one of its own
+                    _train(config, stage, base, adapter, inputs, RunContext(folder, events, progress, pause_at))
+            except Interrupted:
+                raise stopped_early(stop, folder) from None
             except UserError as error:
                 if error.code != Exit.PREEMPTED:
                     events.append(event("refused", max(checkpoints, default=0), reason=error.message))
@@ -164,6 +169,16 @@ def run(
         if pause_at is not None and not _is_trained(folder):
             return _paused(result, folder, config, pause_at)
         return _finish(result, folder, output, config, base, inputs, identity, progress)
+
+
+def stopped_early(stop: Stop, folder: RunFolder) -> BaseException:
+    """What ends a run that a signal reached before there was a trainer."""
+    step = max(folder.complete_checkpoints(), default=0)
+    name = signal.Signals(stop.signal or signal.SIGTERM).name
+    said = f"stopped by {name} " + (f"before it went on; step {step} is saved" if step else "before the first step")
+    if stop.signal == signal.SIGINT:
+        return KeyboardInterrupt(said)
+    return UserError(said, where=str(folder.path), hint="the same command goes on from there", code=Exit.PREEMPTED)
 
 
 def _assist(
@@ -189,7 +204,8 @@ def _train(
 
     section = config.train if stage == "dpo" else config.sft
     with trainer.redirect_logs(run.progress), trackers.tracked(section, run.folder.path, run.progress):
-        encoder, rows, held_out = encode_inputs(config.model, section, base, inputs, run)
+        with interruptible():
+            encoder, rows, held_out = encode_inputs(config.model, section, base, inputs, run)
         if stage == "dpo":
             from dpo_cli.training import dpo
 

@@ -36,6 +36,7 @@ from dpo_cli.adapter import FOLD
 from dpo_cli.config.settings import Config, TrainSection
 from dpo_cli.data import jsonl
 from dpo_cli.errors import UserError
+from dpo_cli.interrupts import interruptible
 from dpo_cli.model_loading import attach, file_weights, fold, load_network
 from dpo_cli.training import distributed, losses
 from dpo_cli.training.arguments import arguments
@@ -302,7 +303,8 @@ def train(
     pair_loss = losses.make(section, rows)
 
     def make(state: GuardState) -> DpoTrainer:
-        policy, reference = _models(section, base, adapter, run)
+        with interruptible():
+            policy, reference = _models(section, base, adapter, run)
         asked = arguments(section, run.folder, bool(held_out), *BEST, len(rows), state, checkpointing)
         lora = None if adapter is not None or section.full else fresh_lora(section, policy, run.progress)
         try:

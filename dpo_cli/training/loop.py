@@ -10,7 +10,7 @@ import gc
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import msgspec
 import torch
@@ -19,7 +19,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from dpo_cli.config.settings import GateSection
 from dpo_cli.data import jsonl
 from dpo_cli.errors import Exit, UserError
-from dpo_cli.interrupts import Stop
+from dpo_cli.interrupts import Interrupted, Stop
 from dpo_cli.training import distributed, guards
 from dpo_cli.training.guards import GuardFinding, GuardState
 from dpo_cli.training.remedies import REMEDIES, advice
@@ -27,10 +27,6 @@ from dpo_cli.training.run_folder import RunContext, metric_rows
 from dpo_cli.training.trainer import Diverged, peak_memory
 
 LoopResult = Literal["done", "stopped", "rollback", "nan", "out_of_memory"]
-
-
-class Interrupted(Exception):
-    """A signal came in the middle of a step; the step before is saved."""
 
 
 class RunCallback(TrainerCallback):  # type: ignore[misc]
@@ -194,7 +190,10 @@ def fit(
     state = folder.guard_state()
     with Stop() as stop:
         while state.ended is None:
-            outcome, step, trainer = _attempt(make, run, stop, state, gate)
+            try:
+                outcome, step, trainer = _attempt(make, run, stop, state, gate)
+            except Interrupted as early:  # before the first step of this attempt
+                _raise_stopped(stop, max(folder.complete_checkpoints(), default=0), run, str(early))
             forwards = trainer.args.gradient_accumulation_steps * distributed.count()
             batch = trainer.args.per_device_train_batch_size, forwards
             eval_batch, budget = trainer.args.per_device_eval_batch_size, trainer.token_budget
@@ -303,18 +302,16 @@ def _roll_back(run: RunContext, state: GuardState, step: int, gate: GateSection 
     run.progress.log(f"step {step}: rolled back to {f'checkpoint-{good}' if good else 'the start'}")
 
 
-def _raise_stopped(stop: Stop, step: int, run: RunContext) -> None:
+def _raise_stopped(stop: Stop, step: int, run: RunContext, early: str = "") -> NoReturn:
+    """End a run on a signal; `early` is what was kept where no step was taken."""
     assert stop.signal is not None
     saved = max(run.folder.complete_checkpoints(), default=0)
     run.record("stopped", step, signal=signal.Signals(stop.signal).name)
+    came_to = f"after step {step}; step {saved} is saved" if step else "before the first step"
+    said = "; ".join(filter(None, (f"stopped by {signal.Signals(stop.signal).name} {came_to}", early)))
     if stop.signal == signal.SIGINT:
-        raise KeyboardInterrupt
-    raise UserError(
-        f"stopped by SIGTERM after step {step}; step {saved} is saved",
-        where=str(run.folder.path),
-        hint="the same command goes on from there",
-        code=Exit.PREEMPTED,
-    )
+        raise KeyboardInterrupt(said)
+    raise UserError(said, where=str(run.folder.path), hint="the same command goes on from there", code=Exit.PREEMPTED)
 
 
 def _evaluation(row: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from trl import SFTConfig, SFTTrainer
 
 from dpo_cli.config.settings import SftSection
 from dpo_cli.errors import UserError
+from dpo_cli.interrupts import interruptible
 from dpo_cli.training.arguments import arguments
 from dpo_cli.training.encode import EncodedRow
 from dpo_cli.training.encoded_rows import columns
@@ -56,7 +57,8 @@ def train(
     """
 
     def make(state: GuardState) -> SftTrainer:
-        model = load_base(base, section)
+        with interruptible():
+            model = load_base(base, section)
         lora = fresh_lora(section, model, run.progress)
         try:
             trainer = SftTrainer(

@@ -26,8 +26,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from trl.trainer.utils import use_adapter
 
+from dpo_cli import interrupts
 from dpo_cli.data.resumable import Resumable
 from dpo_cli.errors import Exit, UserError
+from dpo_cli.interrupts import Interrupted
 from dpo_cli.progress import Progress
 from dpo_cli.training import distributed
 from dpo_cli.training.forward.collator import PairCollator, row_key, row_keys
@@ -69,6 +71,7 @@ def keep_reference(trainer: Any, folder: Path, progress: Progress, wanted: bool 
 
     Raises:
         UserError: what is kept is not what the reference computes, or memory does not suffice for one pair.
+        Interrupted: a signal came; what was computed is kept.
     """
     collator: PairCollator = trainer.data_collator
     if wanted is False or not collator.pack:
@@ -107,12 +110,16 @@ def keep_reference(trainer: Any, folder: Path, progress: Progress, wanted: bool 
         for first in range(0, len(groups), distributed.count()):
             # Each process computes a group; where fewer are left than processes, some compute the same one.
             own = groups[min(first + distributed.rank(), len(groups) - 1)]
-            computed = distributed.gather(_compute_what_fits(trainer, [read(pairs[pair]) for pair in own]))
-            for id, log_probs in dict(itertools.chain(*computed)).items():
+            mine = _compute_what_fits(trainer, [read(pairs[pair]) for pair in own])
+            gathered = distributed.gather((mine, interrupts.noted()))
+            for id, log_probs in dict(itertools.chain(*(computed for computed, _ in gathered))).items():
                 if id in missing:
                     known[id] = row = Known(id, bytearray(log_probs.numpy().tobytes()))
                     if kept:
                         kept.deliver(row)
+            if any(signal is not None for _, signal in gathered):
+                there = sum(all(id in known for id in pair) for pair in pairs)
+                raise Interrupted(f"the reference of {there} of {len(pairs)} pairs is kept")
     collator.reference = {id: row.tensor() for id, row in known.items()}
 
 
