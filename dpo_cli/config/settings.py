@@ -208,7 +208,10 @@ class TrainingSection(Struct, kw_only=True):
     batch_per_gpu: Annotated[
         bool, _doc("Rows a step are for each GPU; else for all together, so that more GPUs train the same.")
     ] = False
-    bf16: Annotated[bool | None, _doc("bfloat16 compute; unset: on a GPU that has it.")] = None
+    bf16: Annotated[
+        bool | None,
+        _doc("bfloat16 compute; unset: on a GPU that has it, and from 50 million weights on on a CPU that has it."),
+    ] = None
     gradient_checkpointing: Annotated[
         bool | None, _doc("Trade time for memory at the same loss; unset: on a GPU that needs it.")
     ] = None

@@ -33,6 +33,7 @@ from dpo_cli.training.fold import fold_base, folded
 from dpo_cli.training.gates import check_gates, describe, has_moved, open_gates, why_unmoved, worst
 from dpo_cli.training.guards import KL, best_step
 from dpo_cli.training.inputs import Inputs, Stage, download_base, read_inputs
+from dpo_cli.training.precision import with_precision
 from dpo_cli.training.preflight import of_encoded
 from dpo_cli.training.run_folder import (
     RunContext,
@@ -117,6 +118,7 @@ def run(
         result.step = max(folder.complete_checkpoints(), default=0)
         return result
     check_device(found, card, section.allow_cpu, config.model.base)
+    config = with_precision(config, stage, found, adapter.path if adapter else None, progress)
     if not distributed.is_main_process():
         return _assist(result, config, base, adapter, inputs, folder)
     if fresh and not (submission and folder.submission() == submission):

@@ -9,6 +9,7 @@ from dpo_cli.errors import UserError
 from dpo_cli.training import distributed
 from dpo_cli.training.guards import GuardState
 from dpo_cli.training.plan import capped_steps
+from dpo_cli.training.precision import uses_bf16
 from dpo_cli.training.run_folder import RunFolder
 from dpo_cli.training.trackers import PROJECT, tracker
 
@@ -126,10 +127,3 @@ def fully_sharded(section: TrainingSection) -> dict[str, Any]:
         "fsdp": True,
         "fsdp_config": {"state_dict_type": "FULL_STATE_DICT", "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"},
     }
-
-
-def uses_bf16(section: TrainingSection) -> bool:
-    """Whether to compute in bfloat16: as set, else where a GPU has it; never on a CPU without being asked."""
-    if section.bf16 is not None:
-        return section.bf16
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()

@@ -8,7 +8,8 @@ whole models, bases in 4 bits.
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -106,8 +107,14 @@ def _kl(network: Any, config: Config, encoder: Encoder, prompts: list[list[int]]
     stops = encoder.stop_ids
     pad = min(stops) if pad is None else pad
     seed, tokens = config.train.seed, config.train.kl_tokens
-    completions = sample(network, prompts, tokens, pad, stops, seed, nullcontext, lambda *_: False)
-    return kl(network, lambda: _reference(network), prompts, completions, nullcontext, lambda *_: False)[0]
+    autocast = partial(_autocast, network)
+    completions = sample(network, prompts, tokens, pad, stops, seed, autocast, lambda *_: False)
+    return kl(network, lambda: _reference(network), prompts, completions, autocast, lambda *_: False)[0]
+
+
+def _autocast(network: Any) -> AbstractContextManager[Any]:
+    """The precision of training."""
+    return torch.autocast(network.device.type, torch.bfloat16, enabled=network.dtype == torch.bfloat16)
 
 
 @contextmanager
@@ -152,5 +159,6 @@ def _evaluate(network: Any, rows: list[Sequences], beta: float) -> dict[str, flo
 @torch.no_grad()
 def _log_prob(network: Any, prompt: list[int], completion: list[int]) -> float:
     ids = torch.tensor([prompt + completion], device=network.device)
-    logits = network(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
+    with _autocast(network):
+        logits = network(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
     return float(logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None]).sum())

@@ -36,9 +36,9 @@ from dpo_cli.errors import Exit, UserError
 from dpo_cli.model_loading import check_targets, explained, load_network, load_tokenizer, routers
 from dpo_cli.progress import Progress
 from dpo_cli.training import guards
-from dpo_cli.training.arguments import uses_bf16
 from dpo_cli.training.encode import Encoder
 from dpo_cli.training.guards import GuardState
+from dpo_cli.training.precision import keep_states_precise, uses_bf16
 from dpo_cli.training.run_folder import GUARDS, RunFolder, mark_complete, metric_rows
 from dpo_cli.training.trained_parameters import split_targets
 
@@ -201,7 +201,7 @@ def saved_whole(checkpoint: Path) -> Iterator[None]:
 
 
 def load_base(folder: Path, section: TrainingSection) -> Any:
-    """The base model: in 4 bits if asked for or stored so, else in bfloat16 if that is what it computes in on this GPU.
+    """The base model: in 4 bits if asked for or stored so, else in bfloat16 if that is what it computes in.
 
     Raises:
         UserError: it can't be loaded, or its weights are quantised in a way that can't be trained on.
@@ -215,8 +215,10 @@ def load_base(folder: Path, section: TrainingSection) -> Any:
             hint="use the model as it was before it was quantised; --set train.load_in_4bit=true saves as much memory",
         )
     if not (section.load_in_4bit or stored):
-        dtype = torch.bfloat16 if uses_bf16(section) and torch.cuda.is_available() else torch.float32
-        return load_network(folder, dtype)
+        if not uses_bf16(section):
+            return load_network(folder, torch.float32)
+        network = load_network(folder, torch.bfloat16)
+        return network if torch.cuda.is_available() else keep_states_precise(network)
     errors.require("qlora", "a base in 4 bits")
     if stored:
         model = load_network(folder, torch.bfloat16)

@@ -37,8 +37,11 @@ VARIANTS = {
         Variant("TRL, compact", compact=True),
         Variant("TRL, compact, grouped", compact=True, grouped=True),
         Variant("TRL, compact, grouped, kept reference", compact=True, grouped=True, kept=True),
+        Variant("TRL, bfloat16", bf16=True),
         Variant("ours", ours=True),
         Variant("ours, kept reference", ours=True, kept=True),
+        Variant("ours, bfloat16", ours=True, bf16=True),
+        Variant("ours, bfloat16, kept reference", ours=True, kept=True, bf16=True),
     ],
     "sft": [
         Variant("TRL as it comes"),
@@ -80,13 +83,15 @@ def demonstrations(pairs: list[dict[str, list[int]]]) -> list[dict[str, list[int
 
 
 def measure(
-    stage: str, size: str, name: str, pairs: list[dict[str, list[int]]], batch: int, rank: int, folder: Path
-) -> list[dict[str, Any]]:
-    """One line a variant."""
+    stage: str, size: str, name: str, pairs: list[dict[str, list[int]]], batch: int, rank: int, folder: Path,
+    names: list[str],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """One line a variant of these names."""
     examples = pairs if stage == "dpo" else demonstrations(pairs)
     made = [
         Remote(variant, stage, size, examples, batch, folder / str(number), rank)
         for number, variant in enumerate(VARIANTS[stage])
+        if variant.name in names
     ]
     steps = len(pairs) // batch
     for step in range(-1, steps):  # the first one warms up
@@ -185,10 +190,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rank", type=int, default=32 if CUDA else 8)
+    parser.add_argument("--bf16", action="store_true", help="also bfloat16, on a CPU; a GPU computes in it anyway")
+    parser.add_argument("--only", nargs="*", help="names of variants; the first is what ratios are of")
     parser.add_argument("--svg", type=Path, help="where to write the plot")
     parser.add_argument("--results", type=Path, help="JSONL file of earlier results, to be added to")
     options = parser.parse_args()
     quiet()
+    of_stage = [variant for variant in VARIANTS[options.stage] if options.bf16 or not variant.bf16]
+    names = options.only or [variant.name for variant in of_stage]
     lines = _read(options.results)
     with tempfile.TemporaryDirectory() as folder:
         for size in [options.base] if options.base else options.models:
@@ -202,7 +211,7 @@ def main() -> None:
                 sets["real"] = encoded(options.rows, count, options.base, vocabulary, Path(folder) / "base")
             for number, (name, pairs) in enumerate(sets.items()):
                 place = Path(folder) / Path(size).name / str(number)
-                lines += measure(options.stage, size, name, pairs, options.batch, options.rank, place)
+                lines += measure(options.stage, size, name, pairs, options.batch, options.rank, place, names)
                 print(table([line for line in lines if _same_set(line, lines[-1])]), flush=True)
                 if options.results:
                     options.results.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -30,6 +30,7 @@ from trl import DPOConfig, SFTConfig, SFTTrainer
 
 from dpo_cli.progress import Silent
 from dpo_cli.training.forward import packed, reference_cache
+from dpo_cli.training.precision import keep_states_precise
 
 MODELS: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -53,7 +54,8 @@ class Variant(Struct, frozen=True):
     """What is measured.
 
     `ours` or TRL's trainer; `compact`: TRL scores completions only, as on a GPU; `kept`: the reference's
-    log-probabilities are at hand; `grouped`: batches of like lengths; `liger`: TRL's `use_liger_kernel`.
+    log-probabilities are at hand; `grouped`: batches of like lengths; `liger`: TRL's `use_liger_kernel`; `bf16`:
+    bfloat16 as each of the two has it on a CPU, ours with a base in it, TRL with autocast alone.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Variant(Struct, frozen=True):
     kept: bool = False
     grouped: bool = False
     liger: bool = False
+    bf16: bool = False
 
 
 class PlainSft(SFTTrainer):
@@ -90,7 +93,7 @@ class Child:
         folder: for files.
         rank: of the LoRA adapter.
         checkpointing: gradient checkpointing.
-        bf16: bfloat16 compute; the base's weights are in it on a GPU.
+        bf16: bfloat16 compute; the base's weights are in it on a GPU, and on a CPU where it is ours.
     """
 
     def __init__(
@@ -99,7 +102,8 @@ class Child:
     ) -> None:  # fmt: skip
         if variant.compact:
             trl.trainer.utils._use_triton = lambda device: True
-        model = network(size, rank)
+        bf16 = bf16 or variant.bf16
+        model = network(size, rank, CUDA or (bf16 and variant.ours))
         settings: dict[str, Any] = {
             "output_dir": str(folder), "bf16": bf16, "report_to": "none", "max_length": None,
             "gradient_checkpointing": checkpointing, "per_device_train_batch_size": batch, "learning_rate": 1e-4,
@@ -160,20 +164,25 @@ def clock() -> float:
     return time.perf_counter() if CUDA or torch.get_num_threads() > 1 else time.process_time()
 
 
-def network(size: str, rank: int) -> Any:
-    """A model with a random LoRA, always the same."""
+def network(size: str, rank: int, bf16: bool = CUDA) -> Any:
+    """A model with a random LoRA, always the same; `bf16`: its base's weights are bfloat16."""
     torch.manual_seed(0)
+    dtype = torch.bfloat16 if CUDA else torch.float32
     if size in MODELS:
         settings = {"max_position_embeddings": 4096, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
         with torch.device("cuda" if CUDA else "cpu"):
-            model = AutoModelForCausalLM.from_config(
-                LlamaConfig(**MODELS[size], **settings), dtype=torch.bfloat16 if CUDA else torch.float32
-            )
+            model = AutoModelForCausalLM.from_config(LlamaConfig(**MODELS[size], **settings), dtype=dtype)
     else:
-        model = AutoModelForCausalLM.from_pretrained(size, dtype=torch.bfloat16 if CUDA else torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(size, dtype=dtype)
         model.to("cuda" if CUDA else "cpu")
+    weights = list(model.parameters())
     lora = LoraConfig(task_type="CAUSAL_LM", r=rank, target_modules="all-linear", init_lora_weights=size not in MODELS)
-    return get_peft_model(model, lora)
+    adapted = get_peft_model(model, lora)
+    if bf16 and not CUDA:  # as `load_base` has it, except that LoRA starts from the same weights as over float32
+        for weight in weights:
+            weight.data = weight.data.bfloat16()
+        keep_states_precise(model)
+    return adapted
 
 
 def perturb(model: Any) -> None:

@@ -42,6 +42,8 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     dropout = getattr(layer.lora_dropout[name], "p", 0.0) > 0
     if name in layer.lora_variant or dropout or not one_precision:
         return type(layer).forward(layer, x)
-    base = layer.base_layer(x)
-    inner = torch.nn.functional.linear(x, a).flatten(0, -2)
-    return torch.addmm(base.flatten(0, -2), inner, b.t(), alpha=layer.scaling[name]).view(base.shape)
+    rows = x.flatten(0, -2)  # no views: autograd would copy what is changed in place through one
+    base = layer.base_layer(rows)
+    inner = torch.nn.functional.linear(rows, a)
+    # In place: nothing that made `base` needs it for its gradient. Autocast leaves such calls alone.
+    return base.addmm_(inner, b.t().to(base.dtype), alpha=layer.scaling[name]).view(*x.shape[:-1], -1)
