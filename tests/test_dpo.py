@@ -85,6 +85,10 @@ def test_step_zero_passes_in_every_precision(trainer_of, dtype, checkpointing):
     trainer = trainer_of("train.max_steps=1", f"train.bf16={dtype}", f"train.gradient_checkpointing={checkpointing}")
     trainer.train()
     assert trainer.state.global_step == 1
+    types = {"lora" in name: value.dtype for name, value in trainer.model.named_parameters()}
+    assert {lora: str(kind) for lora, kind in types.items()} == {
+        True: "torch.float32", False: "torch.bfloat16" if dtype == "true" else "torch.float32"
+    }  # fmt: skip
 
 
 def test_gradient_checkpointing_changes_no_loss(trainer_of):

@@ -62,7 +62,9 @@ def test_a_run_comes_to_what_trl_comes_to(start, trls, tmp_path, sets, choice, a
             assert abs(ours[name] - value) <= 2e-5 * max(1, abs(value)), (theirs["step"], name)
 
 
-@pytest.mark.parametrize("sets", [("train.tokens_per_batch=150",), ("train.keep_reference=false",)], ids=str)
+@pytest.mark.parametrize(
+    "sets", [("train.tokens_per_batch=150",), ("train.keep_reference=false",), ("train.bf16=true",)], ids=str
+)
 def test_a_run_that_was_killed_or_stopped_goes_on_exactly(start, tmp_path, sets):
     whole, _ = run(start, tmp_path / "whole", *sets)
     config = config_of(start, tmp_path, *sets)

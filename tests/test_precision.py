@@ -1,0 +1,138 @@
+"""bfloat16 on a CPU: when it is chosen, how near it is to float32 beside TRL's, what it keeps exact."""
+
+import math
+
+import pytest
+import torch
+from packing import Packed, Plain, configuration, make, outcome
+from training import Lines, config_of, read_rows
+
+from dpo_cli.base_model import Base
+from dpo_cli.data.files import write_json
+from dpo_cli.stages import train
+from dpo_cli.training import precision
+from dpo_cli.training.forward import log_probs, packed
+from dpo_cli.weights import Tensor
+
+torch.set_num_threads(1)
+
+
+def base_of(folder, weights, quantised=None):
+    shapes = {"one": Tensor("BF16", [weights // 1000, 1000], (0, 2 * weights))}
+    return Base(folder=folder, config={"model_type": "llama"}, shapes=shapes, quantised=quantised)
+
+
+@pytest.mark.parametrize("stage", ["dpo", "sft"])
+@pytest.mark.parametrize(
+    ("capability", "weights", "sets", "quantised", "bias", "chosen"),
+    [
+        ("avx512_bf16", 60_000_000, {}, None, "none", True),
+        ("amx_bf16", 60_000_000, {}, None, "none", True),
+        ("avx512_f", 60_000_000, {}, None, "none", None),
+        ("avx512_bf16", 40_000_000, {}, None, "none", None),
+        ("avx512_bf16", 60_000_000, {"bf16": False}, None, "none", False),
+        ("avx512_bf16", 60_000_000, {"load_in_4bit": True}, None, "none", None),
+        ("avx512_bf16", 60_000_000, {}, "bitsandbytes", "none", None),
+        ("avx512_bf16", 60_000_000, {}, None, "lora_only", None),
+    ],
+    ids=["AVX512-BF16", "AMX", "neither", "small", "as set", "4 bits", "stored in 4 bits", "biases"],
+)
+def test_it_is_chosen_where_it_pays(
+    tmp_path, monkeypatch, start, stage, capability, weights, sets, quantised, bias, chosen
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True})
+    section = {"dpo": "train", "sft": "sft"}[stage]
+    config = config_of(start, tmp_path, *(f"{section}.{name}={str(value).lower()}" for name, value in sets.items()))
+    write_json(tmp_path / "adapter_config.json", {"bias": bias})
+    said = Lines()
+    found = precision.with_precision(config, stage, base_of(tmp_path, weights, quantised), tmp_path, said)
+    assert getattr(found, section).bf16 is chosen
+    assert any(f"{section}.bf16 = false" in line for line in said.lines) == (chosen is True)
+
+
+def test_weights_that_are_all_trained_stay_as_they_are(tmp_path, monkeypatch, start):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    config = config_of(start, tmp_path, "train.full=true")
+    assert precision.with_precision(config, "dpo", base_of(tmp_path, 60_000_000), None, Lines()) is config
+
+
+def in_bf16(trainer):
+    """As `load_base` loads a base in bfloat16, under the LoRA that is here."""
+    for name, value in trainer.model.named_parameters():
+        if "lora_" not in name:
+            value.data = value.data.bfloat16()
+    precision.keep_states_precise(trainer.model.get_base_model())
+    return trainer
+
+
+def test_losses_and_gradients_are_nearer_to_float32s_than_trls_bfloat16_is(tmp_path):
+    """On a base that is stored in bfloat16, as they are, with logits as high as a real model's."""
+    config = configuration("Llama", hidden_size=128, num_hidden_layers=4, intermediate_size=256)
+
+    def trainer(kind, **arguments):
+        made = make(kind, tmp_path, config, **arguments)
+        with torch.no_grad():
+            for name, value in made.model.named_parameters():
+                if "lora_" not in name:
+                    value.mul_(8 if "lm_head" in name else 3 if "proj" in name else 1).copy_(value.bfloat16())
+        return made
+
+    exact = outcome(trainer(Plain))
+    theirs = outcome(trainer(Plain, bf16=True))
+    mine = in_bf16(trainer(Packed, bf16=True))
+    assert packed.enable(mine) is None
+    ours = outcome(mine)
+
+    def off(found):
+        names = [name for name in exact["logged"] if "logps" in name or "entropy" in name]
+        logged = sum(abs(found["logged"][name] - exact["logged"][name]) for name in names)
+        gradient = sum((found["gradient"][n] - value).square().sum() for n, value in exact["gradient"].items())
+        return logged, math.sqrt(gradient / sum(value.square().sum() for value in exact["gradient"].values()))
+
+    (logged, gradient), (trls_logged, trls_gradient) = off(ours), off(theirs)
+    assert logged < trls_logged / 2 and gradient < 1.05 * trls_gradient < 0.1
+
+
+@pytest.mark.parametrize("needs_grad", [True, False])
+def test_the_heads_logits_are_rounded_by_their_distance_from_the_targets(needs_grad, monkeypatch):
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    monkeypatch.setattr(log_probs, "TILE", 8 * 500)
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(64, 500, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    topics = torch.randn(100, 64)  # five tokens of each, whose logits are near one another, at about 20
+    layer.weight.copy_(topics.repeat_interleave(5, 0) + 0.2 * torch.randn(500, 64))
+    hidden = (topics[:40] / 3).bfloat16().float()
+    targets = torch.arange(0, 200, 5) + torch.randint(5, (40,))
+    exact = hidden.double().requires_grad_(needs_grad)
+    chances = (exact @ layer.weight.double().t()).log_softmax(-1)
+    theirs, ours = (hidden.clone().requires_grad_(needs_grad) for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        trls, *_ = ChunkedLogProbFunction.apply(
+            theirs, layer.weight, None, targets, 1.0, 500, None, 1.0, log_probs.METRICS
+        )
+        found = log_probs.score(ours, layer, targets, None, metrics=True, squares=True)
+    expected = chances.gather(1, targets[:, None])[:, 0]
+    assert (found.log_probs - expected).norm() < 0.4 * (trls - expected).norm()
+    assert torch.allclose(found.entropy.double(), -(chances.exp() * chances).sum(-1), atol=6e-2)
+    assert torch.allclose(found.log_sum_sq_probs.double(), (2 * chances).exp().sum(-1).log(), atol=2e-2)
+    assert found.is_top1.tolist() == (expected >= chances.amax(-1)).tolist()
+    if needs_grad:
+        for loss in (expected.sum(), trls.sum(), found.log_probs.sum()):
+            loss.backward()
+        assert ours.grad.dtype == torch.float32
+        assert (ours.grad - exact.grad).norm() <= (theirs.grad - exact.grad).norm()
+
+
+def test_a_reference_kept_in_float32_is_not_that_of_bfloat16(tmp_path, start):
+    known = []
+    for bf16 in ("false", "true", "false", "true"):
+        said = Lines()
+        sets = ("train.max_steps=1", "train.keep_reference=true", f"train.bf16={bf16}")
+        train.run(config_of(start, tmp_path, *sets), said, fresh=True)
+        known += [line for line in said.lines if line.startswith("reference: kept")]
+        [zero] = [row for row in read_rows(tmp_path / "runs/dpo/events.jsonl") if row["event"] == "step_zero"]
+        assert zero["margin"] == 0 and abs(zero["loss"] - math.log(2)) < 1e-6
+    assert len(list((tmp_path / "runs/.reference").glob("*.jsonl"))) == 2
+    assert ["0 of" in line for line in known] == [True, True, False, False]
