@@ -38,11 +38,14 @@ def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     if name not in layer.lora_A or layer.disable_adapters or layer.merged or args or kwargs:
         return type(layer).forward(layer, x, *args, **kwargs)
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
-    one_precision = torch.is_autocast_enabled(x.device.type) or x.dtype == a.dtype == layer.base_layer.weight.dtype
+    autocast = torch.is_autocast_enabled(x.device.type)
+    one_precision = autocast or x.dtype == a.dtype == layer.base_layer.weight.dtype
     dropout = getattr(layer.lora_dropout[name], "p", 0.0) > 0
     if name in layer.lora_variant or dropout or not one_precision:
         return type(layer).forward(layer, x)
     rows = x.flatten(0, -2)  # no views: autograd would copy what is changed in place through one
+    if autocast:  # once, not for each product
+        rows = rows.to(torch.get_autocast_dtype(x.device.type))
     base = layer.base_layer(rows)
     inner = torch.nn.functional.linear(rows, a)
     # In place: nothing that made `base` needs it for its gradient. Autocast leaves such calls alone.
