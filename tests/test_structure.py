@@ -23,7 +23,7 @@ ROOMS = [
     "cli",
 ]  # fmt: skip
 HEAVY = frozenset({
-    "model_loading", "training/device_check",
+    "model_loading", "training/device_check", "training/precision",
     "training/arguments", "training/dpo", "training/kl", "training/loop", "training/losses", "training/merge_adapter",
     "training/reference_check", "training/retreat", "training/scale_adapter", "training/sft",
     "training/stack_adapters", "training/trainer",
