@@ -248,3 +248,24 @@ def test_sft_makes_the_adapter_that_dpo_starts_from(work):
     assert train.run(config, Silent()).step_zero.ok
     with pytest.raises(UserError, match="there is an SFT adapter already"):
         train.run(config, Silent(), stage="sft", name="again", data=data)
+
+
+def test_the_bar_has_the_steps_of_the_rows_that_are_trained_on(tmp_path, start):
+    """Half of the rows are refused, as they are too long; what is waited for before has a line of its own."""
+    folder, _ = start
+    rows = [pair(number) for number in range(16)]
+    for row in rows[::2]:
+        row["chosen"][0]["content"] *= 60
+    write_rows(tmp_path / "data" / "train.jsonl", rows)
+    begun = []
+
+    class Begun(Silent):
+        def begin(self, stage, total, done=0):
+            begun.append((stage, total, done))
+
+    sets = ("train.max_steps=-1", "train.num_train_epochs=1", f"data={tmp_path / 'data'}", f"runs={tmp_path / 'runs'}",
+            f"model.dpo_adapter={tmp_path / 'out'}")  # fmt: skip
+    config = settings(folder, folder / "base", *sets)
+    assert train.run(config, Begun(), pause_at=1).step == 1
+    assert train.run(config, Begun()).step == 2
+    assert begun == [("load the model", None, 0), ("train", 2, 0), ("load the model", None, 0), ("train", 2, 1)]

@@ -152,7 +152,7 @@ def run(
             for torn in folder.drop_incomplete():
                 progress.log(f"{torn} was cut short and is dropped")
         if distributed.broadcast(trains):
-            progress.begin("train", result.steps, result.resumed_from or 0)
+            progress.begin("load the model", None)
             try:
                 with Stop() as stop:  # before the trainer has one of its own
                     _train(config, stage, base, adapter, inputs, RunContext(folder, events, progress, pause_at))

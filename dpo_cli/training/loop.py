@@ -57,6 +57,8 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
             self.trainer.restore_meters(self.resumed_from)
             # A signal came during the evaluation of the step that was saved.
             args.eval_on_start = self.trainer.owes_evaluation
+        # As many steps as the rows that were encoded make.
+        self.run.progress.begin("train", state.max_steps, state.global_step)
         self._apply()
         return control
 

@@ -117,14 +117,23 @@ class Meter:
             found.append(Part(text, "bold red" if alarming else "yellow" if name == "retries" and value > 0 else ""))
         return found
 
+    @property
+    def only_waits(self) -> bool:
+        """Whether nothing is counted: no total is known, and nothing is reported."""
+        return self.total is None and not self.done and not self.counters
+
     def position(self) -> str:
-        """`123/344  36%`, or what is done where no total is known."""
+        """`123/344  36%`, or what is done where no total is known; nothing where only time passes."""
+        if self.only_waits:
+            return ""
         if self.total is None:
             return f"{self.done:,} done"
         return f"{self.done:,}/{self.total:,}  {math.floor(100 * self.done / self.total) if self.total else 100}%"
 
     def time_left(self) -> str:
-        """`3 min 12 s left`, or nothing."""
+        """`3 min 12 s left`, how long it has taken where only time passes, or nothing."""
+        if self.only_waits:
+            return duration(self.clock() - self.started)
         eta = self.eta()
         return "" if eta is None else f"{duration(eta)} left"
 
@@ -183,7 +192,7 @@ class RichProgress:
 
     def log(self, text: str) -> None:
         """Print a line above the panel."""
-        self.console.print(safe(text), soft_wrap=True)
+        self.console.print(safe(text))  # in whole words, where the terminal would break them at its edge
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -238,7 +247,8 @@ class LineProgress:
         self.end()
         self._meter = Meter(stage, total, done, self.clock)
         self._printed = self.clock()
-        self._print(f"{stage}: {self._meter.position()}" + (f" ({done:,} from before)" if done else ""))
+        position = self._meter.position() + (f" ({done:,} from before)" if done else "")
+        self._print(f"{stage}: {position}" if position else stage)
 
     def update(self, done: int, **counters: float) -> None:
         """Note the numbers; print them if it is time."""
@@ -280,10 +290,17 @@ def panel(meter: Meter, width: int, ended: bool = False) -> RenderableType:
     head.add_column(ratio=1)
     head.add_column(no_wrap=True, justify="right")
     head.add_column(no_wrap=True, justify="right")
-    bar = ProgressBar(total=meter.total or 1, completed=meter.done, complete_style="cyan", finished_style="green")
+    waits = meter.only_waits and not ended
+    bar = ProgressBar(
+        total=None if waits else meter.total or 1,
+        completed=meter.done,
+        complete_style="cyan",
+        finished_style="green",
+        pulse_style="cyan",
+    )
     head.add_row(
         safe_line(meter.stage, "bold"),
-        bar if meter.total is not None else "",
+        bar if meter.total is not None or waits else "",
         Text(meter.position()),
         Text(meter.closing() if ended else meter.time_left(), "dim" if ended else "cyan"),
     )
