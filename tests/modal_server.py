@@ -124,9 +124,9 @@ class ModalServer(api_grpc.ModalClientBase):
         self.preempt = lambda call, line: False
 
     async def _start(self) -> str:
-        self.server = Server([self], loop=None)
-        await self.server.start("127.0.0.1", 0)
-        port = self.server._server.sockets[0].getsockname()[1]  # type: ignore[union-attr]
+        self.server, url = await self._listen()
+        # Containers have a way of their own, which stays when a client's network is lost.
+        self.inside, self.inside_url = await self._listen()
         application = web.Application()
         application.router.add_get("/block", self._block)
         application.router.add_put("/blob/{name}", self._put_blob)
@@ -136,7 +136,12 @@ class ModalServer(api_grpc.ModalClientBase):
         site = web.TCPSite(self.runner, "127.0.0.1", 0)
         await site.start()
         self.http = f"http://127.0.0.1:{site._server.sockets[0].getsockname()[1]}"  # type: ignore[union-attr]
-        return f"http://127.0.0.1:{port}"
+        return url
+
+    async def _listen(self) -> tuple[Server, str]:
+        server = Server([self], loop=None)
+        await server.start("127.0.0.1", 0)
+        return server, f"http://127.0.0.1:{server._server.sockets[0].getsockname()[1]}"  # type: ignore[union-attr]
 
     async def _stop(self) -> None:
         for call in self.calls.values():
@@ -145,12 +150,13 @@ class ModalServer(api_grpc.ModalClientBase):
                 await call.process.wait()
         for task in self._tasks:
             task.cancel()
-        self.server.close()
-        await self.server.wait_closed()
+        for server in (self.server, self.inside):
+            server.close()
+            await server.wait_closed()
         await self.runner.cleanup()
 
     def refuse_connections(self, seconds: float) -> None:
-        """Break every connection, and take none for so long."""
+        """Break every connection of a client, and take none for so long."""
         asyncio.run_coroutine_threadsafe(self._refuse(seconds), self.loop)
 
     async def _refuse(self, seconds: float) -> None:
@@ -531,7 +537,7 @@ class ModalServer(api_grpc.ModalClientBase):
             **self.environment, **{key: value for secret in secrets for key, value in secret.items()},
             "MODAL_CONTAINER_ARGUMENTS_PATH": str(root / "arguments"), "MODAL_TASK_ID": task,
             "PYTHONPATH": str(root / "root"), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1",
-            "NOTHING_DPO_LEASE_SECONDS": "0",
+            "NOTHING_DPO_LEASE_SECONDS": "0", "MODAL_SERVER_URL": self.inside_url,
         }  # fmt: skip
         call.process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "modal._container_entrypoint", cwd=root / "root", env=environment,

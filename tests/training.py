@@ -50,7 +50,8 @@ def settings(folder: Path, base: Path, *sets: str) -> Config:
                 "allow_cpu": "true",
             }.items()
         ]  # fmt: skip
-    few += ["train.kl_prompts=2", "train.kl_tokens=8"]
+    # Of five held-out pairs, all of them right show little at the usual level, after several evaluations.
+    few += ["train.kl_prompts=2", "train.kl_tokens=8", "gate.confidence=0.6"]
     return resolve(sets=[*few, *sets], environment={}).config
 
 
