@@ -918,6 +918,7 @@ def inspect_judgments(
 ) -> None:
     """What the judge said, and whether to believe it."""
     from dpo_cli.data import row_index
+    from dpo_cli.data.bulk import paused_collection
     from dpo_cli.data.jsonl import LatestRows
     from dpo_cli.data.records import Completions, Judgment
     from dpo_cli.view import judgments as view
@@ -927,7 +928,11 @@ def inspect_judgments(
         from dpo_cli.analysis import judge_audit
         from dpo_cli.view.audit import audit
 
-        with LatestRows(path, Judgment) as judgments, LatestRows(texts, Completions) as judged:
+        with (
+            paused_collection(),
+            LatestRows(path, Judgment) as judgments,
+            LatestRows(texts, Completions) as judged,
+        ):
             if not judgments:
                 raise UserError("no judgments", where=str(path), hint="nothing-dpo judge")
             numbers = judge_audit.audit(judgments, judged)

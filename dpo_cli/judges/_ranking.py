@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 from dpo_cli.data.records import Judgment, Order
 from dpo_cli.judges._task import Task
@@ -74,6 +75,7 @@ def any_inverts(orders: Sequence[Order], better: int, worse: int, weights: Mappi
     return any(gap < -EPSILON for gap in gaps.values())
 
 
+@cache
 def label_of(place: int) -> str:
     """The label of the candidate shown at a place: A, B, C … Z, AA, AB …"""
     letters = ""
