@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from email.utils import formatdate
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from dpo_cli.endpoint import client as endpoint
 from dpo_cli.endpoint.client import Endpoint
 from dpo_cli.endpoint.concurrency import Pace
 from dpo_cli.endpoint.http import Rejected
+from dpo_cli.endpoint.ledger import Ledger
 from dpo_cli.endpoint.prices import Price, price_of
-from dpo_cli.endpoint.responses import read_error, read_reply, retry_after
+from dpo_cli.endpoint.responses import Choice, Reply, read_error, read_reply, retry_after
 from dpo_cli.errors import Exit, UserError
 
 
@@ -386,3 +388,26 @@ def test_more_in_flight_than_the_shell_allows_open_files(ledger):
         )
         assert done.stdout == "400 0\n"
         assert server.highest <= 150 - 64
+
+
+def test_what_a_ledger_holds_is_read_where_it_stands_also_behind_a_torn_line(tmp_path):
+    path, usage = tmp_path / "replies.jsonl", Usage(3, 0, 2)
+    said = {key: Reply([Choice(text=key * 9, finish_reason="stop")], usage, "m") for key in "abc"}
+    path.write_text("")
+    with closing(opened(path)) as ledger:
+        assert ledger.put("a", said["a"]) and not ledger.put("a", said["b"])
+        assert ledger.put("b", said["b"]) and ledger.get("a") == said["a"]
+    with path.open("a") as file:
+        file.write('{"id":"c","choices":[{"text":"cc')
+    with closing(opened(path)) as ledger:
+        assert ledger.get("b") == said["b"]
+        assert "c" not in ledger and ledger.get("c") is None
+        assert ledger.put("c", said["c"])
+        assert [ledger.get(key) for key in "abc"] == list(said.values())
+    assert path.read_text().count("\n") == 3
+
+
+def opened(path):
+    ledger = Ledger(path)
+    ledger.open()
+    return ledger

@@ -200,8 +200,11 @@ class Journal:
     ) -> None:
         self.close()
 
-    def append(self, row: Any) -> None:
+    def append(self, row: Any) -> int:
         """Append one record durably against a kill; against a power cut within half a second.
+
+        Returns:
+            Where its line begins.
 
         Raises:
             UserError: the disk is full; what was written of the record is taken back.
@@ -217,6 +220,7 @@ class Journal:
         except OSError as error:
             os.ftruncate(self._file, start)
             raise disk_error(error, self.path) from error
+        return start
 
     def compact(self) -> None:
         """Drop the lines that a later line of the same id supersedes; the rest keeps its bytes and its order."""

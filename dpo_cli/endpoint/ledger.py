@@ -9,7 +9,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from dpo_cli.data.jsonl import Journal, read_latest
+from dpo_cli.data.jsonl import Journal, RowReader, read_rows_at
 from dpo_cli.data.records import Usage
 from dpo_cli.endpoint.responses import Choice, ErrorReply, Reply, Unreadable, read_reply
 
@@ -36,7 +36,7 @@ class _Paid(Struct, omit_defaults=True):
 
 
 class Ledger:
-    """Paid replies by key; to be opened and closed.
+    """Paid replies by key; to be opened and closed. Of each only its place in the file is kept.
 
     Args:
         path: the JSONL file; one process at a time.
@@ -44,7 +44,7 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self._journal = Journal(path)
-        self._paid: dict[str, _Paid] = {}
+        self._starts: dict[str, int] = {}
         self.path = path
 
     def __contains__(self, key: object) -> bool:
@@ -59,7 +59,8 @@ class Ledger:
         """
         self._journal.__enter__()
         try:
-            self._paid = read_latest(self.path, _Paid)
+            if self.path.exists():
+                self._starts = {row.id: start for start, _, row in read_rows_at(self.path, _Paid)}
         except BaseException:
             self._journal.close()
             raise
@@ -70,7 +71,7 @@ class Ledger:
 
     def get(self, key: str, tools: bool = False) -> Reply | None:
         """The reply of a key, if it holds an answer; a tool call is one where `tools` were offered."""
-        paid = self._paid.get(key)
+        paid = self._find(key)
         reply = paid.reply() if paid else None
         return None if reply is None or reply.lacks(tools) else reply
 
@@ -80,10 +81,17 @@ class Ledger:
         Raises:
             UserError: the disk is full.
         """
-        known = self._paid.get(key)
+        known = self._find(key)
         if known is not None and (known.reply().lacks(tools=True) is None or known.raw == reply.raw != ""):
             return False
         paid = _Paid(key, reply.choices, reply.usage, reply.model, reply.usd, reply.prompt_token_ids, reply.raw)
-        self._journal.append(paid)
-        self._paid[key] = paid
+        self._starts[key] = self._journal.append(paid)
         return True
+
+    def _find(self, key: str) -> _Paid | None:
+        """What was paid under a key, as it stands in the file."""
+        start = self._starts.get(key)
+        if start is None:
+            return None
+        with self.path.open("rb") as file:  # anew: a buffer might hold a torn line that has been cut off since
+            return RowReader(file, self.path, _Paid).at(start)

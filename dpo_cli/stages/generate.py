@@ -11,6 +11,7 @@ a judge says which is better.
 
 import re
 from collections.abc import Callable, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from msgspec.structs import replace
 from dpo_cli import engines
 from dpo_cli.config.resolve import get
 from dpo_cli.config.settings import Config
+from dpo_cli.data.bulk import paused_collection
 from dpo_cli.data.formats.prompts import PromptFile
 from dpo_cli.data.jsonl import read_rows
 from dpo_cli.data.reader import has_files
-from dpo_cli.data.records import Completions, Prompt, Usage, message_key, prompt_id
+from dpo_cli.data.records import Completions, Usage, message_key, prompt_id
 from dpo_cli.data.resumable import Delivery, Resumable
 from dpo_cli.data.same_settings import refuse_other_settings
 from dpo_cli.endpoint.costs import Estimate, Receipt
@@ -35,6 +37,7 @@ from dpo_cli.errors import UserError
 from dpo_cli.progress import Progress
 
 SHOWN_ERRORS = 3
+NOTHING = Raw(b"")
 
 
 class Generated(Struct, kw_only=True):
@@ -161,29 +164,35 @@ class _Made(Struct, gc=False):
 def _find_owed(rows: Resumable[_Made], config: Config, limit: int | None, result: Generated) -> list[Request]:
     """What is missing, in the order of the prompts; counts it in `result`."""
     n = config.generate.n
-    prompts: dict[str, Prompt] = {}
+    owed: list[Request] = []
+    seen: set[int] = set()  # hashes of the ids; of prompts that are owed nothing no more is kept
     file = read_prompts(config)
-    for prompt in file:
-        key = prompt_id(*prompt)
-        if key in prompts:
-            result.merged += 1
-            continue
-        if len(prompts) == limit:
-            break
-        prompts[key] = prompt
-    if not prompts and not file.bad.rows:
+    with paused_collection():
+        for prompt in file:
+            key = prompt_id(*prompt)
+            if hash(key) in seen:
+                result.merged += 1
+                continue
+            if len(seen) == limit:
+                break
+            seen.add(hash(key))
+            made = rows.known.get(key)
+            need = n - (len(made.completions) if made else 0)
+            if need > 0:
+                owed.append(Request(id=key, prompt=prompt.messages, have=[], need=need, tools=prompt.tools))
+                result.owed_completions += need
+    if not seen and not file.bad.rows:
         raise UserError("the file is empty", where=str(file.path), hint="one prompt a line")
     result.left_out = file.notes(None if result.dry_run else Path(result.path).parent)
-    owed = []
-    for key, prompt in rows.missing(prompts, lambda made, _: len(made.completions) >= n).items():
-        made = rows.known.get(key)
-        need = n - (len(made.completions) if made else 0)
-        owed.append(Request(id=key, prompt=prompt.messages, have=[], need=need, tools=prompt.tools))
-        result.owed_completions += need
-    result.prompts = len(prompts)
+    result.prompts = len(seen)
     result.owed_prompts = len(owed)
-    result.done_before = len(prompts) - len(owed)
+    result.done_before = len(seen) - len(owed)
     return owed
+
+
+@cache
+def _nothing(count: int) -> list[Raw]:
+    return [NOTHING] * count
 
 
 def _same_settings(config: Config, engine: str, path: Path) -> Callable[[int, _Made], None]:
@@ -193,17 +202,20 @@ def _same_settings(config: Config, engine: str, path: Path) -> Callable[[int, _M
 
     def check(number: int, row: _Made) -> None:
         kind = (bytes(row.model), bytes(row.sampling))
+        # Each part keeps the whole line: of the completions only their number is needed again.
+        row.model = row.sampling = NOTHING
+        row.completions = _nothing(len(row.completions))
         if kind in checked:
             return
         checked.add(kind)
         try:
-            sampling = msgspec.json.decode(row.sampling, type=dict[str, Any])
+            sampling = msgspec.json.decode(kind[1], type=dict[str, Any])
         except msgspec.ValidationError:
             raise UserError('"sampling" is not an object', where=f"{path}:{number}") from None
         refused = {name: now.get(name) for name in sampling.pop("refused", ())}  # whatever was meant, it was not sent
         refuse_other_settings(
             "made",
-            {"model": msgspec.json.decode(row.model), **sampling, **refused},
+            {"model": msgspec.json.decode(kind[0]), **sampling, **refused},
             now,
             where=f"{path}:{number}",
             hint="--data FOLDER for a set of its own, or go on with the old settings",

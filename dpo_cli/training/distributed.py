@@ -88,8 +88,9 @@ class DiscardingJournal(jsonl.Journal):
     def __enter__(self) -> Self:
         return self
 
-    def append(self, row: Any) -> None:
+    def append(self, row: Any) -> int:
         """Discard the row: rank 0 writes it."""
+        return 0
 
 
 def journal(path: Path) -> jsonl.Journal:

@@ -81,8 +81,12 @@ def read_prompt(
     Raises:
         ValueError: the row holds no usable prompt, or content that has no place.
     """
-    if not mapping and len(row) == 1 and _is_asked_plainly(messages := row.get("prompt")):
-        return Prompt(messages, None)  # what most files hold: a fifth of the time of what follows
+    if not mapping and len(row) == 1:  # what most files hold: a fifth of the time of what follows
+        asked = row.get("prompt")
+        if _is_asked_plainly(asked):
+            return Prompt(asked, None)
+        if isinstance(asked, str) and asked.lstrip()[:1] not in ("", "[", "{"):
+            return Prompt([{"role": "user", "content": asked}], None)
     cells = Cells(row, mapping, dropped)
     if cells.has(("prompt", *MESSAGES, "instruction", "question", "query", "input")) is None and cells.has(GOOD):
         pair = read_pair(cells)[1]
