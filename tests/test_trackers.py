@@ -11,6 +11,7 @@ from training import Lines, settings
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Silent
 from dpo_cli.stages import train
+from dpo_cli.training import trackers
 
 BLOCK = 32768
 WANTED = {
@@ -93,7 +94,7 @@ def history(file):
 
 
 def test_wandb_offline_has_the_curves_of_every_run(config_of, tmp_path, monkeypatch, capfd):
-    pytest.importorskip("wandb")
+    pytest.importorskip("wandb").teardown()
     for name, value in {"WANDB_MODE": "offline", "WANDB_CACHE_DIR": tmp_path, "WANDB_CONFIG_DIR": tmp_path}.items():
         monkeypatch.setenv(name, str(value))
     progress = Lines()
@@ -106,6 +107,28 @@ def test_wandb_offline_has_the_curves_of_every_run(config_of, tmp_path, monkeypa
         assert found.keys() >= WANTED
         if name == "dpo":
             assert found["eval/kl_nats_per_token"] == pytest.approx(result.metrics["eval_kl_nats_per_token"])
+
+
+def test_a_wandb_that_can_not_be_reached_does_not_stop_training_and_has_its_curves_offline(
+    config_of, tmp_path, monkeypatch, capfd
+):
+    """Nothing listens on the port of its server."""
+    pytest.importorskip("wandb").teardown()  # it has read another test's environment
+    settings_of_wandb = {
+        "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "WANDB_CACHE_DIR": tmp_path,
+        "WANDB_CONFIG_DIR": tmp_path,
+    }  # fmt: skip
+    for name, value in settings_of_wandb.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr(trackers, "REACH_SECONDS", 1.0)
+    progress = Lines()
+    result = train.run(config_of("wandb"), progress)
+    assert result.step == 3 and capfd.readouterr().out == ""
+    [said] = [line for line in progress.lines if line.startswith("wandb: can't be reached")]
+    [file] = (tmp_path / "runs/dpo/wandb").glob("offline-run-*/run-*.wandb")
+    assert f"wandb sync {file.parent} sends it later" in said
+    assert history(file)["eval/kl_nats_per_token"] == pytest.approx(result.metrics["eval_kl_nats_per_token"])
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio", "tensorboard"])
