@@ -36,7 +36,11 @@ UNSERVED = {
 # Initialisations that leave the base's weights as they are; the others (PiSSA, OLoRA, ...) change them.
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 LORA_TENSOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(?:(A|B)\.weight|embedding_(A|B))")
-BASE_EMBEDDINGS = (".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")  # saved by PEFT, skipped by vLLM
+# PEFT saves the base's embeddings, whole, where the vocabulary was resized: under LoRA (vLLM skips those) or without.
+BASE_EMBEDDING = re.compile(
+    r"(?:base_model\.model\.)?(?:.+\.)?(?:embed_tokens|embed_in|wte|lm_head|embed_out)(\.base_layer)?\.weight"
+)
+COPIES = (".modules_to_save.weight", ".original_module.weight")  # beside them, of what the file has under its own name
 EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "lm_head", "embed_out")
 BACKBONES = ("model", "transformer", "gpt_neox", "backbone")  # what transformers calls a model without its head
 FOLD = "--set model.adapter_into_base=true folds it into the base, and trains a fresh LoRA on that"
@@ -84,7 +88,7 @@ def read_adapter(path: Path, base: str, same_base: bool = False, resizes: bool =
     own_base = settings.get("base_model_name_or_path") or None
     notes = [] if same_base or own_base is None else _check_own_base(str(own_base), base, found, path)
     weights = weights_path(path)
-    tensors = read_pickled(weights) if weights.name == PICKLED else read_header(weights)
+    tensors = _read_tensors(weights)
     layers, others = _read_layers(tensors, settings, weights)
     ranks = {settings["r"], *(settings.get("rank_pattern") or {}).values()}
     for name, layer in layers.items():
@@ -104,7 +108,7 @@ def read_adapter(path: Path, base: str, same_base: bool = False, resizes: bool =
         alpha=settings.get("lora_alpha", 0),
         target_modules=sorted({name.rpartition(".")[2] for name in layers}),
         sha256=file_sha256(weights),
-        unserved=_unserved(settings, max(ranks)),
+        unserved=_unserved(settings, max(ranks)) + _whole_embeddings(tensors, settings),
         notes=notes,
     )
 
@@ -145,10 +149,24 @@ def weights_path(path: Path) -> Path:
 
 
 def adapter_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter's file by name, without copies of the base's embeddings."""
-    weights = weights_path(path)
+    """The tensors of an adapter's file by name, without those of the base's embeddings."""
+    tensors, embeddings = _read_tensors(weights_path(path)), base_embeddings(path)
+    return {key: tensor for key, tensor in tensors.items() if key not in embeddings}
+
+
+def base_embeddings(path: Path) -> list[str]:
+    """The tensors of an adapter's file that are the base's embeddings, or take their place."""
+    settings = _read_settings(path)
+    return [key for key in _read_tensors(weights_path(path)) if _is_base_embedding(key, settings)]
+
+
+def _read_tensors(weights: Path) -> dict[str, Tensor]:
     tensors = read_pickled(weights) if weights.name == PICKLED else read_header(weights)
-    return {key: tensor for key, tensor in tensors.items() if not key.endswith(BASE_EMBEDDINGS)}
+    return {key: tensor for key, tensor in tensors.items() if not key.endswith(COPIES)}
+
+
+def _is_base_embedding(key: str, settings: dict[str, Any]) -> bool:
+    return BASE_EMBEDDING.fullmatch(key) is not None and not _is_known(key, settings)
 
 
 def adapted_layers(path: Path) -> list[str]:
@@ -241,6 +259,12 @@ def _unserved(settings: dict[str, Any], rank: int) -> list[str]:
     return reasons
 
 
+def _whole_embeddings(tensors: dict[str, Tensor], settings: dict[str, Any]) -> list[str]:
+    """What vLLM does not serve of an adapter's file besides its settings."""
+    found = [key for key in tensors if _is_base_embedding(key, settings) and ".base_layer" not in key]
+    return ["whole embeddings saved beside the LoRA weights"] if found else []
+
+
 def _check_own_base(own: str, base: str, found: Base | None, path: Path) -> list[str]:
     """Refuse an adapter of another base; what is called otherwise is compared by content. Notes for the user."""
     if own == base or absolute(own).resolve() == absolute(base).resolve() or _stem(own) == _stem(base):
@@ -270,7 +294,7 @@ def _read_layers(
     others: dict[str, Tensor] = {}
     embeddings = set()
     for key, tensor in tensors.items():
-        if key.endswith(BASE_EMBEDDINGS):
+        if _is_base_embedding(key, settings):
             continue
         match = LORA_TENSOR.fullmatch(key)
         if match is None:
@@ -346,7 +370,7 @@ def _check_shapes(
                 continue
             raise _resized(name, shape[0], weight.shape[0], named, path)
         raise UserError(f"{name} is {weight.shape} in {named}, and the adapter is for {shape}", where=str(path))
-    whole = {key: one for key, one in tensors.items() if key in others or key.endswith(BASE_EMBEDDINGS)}
+    whole = {key: one for key, one in tensors.items() if key in others or _is_base_embedding(key, settings)}
     for key, tensor in whole.items():
         name = key.removeprefix("base_model.model.").removesuffix(".weight").removesuffix(".base_layer")
         weight = shapes.get(name) or _only_suffix(name, shapes)

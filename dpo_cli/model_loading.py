@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.save_and_load import load_peft_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from dpo_cli.adapter import BASE_EMBEDDINGS, CONFIG, EMBEDDINGS, adapted_layers, lost_targets
+from dpo_cli.adapter import CONFIG, COPIES, EMBEDDINGS, FOLD, adapted_layers, base_embeddings, lost_targets
 from dpo_cli.base_model import absolute, check_base
 from dpo_cli.config.settings import ModelSection
 from dpo_cli.errors import UserError
@@ -147,6 +147,7 @@ def attach(
     """
     bare = network.get_base_model() if isinstance(network, PeftModel) else network
     renaming = _renaming(adapter, bare, progress or Silent())
+    _check_base_embeddings(bare, adapter)
     try:
         with warnings.catch_warnings(action="ignore"):
             if isinstance(network, PeftModel):
@@ -176,13 +177,19 @@ def file_weights(adapter: Path, model: Any) -> dict[str, torch.Tensor]:
     """An adapter's tensors on disk, under the names that they have on this model."""
     bare = model.get_base_model() if isinstance(model, PeftModel) else model
     renaming = _renaming(adapter, bare, Silent())
+    return _file_weights(adapter, renaming)
+
+
+def _file_weights(adapter: Path, renaming: dict[str, str]) -> dict[str, torch.Tensor]:
+    """As `file_weights`, by known names; the base's embeddings are left out."""
+    embeddings = base_embeddings(adapter)
+    renamed = {re.sub(*one, key) for key in embeddings for one in renaming.items()} | set(embeddings)
     found: dict[str, torch.Tensor] = load_peft_weights(str(adapter), device="cpu", key_mapping=renaming or None)
-    return {key: value for key, value in found.items() if not key.endswith(BASE_EMBEDDINGS)}
+    return {key: value for key, value in found.items() if key not in renamed and not key.endswith(COPIES)}
 
 
 def _check_loaded(model: PeftModel, adapter: Path, name: str, renaming: dict[str, str]) -> None:
-    there = load_peft_weights(str(adapter), device="cpu", key_mapping=renaming or None)
-    there = {key: value for key, value in there.items() if not key.endswith(BASE_EMBEDDINGS)}
+    there = _file_weights(adapter, renaming)
     loaded = adapter_weights(model, name)
     if lost := sorted(there.keys() - loaded.keys()):
         raise UserError(
@@ -298,11 +305,47 @@ def fold(base: Path, adapter: Path, dtype: Any, progress: Progress | None = None
     return merged(attach(network, adapter, progress=progress))
 
 
-def fold_vocabulary(network: Any, adapter: Path) -> None:
-    """Give a network as many rows of the embedding as the adapter's file has, where that says how many."""
+def fold_vocabulary(network: Any, adapter: Path) -> bool:
+    """Give a network the embeddings that an adapter's file holds, as many rows as they have; whether it was resized."""
     rows = _embedding_rows(adapter)
-    if rows is not None and rows != network.get_input_embeddings().weight.shape[0]:
+    resizes = rows is not None and rows != network.get_input_embeddings().weight.shape[0]
+    if resizes:
         network.resize_token_embeddings(rows, mean_resizing=False)
+    for module, value in _saved_embeddings(network, adapter).values():
+        if module is network.get_output_embeddings() and not _same_values(module.weight, value):
+            untie(network)
+        with torch.no_grad():
+            module.weight.copy_(value)
+    return resizes
+
+
+def _saved_embeddings(network: Any, adapter: Path) -> dict[str, tuple[Any, torch.Tensor]]:
+    """Name -> (the network's module, its weight in the adapter's file) of the base's embeddings that are there."""
+    names = base_embeddings(adapter)
+    if not names:
+        return {}
+    weights = load_peft_weights(str(adapter), device="cpu")
+    found = {}
+    for key in sorted(names):  # the embedding before the head, which may be tied to it
+        is_head = ".lm_head." in key or ".embed_out." in key
+        module = network.get_output_embeddings() if is_head else network.get_input_embeddings()
+        found[key] = (module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, weights[key])
+    return dict(sorted(found.items(), key=lambda item: item[1][0] is network.get_output_embeddings()))
+
+
+def _same_values(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two weights are equal once both are of the type of the other."""
+    if one.shape != other.shape:
+        return False
+    one, other = one.detach().cpu(), other.detach().cpu()
+    return torch.equal(one.to(other.dtype), other) or torch.equal(other.to(one.dtype), one)
+
+
+def _check_base_embeddings(network: Any, adapter: Path) -> None:
+    """Refuse an adapter that takes the place of the base's embeddings, which PEFT would do without a word."""
+    for key, (module, value) in _saved_embeddings(network, adapter).items():
+        if not _same_values(module.weight, value):
+            raise UserError(f"its file holds other embeddings than the base has ({key})", where=str(adapter), hint=FOLD)
 
 
 def _embedding_rows(adapter: Path) -> int | None:

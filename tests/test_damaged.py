@@ -234,3 +234,61 @@ def test_layers_under_another_prefix_are_renamed_and_said_and_refused_where_vllm
     generate.run(plain, Silent())
     answers = [read_rows(folder / "completions.jsonl") for folder in (tmp_path / "data", tmp_path / "plain")]
     assert [row["completions"] for row in answers[0]] == [row["completions"] for row in answers[1]]
+
+
+RESIZED = {
+    "saved whole beside copies": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    "saved whole, unasked": {"target_modules": ["q_proj", "v_proj"]},
+}
+
+
+@pytest.mark.parametrize("kind", RESIZED)
+def test_an_adapter_of_a_resized_vocabulary_is_folded_as_peft_computes_it(whole, tmp_path, kind):
+    """Tokens that SFT added: PEFT saves the embeddings whole, and the tokenizer lies beside the adapter."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(whole / "base")
+    tokenizer.add_tokens(["<mabel>", "<otis>"], special_tokens=True)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(whole / "base")
+    model.resize_token_embeddings(len(tokenizer))
+    wanted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False, **RESIZED[kind]))
+    adapter = tmp_path / "resized"
+    wanted.save_pretrained(adapter, save_embedding_layers=True)
+    tokenizer.save_pretrained(adapter)
+    sets = ("train.max_steps=1", f"model.adapter={adapter}", f"runs={tmp_path / 'runs'}", f"data={whole / 'data'}")
+    config = settings(tmp_path, whole / "base", *sets)
+    for command in (lambda: train.run(config, Silent()), lambda: serve_config.plan(config)):
+        with pytest.raises(
+            UserError, match=r"the vocabulary was resized: .* 2?\d+ rows|vLLM does not serve"
+        ) as refused:
+            command()
+        assert "adapter_into_base=true" in refused.value.hint or "--merge" in refused.value.hint
+    assert train.run(settings(tmp_path, whole / "base", *sets, "model.adapter_into_base=true"), Silent()).step_zero.ok
+    folded = tmp_path / "resized-merged"
+    ids = torch.tensor([AutoTokenizer.from_pretrained(folded).encode("<mabel> Nobody stands <otis>")])
+    assert ids.max() == len(tokenizer) - 1
+    with torch.no_grad():
+        difference = AutoModelForCausalLM.from_pretrained(folded)(ids).logits - wanted.eval()(ids).logits
+    assert difference.abs().max() < 1e-5
+
+
+def test_embeddings_in_an_adapters_file_are_the_bases_or_are_folded(whole, tmp_path):
+    """Copies change nothing; others would take the base's place without a word."""
+    from safetensors.torch import load_file
+
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    rows = load_file(whole / "base/model.safetensors")["model.embed_tokens.weight"]
+    config = settings(tmp_path, tmp_path / "base", "train.max_steps=1", "model.same_base=true")
+    for name, value in {"copies": rows, "others": rows + 0.1}.items():
+        edit_weights(
+            lambda tensors, value=value: tensors.update({"base_model.model.model.embed_tokens.weight": value})
+        )(tmp_path / "sft")
+        if name == "copies":
+            assert train.run(config, Silent(), name=name).step_zero.ok
+        else:
+            with pytest.raises(UserError, match="other embeddings than the base has") as refused:
+                train.run(config, Silent(), name=name)
+            assert "adapter_into_base=true" in refused.value.hint

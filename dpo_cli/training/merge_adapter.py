@@ -14,6 +14,7 @@ import torch
 from dpo_cli.adapter import read_adapter
 from dpo_cli.base_model import check_base
 from dpo_cli.config.settings import ModelSection
+from dpo_cli.data import files
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.model_loading import attach, explained, fold_vocabulary, load_network, merged
 from dpo_cli.training.run_folder import check_replaceable
@@ -56,7 +57,12 @@ def merge(base: Path, adapter: Path, output: Path, texts: list[str], section: Mo
         tokenizer.chat_template = Path(section.chat_template).read_text("utf-8")
     stored = TYPES.get(_stored_type(base), torch.float32)
     network = load_network(base, torch.float32)
-    fold_vocabulary(network, adapter)
+    resized = fold_vocabulary(network, adapter)
+    if resized and (adapter / "tokenizer.json").is_file():  # it has the tokens of the new rows
+        with explained(adapter):
+            theirs = AutoTokenizer.from_pretrained(adapter)
+        theirs.chat_template = tokenizer.chat_template or theirs.chat_template
+        tokenizer = theirs
     model = attach(network, adapter).eval()
     ids = [tokenizer(text, return_tensors="pt")["input_ids"][:, :512] for text in texts]
     wanted = _log_probs(model, ids)
@@ -76,10 +82,11 @@ def merge(base: Path, adapter: Path, output: Path, texts: list[str], section: Mo
         )
     staged = output.with_name(f".{output.name}.new")
     shutil.rmtree(staged, ignore_errors=True)
-    folded.to(dtype).save_pretrained(staged)
-    tokenizer.save_pretrained(staged)
-    shutil.rmtree(output, ignore_errors=True)
-    staged.rename(output)
+    with files.explained(staged):
+        folded.to(dtype).save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
+        shutil.rmtree(output, ignore_errors=True)
+        staged.rename(output)
     name = str(dtype).removeprefix("torch.")
     note = None
     if dtype != stored:
