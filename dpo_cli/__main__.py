@@ -9,10 +9,12 @@ def main() -> None:
     Nothing that imports make is garbage; looking for some takes a tenth of the start.
     """
     gc.disable()
+    from dpo_cli import errors
     from dpo_cli.cli import main as run
 
     gc.freeze()
     gc.enable()
+    errors.one_command = True
     run()
 
 

@@ -476,6 +476,7 @@ def train(
 ) -> Exit | None:
     """Preference pairs to the DPO adapter, against the frozen SFT adapter."""
     from dpo_cli.stages import train as entry
+    from dpo_cli.training.leave_out import leave_out
     from dpo_cli.view import training as view
 
     given = session.data if session.resolved.sources["data"] == "flag" else None
@@ -518,6 +519,7 @@ def train(
             nodes=nodes,
         )
         return _launch(session, backend, spec, detach, no_fetch, dry_run)
+    leave_out(session.config, stage)
     result = entry.run(
         session.config,
         session.progress(),

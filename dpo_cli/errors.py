@@ -8,6 +8,8 @@ import os
 from enum import IntEnum
 from importlib.util import find_spec
 
+one_command = False  # whether this process runs one command and ends
+
 
 class Exit(IntEnum):
     """Exit codes; they mean the same in every command and on every backend."""
