@@ -1,17 +1,24 @@
 """The in-process engine: seeded results that no batch changes, vLLM's sampling rules, faults that name their fix."""
 
+import random
+from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from dpo_cli.config.settings import Config, GenerateSection, ModelSection
 from dpo_cli.data.records import Message
 from dpo_cli.demo.tiny import make_base
+from dpo_cli.engines import _batch
+from dpo_cli.engines._batch import cheapest_cuts, choose
 from dpo_cli.engines._engine import Request, Sampled
-from dpo_cli.engines.transformers import Model, choose, load, run, sample
+from dpo_cli.engines.transformers import Model, load, run, sample
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Silent
+from dpo_cli.stages.generate import made_with
 
 SENTENCE = "the kettle sings and nobody in the whole laundromat asked it to sing so loudly again today"
 WORDS = SENTENCE.split()
@@ -44,7 +51,11 @@ def sampled(model: Model, requests: list[Request], **settings: float) -> dict[st
     return {answer.id: answer for answer in answers}
 
 
-def test_a_completion_does_not_depend_on_the_batch(model: Model) -> None:
+@pytest.mark.parametrize("overhead", [0, 4, 32])
+def test_a_completion_does_not_depend_on_the_batch(
+    model: Model, overhead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(_batch.OVERHEAD, "cpu", overhead)
     requests = requests_of(12, need=3)
     alone = sampled(model, requests, batch_size=1, frequency_penalty=0.7)
     together = sampled(model, requests[::-1], batch_size=32, frequency_penalty=0.7)
@@ -62,6 +73,53 @@ def test_a_later_completion_continues_after_those_that_exist(model: Model) -> No
     rest = Request(id=request.id, prompt=request.prompt, have=whole[:1], need=3)
     assert sampled(model, [rest])["prompt0"].texts == whole[1:]
     assert sampled(model, [request], seed=7)["prompt0"].texts != whole
+
+
+def test_prompts_are_cut_into_the_forwards_that_cost_least() -> None:
+    for seed in range(20):
+        random_ = random.Random(seed)
+        lengths = sorted((random_.randint(1, 60) for _ in range(random_.randint(1, 9))), reverse=True)
+
+        def cost(cuts: Sequence[int], lengths: list[int] = lengths) -> int:
+            starts = [0, *cuts[:-1]]
+            return sum(16 + lengths[start] * (end - start) for start, end in zip(starts, cuts, strict=True))
+
+        inner = range(1, len(lengths))
+        every = [(*cuts, len(lengths)) for count in range(len(lengths)) for cuts in combinations(inner, count)]
+        assert cost(cheapest_cuts(lengths, 16)) == min(map(cost, every))
+
+
+def test_prompts_of_one_length_are_prefilled_together_and_a_long_one_by_itself(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    forward = model.network.forward
+    monkeypatch.setattr(
+        model.network, "forward", lambda **inputs: seen.append(tuple(inputs["input_ids"].shape)) or forward(**inputs)
+    )
+    words = [[8] * 90, [9] * 7, [10] * 6, [11] * 7]
+    monkeypatch.setattr(Model, "encode", lambda self, prompt, tools=None: words[int(prompt[0]["content"])])
+    requests = [
+        Request(id=str(number), prompt=[{"role": "user", "content": str(number)}], have=[], need=2)
+        for number in range(4)
+    ]
+    sampled(model, requests, max_tokens=2)
+    assert [shape for shape in seen if shape[1] > 1] == [(1, 90), (3, 7)]
+
+
+def test_bfloat16_is_taken_only_where_it_is_asked_for_and_the_rows_say_so(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", [SENTENCE], vocabulary=280, context=128)
+    assert load(base, None, device="cpu").network.dtype == torch.float32
+    assert load(base, None, device="cpu", bf16=True).network.dtype == torch.bfloat16
+    config = Config(model=ModelSection(base=base, adapter=None), generate=GenerateSection(engine="transformers"))
+    plain = made_with(config, "transformers")
+    config.generate.bf16 = True
+    assert made_with(config, "transformers") == plain | {"bf16": True}
+    assert made_with(config, "endpoint") == made_with(replace(config, generate=GenerateSection()), "endpoint")
+    answers: list[Sampled] = []
+    config.generate.max_tokens = 4
+    sample(requests_of(2, need=2), config, answers.append, Silent())
+    assert all(answer.texts for answer in answers)
 
 
 def test_greedy_equals_generate(model: Model) -> None:

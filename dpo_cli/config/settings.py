@@ -107,6 +107,9 @@ class GenerateSection(Struct, kw_only=True):
     concurrency: Annotated[Count, _doc("Most requests in flight; it adapts below that.")] = 256
     timeout: Annotated[Seconds, _doc("Seconds to wait for one reply.")] = 300.0
     batch_size: Annotated[Count, _doc("Sequences at once, engine transformers.")] = 32
+    bf16: Annotated[
+        bool | None, _doc("bfloat16, engine transformers; unset: on a GPU that has it. Completions differ by it.")
+    ] = None
     price: Annotated[str | None, _doc("IN,CACHED,OUT in dollars per million tokens.")] = None
     max_usd: MaxUsd = None
     contrast: Annotated[bool, _doc("Two completions a prompt, from a good and a bad system prompt.")] = False

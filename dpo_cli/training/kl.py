@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from dpo_cli.engines._batch import choose
 from dpo_cli.engines._unpadded import complete, keeps_states
-from dpo_cli.engines.transformers import choose
 
 
 @torch.no_grad()

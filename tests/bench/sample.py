@@ -1,6 +1,7 @@
-"""Tokens a second of the in-process engine against plain `model.generate`, side by side on the same LoRA model.
+"""Tokens a processor second of the in-process engine against plain `model.generate`, side by side on the same model.
 
-    python tests/bench/sample.py [--rounds 5] [--batch 32] [--prompts 64] [--n 3]
+    python tests/bench/sample.py [--rounds 5] [--batch 32] [--prompts 64] [--n 3]    a tiny model with a LoRA adapter
+    python tests/bench/sample.py --base FOLDER --prompts 12 --max-tokens 24          a model of yours, without one
 
 Both sample the same prompts at the same batch size, temperature and token limit, in turns, so that a busy machine
 slows both. Plain `generate` keeps the adapter apart, pads in file order and prefills each copy of a prompt, as one
@@ -81,6 +82,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--n", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--base", help="folder of a model")
+    parser.add_argument("--bf16", action="store_true", help="and the engine in bfloat16")
     options = parser.parse_args()
     random_ = random.Random(0)
     texts = [scene(random_) for _ in range(options.prompts)]
@@ -91,23 +94,29 @@ def main() -> None:
     settings = GenerateSection(
         n=options.n, temperature=0.9, frequency_penalty=0.0, max_tokens=options.max_tokens, batch_size=options.batch
     )
-    with tempfile.TemporaryDirectory() as folder:
-        base, adapter = make_model(Path(folder), texts)
-        merged = load(base, adapter)
-        apart = load(base, adapter, merge=False)
-    lengths = sorted(len(merged.encode(request.prompt)) for request in requests)
+    if options.base:
+        model = load(options.base, None)
+        models = {"generate": model, "engine": model}
+        if options.bf16:
+            models["engine, bfloat16"] = load(options.base, None, bf16=True)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            base, adapter = make_model(Path(folder), texts)
+            model = load(base, adapter, merge=False)
+            models = {"generate, LoRA": model, "engine, LoRA": model, "engine, merged": load(base, adapter)}
+    lengths = sorted(len(model.encode(request.prompt)) for request in requests)
     print(f"{options.prompts} prompts of {lengths[0]}-{lengths[-1]} tokens x {options.n} x {options.max_tokens}, "
           f"batch {options.batch}, {torch.get_num_threads()} threads")  # fmt: skip
-    speeds: dict[str, list[float]] = {"generate, LoRA": [], "engine, LoRA": [], "engine, merged": []}
+    speeds: dict[str, list[float]] = {name: [] for name in models}
     for number in range(options.rounds + 1):
-        for name in speeds:
-            model = merged if name == "engine, merged" else apart
-            start = time.perf_counter()
-            made = (plain if name.startswith("generate") else ours)(model, requests, settings)
+        for name, one in models.items():
+            start = time.process_time()
+            made = (plain if name.startswith("generate") else ours)(one, requests, settings)
             if number:  # the first round warms up
-                speeds[name].append(made / (time.perf_counter() - start))
+                speeds[name].append(made / (time.process_time() - start))
+    basis = speeds[next(iter(models))]
     for name, values in speeds.items():
-        ratios = sorted(value / basis for value, basis in zip(values, speeds["generate, LoRA"], strict=True))
+        ratios = sorted(value / other for value, other in zip(values, basis, strict=True))
         print(f"{name:16} {statistics.median(values):7.0f} tokens/s   x{statistics.median(ratios):.2f} "
               f"({ratios[0]:.2f}-{ratios[-1]:.2f})")  # fmt: skip
 

@@ -215,4 +215,5 @@ def _made_with(config: Config) -> dict[str, Any]:
     if config.generate.engine == "endpoint":
         extra = {"extra_body": config.generate.extra_body} if config.generate.extra_body else {}
         return made | {"url": config.generate.url, "model": config.model.name} | extra
+    made |= {} if config.generate.bf16 is None else {"bf16": config.generate.bf16}
     return made | {"base": config.model.base if base is None else fingerprint(base)[:DIGITS]}
