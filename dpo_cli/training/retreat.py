@@ -21,6 +21,7 @@ from torch.nn import functional
 from dpo_cli.config.settings import Config
 from dpo_cli.progress import Progress
 from dpo_cli.training.encode import Encoder, Sequences
+from dpo_cli.training.forward import fused_lora
 from dpo_cli.training.kl import kl, sample
 from dpo_cli.training.run_history import Retreat
 from dpo_cli.training.scale_adapter import Scaled, scale_adapter
@@ -62,6 +63,7 @@ def retreat(
     if reference is not None:
         network.load_adapter(reference, adapter_name="reference")
     network.requires_grad_(False).eval()
+    fused_lora.fuse(network)  # as in training
     prompts = [list(ids) for ids in dict.fromkeys(tuple(row.prompt) for row in held_out)][: config.train.kl_prompts]
     low, high = (0.0, 0.0), (1.0, kl_before)  # (scale, its KL)
     made: Scaled | None = None

@@ -111,9 +111,9 @@ def forward(
         return output
     kernel = _kernel(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[3])
     if query.device.type == "cpu":  # torch's kernel there is no faster in bfloat16, and slower on the way back
-        query, key, value = query.float(), key.float(), value.float()
-    with torch.autocast(query.device.type, enabled=False):
-        return kernel(query, key, value, packing["segments"], scaling), None
+        with torch.autocast("cpu", enabled=False):
+            return kernel(query.float(), key.float(), value.float(), packing["segments"], scaling), None
+    return kernel(query, key, value, packing["segments"], scaling), None
 
 
 AttentionInterface.register(NAME, forward)

@@ -136,6 +136,9 @@ def enable(trainer: Any, tokens_per_batch: int | None = None) -> str | None:
     trainer.data_collator.whole = trainer.aux_loss_enabled
     if reason is None:
         reason = _try(trainer, bare)
+    if reason is not None and trainer.args.bf16:  # PEFT's own would round away what an adapter adds
+        for model in bare:
+            fused_lora.fuse(model)
     if tokens_per_batch is not None:
         trainer.token_budget = (tokens_per_batch, packed if reason is None else padded)
     return reason
