@@ -11,8 +11,10 @@ from test_generate import Lines, command, folder, messages, rows, run, texts, wr
 
 from dpo_cli.config.resolve import resolve
 from dpo_cli.config.settings import GenerateSection
+from dpo_cli.endpoint.budget import Budget
 from dpo_cli.endpoint.dialect import FORMATS, OUTPUT_LIMIT, SYSTEM, forget, is_about_fields, transform
 from dpo_cli.endpoint.http import Rejected
+from dpo_cli.endpoint.prices import Price
 from dpo_cli.engines._engine import sampling
 from dpo_cli.errors import UserError
 from dpo_cli.judges._request import request
@@ -267,6 +269,40 @@ def test_a_user_leaves_fields_out_and_adds_others(folder):  # noqa: F811
     (row,) = rows(folder, "again").values()
     assert row.sampling["extra_body"] == extra
     assert row.sampling["top_p"] is None
+
+
+@pytest.mark.parametrize(("choices", "sent"), [("none", {None}), ("1", {1}), ("2", {1, 2}), ("9", {3})])
+def test_a_request_asks_for_as_many_choices_as_the_user_says(folder, choices, sent):  # noqa: F811
+    with Server() as server:
+        run(server, data="plain")
+    with Server() as server:
+        assert run(server, generate__choices=choices).completions == 36
+        assert {body.get("n") for body in server.bodies} == sent
+    assert texts(folder) == texts(folder, "plain")
+
+
+def test_system_prompts_go_without_their_role_where_the_user_says_so(folder):  # noqa: F811
+    prompt = [{"role": "system", "content": "Rhyme."}, {"role": "user", "content": "Tell me of rain."}]
+    write_prompts(folder / "data/val.jsonl", [{"prompt": prompt}])
+    with Server(fault=lambda call: "400:no system role" if is_system(call) else None) as server:
+        progress = Lines()
+        run(server, progress, generate__system_role="none")
+        (sent,) = server.bodies
+    assert sent["messages"] == [{"role": "user", "content": "Rhyme.\n\nTell me of rain."}]
+    assert progress.lines == []
+    (row,) = rows(folder).values()
+    assert row.sampling["system_role"] is None and "refused" not in row.sampling
+    assert row.prompt[0]["role"] == "system"
+
+
+def test_a_judge_s_reply_may_be_without_a_limit(tmp_path):
+    settings = resolve({"judge.max_tokens": "none"}, environment={}).config.judge
+    body = request("m", "", ["A", "B"], settings.max_tokens, settings)
+    assert not {"max_tokens", "max_completion_tokens"} & set(body)
+    price = Price(1.0, 1.0, 1.0)
+    assert Budget(None).worst(body, 100, price) == 0
+    with pytest.raises(UserError, match="nothing limits the output"):
+        Budget(1.0).worst(body, 100, price)
 
 
 @pytest.mark.parametrize(("form", "sent"), [("json_object", {"type": "json_object"}), ("none", None)])

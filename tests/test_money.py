@@ -66,7 +66,7 @@ def test_the_cap_is_kept_used_up_and_the_next_run_goes_on(ledger):
 
 @pytest.mark.parametrize(
     ("fields", "price", "named"),
-    [({"max_tokens": 9}, None, "nobody knows what writer costs"), ({}, OUTPUT_ONLY, "refuses a limit on its output")],
+    [({"max_tokens": 9}, None, "nobody knows what writer costs"), ({}, OUTPUT_ONLY, "nothing limits the output")],
 )
 def test_what_can_not_be_bounded_is_refused_before_anything_is_sent(ledger, fields, price, named):
     with Server() as server:

@@ -100,6 +100,12 @@ class GenerateSection(Struct, kw_only=True):
         float | None, _doc("Penalty for tokens that already stand in the completion; none: not sent.")
     ] = 0.5
     seed: Annotated[int | None, _doc("Seed; completion i of a prompt is the same on every run; none: not sent.")] = SEED
+    choices: Annotated[
+        Count | Literal["all"] | None, _doc("Most completions that a request asks for, as its n; none: n is not sent.")
+    ] = "all"
+    system_role: Annotated[
+        Literal["system"] | None, _doc("Role of system prompts; none: not sent, they open the first user message.")
+    ] = "system"
     extra_body: Annotated[
         dict[str, Any], _doc("JSON of more fields of each request: top_k, min_p, stop, provider routing.")
     ] = msgspec.field(default_factory=dict)
@@ -146,7 +152,7 @@ class JudgeSection(Struct, kw_only=True):
     extra_body: Annotated[
         dict[str, Any], _doc("JSON of more fields of each request: chat_template_kwargs, provider routing.")
     ] = msgspec.field(default_factory=dict)
-    max_tokens: Annotated[Count, _doc("Longest reply, reasoning included, in tokens.")] = 2048
+    max_tokens: Annotated[Count | None, _doc("Longest reply, reasoning included, in tokens; none: not sent.")] = 2048
     price: Annotated[str | None, _doc("IN,CACHED,OUT in dollars per million tokens, of the tier that is used.")] = None
     max_usd: MaxUsd = None
     flex: Annotated[bool, _doc("OpenAI's flex tier: half the price, and slow.")] = False

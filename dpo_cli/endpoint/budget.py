@@ -68,7 +68,8 @@ class Budget:
             if self.cap is None:
                 return 0.0
             raise UserError(
-                "the endpoint refuses a limit on its output, so --max-usd can't be kept", hint="no --max-usd"
+                "nothing limits the output (max_tokens is none, or refused there), so --max-usd can't be kept",
+                hint="set max_tokens, or no --max-usd",
             )
         return (self.tokens(size) * max(price.input, price.cached) + (output or 0) * price.output) / 1e6
 

@@ -301,7 +301,7 @@ def transform(body: dict[str, Any], forms: Mapping[str, int]) -> dict[str, Any]:
         elif name == OUTPUT_LIMIT:
             _change_limit(sent, form)
         elif name == SYSTEM:
-            sent["messages"] = _without_system(sent["messages"])
+            sent["messages"] = without_system(sent["messages"])
         else:
             sent.pop(name, None)
     return sent
@@ -326,7 +326,7 @@ def _change_limit(sent: dict[str, Any], form: int) -> None:
             sent[LIMITS[1 - LIMITS.index(given)]] = limit
 
 
-def _without_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def without_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The messages without a system turn: what it says stands at the beginning of the first user message."""
     system = [message["content"] for message in messages if message["role"] == "system"]
     rest = [message for message in messages if message["role"] != "system"]

@@ -18,7 +18,7 @@ from dpo_cli.data.messages import wire
 from dpo_cli.data.records import Message, Usage, content_id, read_messages
 from dpo_cli.endpoint.client import Endpoint
 from dpo_cli.endpoint.costs import Receipt
-from dpo_cli.endpoint.dialect import Dialect
+from dpo_cli.endpoint.dialect import Dialect, without_system
 from dpo_cli.endpoint.http import Rejected
 from dpo_cli.endpoint.prices import price_of
 from dpo_cli.endpoint.responses import PASSING, Choice, Reply
@@ -98,6 +98,8 @@ class _Sampler:
         if config.model.chat_template_kwargs:  # vLLM's own field
             self._body["chat_template_kwargs"] = config.model.chat_template_kwargs
         self._extra = config.generate.extra_body
+        self._choices = config.generate.choices
+        self._system = config.generate.system_role is not None
 
     async def complete(self, request: Request) -> Sampled:
         """All completions of one prompt, in as few requests as the server allows; what is no answer, once more."""
@@ -144,12 +146,14 @@ class _Sampler:
     async def _ask(self, request: Request, first: int, missing: int, again: bool, result: Sampled) -> Reply:
         """Completions from index `first` on: at most `missing`, at least one; other ones if `again`."""
         first += again * SECOND_TRY
+        messages = wire(request.prompt)
         body = {
             **self._body,
-            "messages": wire(request.prompt),
+            "messages": messages if self._system else without_system(messages),
             **({"tools": request.tools} if request.tools else {}),
-            "n": missing,
         }
+        if self._choices is not None:
+            body["n"] = missing if self._choices == "all" else min(missing, self._choices)
         if self._seed is not None:
             # vLLM gives child i the seed + i: completion i is the same, however many are asked for at once.
             body["seed"] = int(content_id(self._seed, request.id), 16) % 2**31 + first

@@ -123,7 +123,7 @@ class LlmJudge:
                 cut = choice.finish_reason == "length"
                 if isinstance(error, Quoted) and not form.signed:
                     form = msgspec.structs.replace(form, signed=True)
-                elif cut and cap == self.settings.max_tokens:
+                elif cut and cap is not None and cap == self.settings.max_tokens:
                     cap *= 2
                 elif again <= 2 * task.failures and (lacks is None or (lacks in PASSING and again == 0)):
                     again += 1

@@ -12,14 +12,15 @@ def request(
     model: str,
     message: str,
     labels: list[str],
-    cap: int,
+    cap: int | None,
     settings: JudgeSection,
     form: Form = RANKING,
 ) -> dict[str, Any]:
     """The request body; beyond OpenAI only what every endpoint knows: model, messages, format and output cap."""
     body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": message}]}
     openai = is_openai(settings.url)
-    body["max_completion_tokens" if openai else "max_tokens"] = cap
+    if cap is not None:
+        body["max_completion_tokens" if openai else "max_tokens"] = cap
     if settings.response_format is not None:
         schema = settings.response_format == "json_schema"
         body["response_format"] = verdict_schema(labels, True, form) if schema else {"type": "json_object"}

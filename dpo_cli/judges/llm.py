@@ -42,6 +42,7 @@ BATCHES = "judge.batches.jsonl"
 KEY_VARIABLE = "OPENAI_API_KEY"
 REPORT_SECONDS = 0.5
 LISTING_SECONDS = 3.0  # to wait for a list of models, which is wanted for a warning only
+UNLIMITED_REPLY = 8192  # tokens that a reply without a limit is thought to have at most
 REPLY_TOKENS, SENTENCE_TOKENS = 120, 60  # of a usual reply, reasoning included: altogether, and for a candidate
 FLEX_SECONDS = 900.0  # OpenAI's advice: flex answers when there is room
 
@@ -79,17 +80,19 @@ def estimate(tasks: Sequence[Task], config: Config, form: Form = RANKING) -> Est
     settings = config.judge
     criteria = criteria_for(form, settings.rubric)
     tier = "batch" if settings.batch else _live_tier(config)
-    cap, found = settings.max_tokens, []
+    cap, found = settings.max_tokens or UNLIMITED_REPLY, []
     for model in settings.models:
         owed = size = typical = 0
         for task in tasks:
             for vote, criterion in product(plan_votes(task, settings), criteria):
                 shown = show(task, vote.order, criterion.text, settings.seed, form)
-                body = request(model, shown.message, shown.labels, cap, settings, form)
+                body = request(model, shown.message, shown.labels, settings.max_tokens, settings, form)
                 size += len(msgspec.json.encode(body))
                 typical += min(cap, REPLY_TOKENS + SENTENCE_TOKENS * len(shown.labels))
                 owed += 1
         assumed = f"a reply is {REPLY_TOKENS} tokens and {SENTENCE_TOKENS} a candidate"
+        if settings.max_tokens is None:
+            assumed += f", and none is longer than {UNLIMITED_REPLY:,} tokens, though nothing says so"
         if settings.orders == "auto" and settings.votes is None:
             assumed += ", and every third order is asked"
         if len(criteria) > 1:

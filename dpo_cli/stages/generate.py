@@ -141,6 +141,8 @@ def made_with(config: Config, engine: str) -> dict[str, Any]:
     made: dict[str, Any] = {"contrast": contrast} if config.generate.contrast else {}
     if config.generate.extra_body and engine == "endpoint":
         made["extra_body"] = config.generate.extra_body
+    if config.generate.system_role is None and engine == "endpoint":
+        made["system_role"] = None
     if config.generate.bf16 is not None and engine != "endpoint":
         made["bf16"] = config.generate.bf16
     return {"engine": engine, **made, **{key.partition(".")[2]: get(config, key) for key in keys}}

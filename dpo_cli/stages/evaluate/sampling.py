@@ -213,7 +213,8 @@ def _made_with(config: Config) -> dict[str, Any]:
     if adapter is not None:
         made["adapter"] = fingerprint(Path(adapter))[:DIGITS] if Path(adapter).is_dir() else adapter
     if config.generate.engine == "endpoint":
-        extra = {"extra_body": config.generate.extra_body} if config.generate.extra_body else {}
+        extra: dict[str, Any] = {"extra_body": config.generate.extra_body} if config.generate.extra_body else {}
+        extra |= {"system_role": None} if config.generate.system_role is None else {}
         return made | {"url": config.generate.url, "model": config.model.name} | extra
     made |= {} if config.generate.bf16 is None else {"bf16": config.generate.bf16}
     return made | {"base": config.model.base if base is None else fingerprint(base)[:DIGITS]}
