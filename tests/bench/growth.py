@@ -32,13 +32,18 @@ NEAR = 0.02  # of the prompts come again, with one word changed
 # Name -> arguments; `{here}` is the folder of a size.
 COMMANDS = {
     "generate, nothing owed": "generate --data {here} --prompts {here}/prompts.jsonl --url http://127.0.0.1:9",
+    "generate --dry-run": "generate --data {here}/new --prompts {here}/prompts.jsonl --url http://127.0.0.1:9 --dry-run",
+    "judge --dry-run": "judge --data {here}/unjudged --url http://127.0.0.1:9 --model small --dry-run",
     "judge by a function": "judge --data {here}/scored --judge function --function {here}/score.py:score",
     "judge, nothing owed": "judge --data {here}/scored --judge function --function {here}/score.py:score",
     "pair": "pair --data {here}",
+    "pair, stratified": "pair --data {here} --strategy stratified",
+    "pair --length-control": "pair --data {here} --length-control",
     "pair --import": "pair --data {here}/imported --import {here}/pairs/train.jsonl",
     "inspect completions --stats": "inspect completions --data {here} --stats",
     "inspect completions": "inspect completions --data {here}",
     "inspect judgments --stats": "inspect judgments --data {here} --stats",
+    "inspect pairs": "inspect pairs --data {here}/pairs",
     "inspect pairs --stats": "inspect pairs --data {here}/pairs --stats",
     "inspect pairs --lint": "inspect pairs --data {here}/pairs --lint",
     "push data": "push data {here}/there --data {here}/pairs",
@@ -106,9 +111,10 @@ def write(here: Path, count: int) -> None:
     write_rows(here / "completions.jsonl", completions(count, sampling))
     write_rows(here / "judgments.jsonl", (judgment(row, at) for at, row in enumerate(completions(count, sampling))))
     write_rows(here / "pairs" / "train.jsonl", map(pair, completions(count, sampling)))
-    (here / "scored").mkdir(exist_ok=True)
-    (here / "scored" / "completions.jsonl").unlink(missing_ok=True)
-    os.link(here / "completions.jsonl", here / "scored" / "completions.jsonl")
+    for folder in ("scored", "unjudged"):  # judged by the command, and never
+        (here / folder).mkdir(exist_ok=True)
+        (here / folder / "completions.jsonl").unlink(missing_ok=True)
+        os.link(here / "completions.jsonl", here / folder / "completions.jsonl")
     (here / "score.py").write_text("def score(prompt, completion):\n    return len(completion) % 97 / 10\n")
     (here / "whole").touch()
 
