@@ -3,8 +3,8 @@
 The fences keep such texts from being obeyed; the flags are for the person who reads the judgments. Patterns know some
 words of some languages: a text without a flag is not thereby harmless, nor one with a flag hostile.
 
-Most texts hold no sign of any kind, and a search for words in a text takes a tenth of the time of a regular
-expression's. Each expression thus stands with words without which it can't match, and is tried where they occur.
+Most texts hold no sign of any kind, and to look for words in a text takes a tenth of the time that a regular
+expression takes. Each expression thus stands with words without which it can't match, and is tried where they occur.
 """
 
 import base64
@@ -13,12 +13,19 @@ import re
 import unicodedata
 from typing import NamedTuple
 
+PREFIX = 4
+
 
 class _Expression(NamedTuple):
-    """A regular expression, and words in lower case: it matches no text that lacks all words of one of `needs`."""
+    """A regular expression, and what every text that it matches holds, in lower case.
+
+    `needs`: a word of each of them, somewhere. `starts`: a run of word characters that begins with the first
+    characters, `PREFIX` at most, of one of them; empty where that is not known.
+    """
 
     pattern: re.Pattern[str]
     needs: tuple[tuple[str, ...], ...]
+    starts: frozenset[str]
 
 
 class _Sign(NamedTuple):
@@ -28,13 +35,19 @@ class _Sign(NamedTuple):
     stems: tuple[str, ...] = ()
 
 
-def _at(pattern: str, *needs: str, flags: int = re.I) -> _Expression:
-    """An expression, and its needs: words with commas between them."""
-    return _Expression(re.compile(pattern, flags), tuple(tuple(words.split(",")) for words in needs))
+def _at(pattern: str, *needs: str, starts: str = "") -> _Expression:
+    """An expression, its needs and its starts: words with commas between them."""
+    return _Expression(
+        re.compile(pattern, re.I | re.M),
+        tuple(tuple(words.split(",")) for words in needs),
+        frozenset(word[:PREFIX] for word in starts.split(",") if word),
+    )
 
 
-def _at_line(pattern: str, *needs: str) -> _Expression:
-    return _at(pattern, *needs, flags=re.I | re.M)
+def _word(pattern: str, *needs: str, starts: str = "") -> _Expression:
+    """An expression whose first needs begin at the border of a word, and are its starts if those are not named."""
+    first = (re.findall(r"\w+", need)[0] for need in needs[0].split(","))
+    return _at(pattern, *needs, starts=starts or ",".join(first))
 
 
 # What is invisible, or moves what is visible: controls, zero-width signs, bidirectional controls, tags. The joiners
@@ -46,12 +59,12 @@ _HIDDEN = re.compile(
 _ASCII_CONTROLS = bytes({*range(0x20), 0x7F} - {0x09, 0x0A})
 _FENCE = _Sign(
     (
-        _at_line(r"^\s*(<<<|>>>|={5,}|-{5,}\s*(begin|end))", "<<<,>>>,=====,-----"),
+        _at(r"^\s*(<<<|>>>|={5,}|-{5,}\s*(begin|end))", "<<<,>>>,=====,-----"),
         _at(r"<<<[^<>\n]*>>>", "<<<"),
-        _at(r"\bcode of this request\b", "code of this request"),
+        _word(r"\bcode of this request\b", "code of this request"),
     )
 )
-_VERDICT = _Sign((_at(r"""["'](scores?|ranking|rationale|verdict)["']\s*:""", "score,ranking,rationale,verdict"),))
+_VERDICT = _Sign((_word(r"""["'](scores?|ranking|rationale|verdict)["']\s*:""", "score,ranking,rationale,verdict"),))
 _ROLE = _Sign(
     (
         _at(
@@ -59,48 +72,51 @@ _ROLE = _Sign(
             r"|assistant|user|think|candidate|material)\|?>",
             "<",
         ),
-        _at(r"\[/?(INST|SYSTEM|ASSISTANT)\]", "inst],system],assistant]"),
-        _at(r"<</?SYS>>", "sys>>"),
+        _word(r"\[/?(INST|SYSTEM|ASSISTANT)\]", "inst],system],assistant]"),
+        _word(r"<</?SYS>>", "sys>>"),
         _at(r"</s>", "</s>"),
-        _at_line(r"^\W*(system|assistant|developer)\W*(message|prompt|notice)?\s*:", "system,assistant,developer"),
+        _word(r"^\W*(system|assistant|developer)\W*(message|prompt|notice)?\s*:", "system,assistant,developer"),
     )
 )
 _ADDRESS = _Sign(
     (
-        _at(
+        _word(
             r"\b(this|current) (candidate|response|completion|submission)\b",
             "this ,current ",
             "candidate,response,completion,submission",
+            starts="candidate,response,completion,submission",
         ),
-        _at(r"\bcandidate [A-Z]\b", "candidate "),
-        _at(
+        _word(r"\bcandidate [A-Z]\b", "candidate "),
+        _word(
             r"\b(ignore|disregard|forget|override)\b.{0,40}\b(instructions?|rules|rubric|criteria|prompts?)\b",
             "ignore,disregard,forget,override",
             "instruction,rules,rubric,criteria,prompt",
         ),
-        _at(r"\b(ignore|disregard)\b.{0,15}\babove\b", "ignore,disregard", "above"),
-        _at(
+        _word(r"\b(ignore|disregard)\b.{0,15}\babove\b", "ignore,disregard", "above"),
+        _word(
             r"\brank\b.{0,20}\b(?-i:[A-H])\W{1,3}(as |the )?(first|best|highest|top)\b",
             "rank",
             "first,best,highest,top",
         ),
-        _at(
+        _word(
             r"\b(rank|rate|score|grade)\b.{0,30}\b(me|this|it|answer|mine)\W{1,3}(\w+\W{1,3}){0,3}"
             r"(first|best|highest|10|ten|top)\b",
             "rank,rate,score,grade",
             "first,best,highest,10,ten,top",
         ),
-        _at(
+        _word(
             r"\b(dear|attention|note to( the)?) (ai |llm )?(judge|grader|evaluator|rater)s?\b",
             "dear ,attention ,note to ",
             "judge,grader,evaluator,rater",
+            starts="judge,grader,evaluator,rater",
         ),
-        _at(r"\bas (an? |the )?(ai |llm )?(judge|grader|evaluator)\b.{0,20}\byou\b", "judge,grader,evaluator"),
-        _at(r"\bsystem prompt\b", "system prompt"),
-        _at(r"\bnew (rubric|criteria|instructions)\b", "new rubric,new criteria,new instructions"),
-        _at(
+        _word(r"\bas (an? |the )?(ai |llm )?(judge|grader|evaluator)\b.{0,20}\byou\b", "judge,grader,evaluator"),
+        _word(r"\bsystem prompt\b", "system prompt"),
+        _word(r"\bnew (rubric|criteria|instructions)\b", "new rubric,new criteria,new instructions"),
+        _word(
             r"\b(rate|score|grade)\b.{0,40}\b(as high as possible|full marks|top marks|the maximum)\b",
             "as high as possible,full marks,top marks,the maximum",
+            starts="rate,score,grade",
         ),
     ),
     stems=(
@@ -111,49 +127,52 @@ _ADDRESS = _Sign(
 # "Ignore the instructions", "as the judge" and "the highest score", as far as a language says them in few words.
 _ADDRESS_ELSEWHERE = _Sign(
     (
-        _at(
+        _word(
             r"\b(ignorier|vergiss|vergess)\w*.{0,40}\b(anweisung|regel)",
             "ignorier,vergiss,vergess",
             "anweisung,regel",
         ),
-        _at(r"\b(diese[mnrs]?|der|dem) kandidat", "kandidat"),
-        _at(r"\bals (richter|gutachter|bewerter)", "als richter,als gutachter,als bewerter"),
-        _at(
+        _word(r"\b(diese[mnrs]?|der|dem) kandidat", "kandidat"),
+        _word(r"\bals (richter|gutachter|bewerter)", "als richter,als gutachter,als bewerter"),
+        _word(
             r"\b(höchst|best)e[nr]? (note|punktzahl|bewertung)",
             "höchste,beste",
             "note,punktzahl,bewertung",
         ),
-        _at(
+        _word(
             r"\b(ignor(ez?|a|e|ar|are)|olvida|esqueça|dimentica|oublie[zr]?|desconsidere)\w*\b.{0,50}"
             r"\b(instruc|istruzion|instruç|instruções|consign|regl|règle|regol|regra)",
             "ignor,olvida,esqueça,dimentica,oublie,desconsidere",
             "instruc,istruzion,instruç,consign,regl,règle,regol,regra",
         ),
-        _at(
+        _word(
             r"\b(como|en tant que|come) (juez|evaluador|juiz|avaliador|juge|évaluateur|giudice|valutatore)\b",
             "como ,en tant que ,come ",
             "juez,evaluador,juiz,avaliador,juge,évaluateur,giudice,valutatore",
+            starts="juez,evaluador,juiz,avaliador,juge,évaluateur,giudice,valutatore",
         ),
-        _at(
+        _word(
             r"\b(puntuación|nota|calificación|punteggio|note) (máxima|más alta|massim[oa]|più alt[oa]|maximale)\b",
             "máxima,más alta,massim,più alt,maximale",
+            starts="puntuación,nota,calificación,punteggio,note",
         ),
-        _at(r"\b(negeer|vergeet)\b.{0,40}\b(instructie|regel)", "negeer,vergeet"),
-        _at(r"\bals beoordelaar\b", "als beoordelaar"),
-        _at(r"\bhoogste score\b", "hoogste score"),
-        _at(
+        _word(r"\b(negeer|vergeet)\b.{0,40}\b(instructie|regel)", "negeer,vergeet"),
+        _word(r"\bals beoordelaar\b", "als beoordelaar"),
+        _word(r"\bhoogste score\b", "hoogste score"),
+        _word(
             r"\b(z?ignoruj|zapomnij|zapomeň)\w*\b.{0,40}\b(instrukcj|polece|zasad|instrukce|pokyn|pravid)",
             "ignoruj,zapomnij,zapomeň",
+            starts="ignoruj,zignoruj,zapomnij,zapomeň",
         ),
-        _at(r"\bnajwyższ\w+ ocen", "najwyższ"),
-        _at(r"\btalimat\w*.{0,30}(yok ?say|unut|görmezden)", "talimat"),
-        _at(r"\ben yüksek puan", "en yüksek puan"),
-        _at(r"\b(ignorer|glöm|glem)\w*\b.{0,40}\b(instruktion|instruks|regl)", "ignorer,glöm,glem"),
-        _at(r"\bhögsta (poäng|betyg)", "högsta "),
+        _word(r"\bnajwyższ\w+ ocen", "najwyższ"),
+        _word(r"\btalimat\w*.{0,30}(yok ?say|unut|görmezden)", "talimat"),
+        _word(r"\ben yüksek puan", "en yüksek puan"),
+        _word(r"\b(ignorer|glöm|glem)\w*\b.{0,40}\b(instruktion|instruks|regl)", "ignorer,glöm,glem"),
+        _word(r"\bhögsta (poäng|betyg)", "högsta "),
         _at(r"bỏ qua.{0,40}(hướng dẫn|chỉ dẫn|quy tắc)", "bỏ qua"),
         _at(r"điểm (cao nhất|tối đa)", "điểm "),
-        _at(r"\babaikan\b.{0,40}\b(instruksi|perintah|aturan)", "abaikan"),
-        _at(r"\bnilai (tertinggi|maksimal)", "nilai "),
+        _word(r"\babaikan\b.{0,40}\b(instruksi|perintah|aturan)", "abaikan"),
+        _word(r"\bnilai (tertinggi|maksimal)", "nilai "),
         _at(
             r"(忽略|无视|忘记).{0,20}(指示|指令|说明|规则)|(候选|这个)(答案|回答).{0,10}分|打.{0,4}(满分|最高分)"
             r"|(無視|評価者|最高点|満点)|(무시하|최고 ?점수|만점)",
@@ -182,57 +201,60 @@ _JUDGING = r"(judge|grader|evaluator|rater|reviewer|language model|\bllm|\bai\b|
 _JUDGES = "judge,grader,evaluator,rater,reviewer,language model,llm, ai ,admin,developer, mode,anything now,from now on"
 _ROLE_PLAY = _Sign(
     (
-        _at(
+        _word(
             rf"\b(you are|you're|you will be|act|behave|respond|answer) (now |from now on )?(as |like )?"
             rf"(an? |the |my )?([a-z-]+ ){{0,3}}{_JUDGING}\b.{{0,60}}"
             r"\b(who|that|which|always|never|only|without|must|give|prefer)",
             "you are ,you're ,you will be ,act ,behave ,respond ,answer ",
             _JUDGES,
+            starts="judge,grader,evaluator,rater,reviewer,language,llm,ai,admin,developer",
         ),
-        _at(
+        _word(
             rf"\b(pretend|imagine|suppose|role-?play|simulate)\b.{{0,60}}{_JUDGING}.{{0,80}}"
             r"\b(scor|rat|rank|grad|prefer|winner|10)",
             "pretend,imagine,suppose,roleplay,role-play,simulate",
             _JUDGES,
         ),
-        _at(
+        _word(
             r"\b(game|story|role-?play|exercise|hypothetical)\b.{0,60}\b(judge|grader|evaluator)s?\b.{0,60}"
             r"\b(always|must|has to|have to|gives?|ranks?|rates?|scores?)\b",
             "judge,grader,evaluator",
             "game,story,roleplay,role-play,exercise,hypothetical",
         ),
-        _at(r"\b(developer|debug|maintenance|god|dan) mode\b", " mode"),
-        _at(r"\bdo anything now\b", "do anything now"),
-        _at(r"\bfrom now on,? you\b", "from now on"),
+        _word(r"\b(developer|debug|maintenance|god|dan) mode\b", " mode"),
+        _word(r"\bdo anything now\b", "do anything now", starts="anything"),
+        _word(r"\bfrom now on,? you\b", "from now on"),
     ),
     stems=tuple(_JUDGES.split(",")),
 )
 _TOOL_RESULT = _Sign(
     (
-        _at(r"</?(tool|function)_(response|result|results|output|call)s?>", "tool_,function_"),
-        _at(r"\[/?TOOL_(RESULTS|CALLS|CONTENT)\]", "tool_"),
-        _at(r"[\"']role[\"']\s*:\s*[\"'](tool|function|system|developer)[\"']", "role\",role'"),
-        _at(r"\btool_call_id\b", "tool_call_id"),
-        _at_line(
+        _word(r"</?(tool|function)_(response|result|results|output|call)s?>", "tool_,function_"),
+        _word(r"\[/?TOOL_(RESULTS|CALLS|CONTENT)\]", "tool_"),
+        _word(r"[\"']role[\"']\s*:\s*[\"'](tool|function|system|developer)[\"']", "role\",role'"),
+        _word(r"\btool_call_id\b", "tool_call_id"),
+        _word(
             r"^\W*(tool|function|api|plugin|search)[ _-]?(call )?(result|output|response|return)s?\b[^\n]{0,40}[:=]",
             "tool,function,api,plugin,search",
             "result,output,response,return",
+            starts="tool,function,plugin,search,api,api_,apicall,apiresult,apioutput",
         ),
-        _at_line(r"^\W*observation\s*:", "observation"),
-        _at(r"```(tool|function)_?\w*", "```tool,```function"),
-        _at(
+        _word(r"^\W*observation\s*:", "observation"),
+        _word(r"```(tool|function)_?\w*", "```tool,```function"),
+        _word(
             r"\b(scoring|grading|evaluation|rating|fact.?check\w*|verification) (tool|api|script|service|system)\b"
             r".{0,40}\b(return|report|result|confirm|say|said|says|gave|output|found)",
             "scoring ,grading ,evaluation ,rating ,check,verification ",
             " tool, api, script, service, system",
+            starts="scoring,grading,evaluation,rating,fact,verification",
         ),
     )
 )
 _SCORE_TABLE = _Sign(
     (
-        _at_line(r"^\s*\|?\s*\**(candidate|response|answer|option|model)?\s*[A-H]\**\s*\|.*\b\d{1,3}\b", "|"),
-        _at_line(r"^\s*\|.*\b(score|rating|rank|grade)\b.*\|\s*$", "|", "score,rating,rank,grade"),
-        _at(
+        _at(r"^\s*\|?\s*\**(candidate|response|answer|option|model)?\s*[A-H]\**\s*\|.*\b\d{1,3}\b", "|"),
+        _at(r"^\s*\|.*\b(score|rating|rank|grade)\b.*\|\s*$", "|", "score,rating,rank,grade"),
+        _word(
             r"\b(score|rating|grade|mark|verdict)s?\W{1,4}(is |of )?(10|ten)\s*(/|out of)\s*(10|ten)\b",
             "score,rating,grade,mark,verdict",
             "/,out of",
@@ -248,6 +270,8 @@ _SCORED_LABEL = re.compile(r"[0-9](?:" + "|".join(rf"(?<=[A-Ha-h]\W{{{gap}}}.)" 
 _ENCODED = re.compile(r"[A-Za-z0-9+/]{20,}={0,2}")
 _ENCODED_LENGTH = 20
 _WORD = re.compile(r"[^\W\d_]{2,}")
+_RUN = re.compile(r"\w+")
+_BLANKS = {code: " " for code in range(128) if not _RUN.match(chr(code))}
 _ALPHABETS = ("LATIN", "CYRILLIC", "GREEK", "ARMENIAN", "CHEROKEE")
 # Letters that an expression takes for another one although `str.lower` does not; their texts' words are not trusted.
 _FOLDED = re.compile("[\u0130\u0131\u017f\u0345\u0370-\u03ff\u1c80-\u1c8f\u1e61\u1e9b\u1f00-\u1fff\u212a\ufb05\ufb06]")
@@ -259,13 +283,20 @@ class _Text:
     def __init__(self, text: str) -> None:
         self._text = text
         self._lowered = text.lower()
+        words = self._lowered.translate(_BLANKS).split() if text.isascii() else _RUN.findall(self._lowered)
+        self._starts = {word[:PREFIX] for word in set(words)}
         self._folds = not text.isascii() and _FOLDED.search(text) is not None
 
     def shows(self, sign: _Sign) -> bool:
         """Whether a sign is there."""
         lowered = self._lowered
-        for pattern, needs in sign.expressions:
-            if (self._folds or _holds_all(lowered, needs)) and pattern.search(self._text):
+        for pattern, needs, starts in sign.expressions:
+            if not self._folds:
+                if starts and starts.isdisjoint(self._starts):
+                    continue
+                if not _holds_all(lowered, needs):
+                    continue
+            if pattern.search(self._text):
                 return not sign.stems or _holds_one(lowered, sign.stems)
         return False
 

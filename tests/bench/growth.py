@@ -32,7 +32,7 @@ NEAR = 0.02  # of the prompts come again, with one word changed
 # Name -> arguments; `{here}` is the folder of a size.
 COMMANDS = {
     "generate, nothing owed": "generate --data {here} --prompts {here}/prompts.jsonl --url http://127.0.0.1:9",
-    "generate --dry-run": "generate --data {here}/new --prompts {here}/prompts.jsonl --url http://127.0.0.1:9 --dry-run",
+    "generate --dry-run": "generate --dry-run --data {here}/new --prompts {here}/prompts.jsonl --url http://127.0.0.1",
     "judge --dry-run": "judge --data {here}/unjudged --url http://127.0.0.1:9 --model small --dry-run",
     "judge by a function": "judge --data {here}/scored --judge function --function {here}/score.py:score",
     "judge, nothing owed": "judge --data {here}/scored --judge function --function {here}/score.py:score",
