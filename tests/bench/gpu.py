@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from packing import Packed, Plain, configuration, make, outcome, rows
 from trl.trainer.utils import get_peak_flops
-from variants import CUDA, MODELS, Remote, Variant, quiet
+from variants import CUDA, MODELS, Remote, Variant, quiet, why_no_liger
 
 from dpo_cli.config.settings import TrainSection
 from dpo_cli.training import plan
@@ -136,14 +136,17 @@ def speed(smoke: bool, folder: Path) -> dict[str, Any]:
     for checkpointing in (True, False):
         for variant in SPEED if checkpointing else SPEED[-1:]:
             name = variant.name + ("" if checkpointing else ", no checkpointing")
+            if variant.liger and (reason := why_no_liger()) is not None:
+                found[name] = {"not applied here": reason}
+                continue
             operations = (4 if variant.kept else 6) * _multiplications(size, made)
             try:
                 child = Remote(variant, "dpo", size, made, count, folder / name, 32, checkpointing=checkpointing)
-            except (EOFError, OSError) as error:  # Liger is not installed, or memory lacks
+                for step in range(-1, steps):
+                    child.step(max(step, 0) * count, count)
+            except OSError as error:  # memory lacks
                 found[name] = {"failed": str(error) or "see stderr"}
                 continue
-            for step in range(-1, steps):
-                child.step(max(step, 0) * count, count)
             seconds = sum(child.seconds[1:])
             tokens = sum(sum(map(len, row.values())) + len(row["prompt_ids"]) for row in made)
             found[name] = {
@@ -234,7 +237,8 @@ def four_bit(smoke: bool, folder: Path) -> dict[str, Any]:
     trainer = make(Packed, folder / "run", config, load=load, use_cpu=not CUDA)
     keep_differentiable(trainer.model)
     reason = packed.enable(trainer)
-    return {"not packed": reason, "loss": outcome(trainer)["logged"]["loss"]}
+    with redirect_stdout(io.StringIO()):  # a trainer's log
+        return {"not packed": reason, "loss": outcome(trainer)["logged"]["loss"]}
 
 
 PARTS: list[Callable[[bool, Path], dict[str, Any]]] = [

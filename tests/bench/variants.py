@@ -8,10 +8,12 @@ import ctypes
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from packing import Packed, Plain, tokenizer
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.integrations.liger import apply_liger_kernel
 from trl import DPOConfig, SFTConfig, SFTTrainer
 
 from dpo_cli.progress import Silent
@@ -41,6 +44,8 @@ MODELS: dict[str, dict[str, int]] = {
               "num_key_value_heads": 2, "vocab_size": 8192},
     "135M": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
              "num_key_value_heads": 3, "vocab_size": 49152},
+    "49k": {"hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 8, "num_attention_heads": 6,
+            "num_key_value_heads": 2, "vocab_size": 49152},
     "128k": {"hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 8, "num_attention_heads": 6,
              "num_key_value_heads": 2, "vocab_size": 128256},
     "3B": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24,
@@ -129,6 +134,8 @@ class Child:
             if variant.kept:
                 reference_cache.keep_reference(trainer, folder / "reference", Silent(), wanted=True)
         self.fill = clock() - began if variant.kept else 0.0
+        if variant.liger:
+            apply_liger(trainer)
         trainer.current_gradient_accumulation_steps = 1
         trainer.create_optimizer()
         # As `train` does, so that every variant computes under accelerate's autocast.
@@ -157,6 +164,21 @@ class Child:
         if CUDA:
             return torch.cuda.max_memory_allocated() / 1e9
         return _status("VmHWM") / 1e3
+
+
+def why_no_liger() -> str | None:
+    """Why Liger's kernels can't be applied here; None: they can."""
+    if find_spec("liger_kernel") is None:
+        return "liger_kernel is not installed"
+    return None if CUDA else "its kernels need a card"
+
+
+def apply_liger(trainer: Any) -> None:
+    """What `Trainer.train` does for `use_liger_kernel` before its first step, which steps alone do not."""
+    apply_liger_kernel(trainer.model, trainer.args.liger_kernel_config)
+    forwards = [getattr(module.forward, "__func__", module.forward) for module in trainer.model.modules()]
+    applied = sum(forward.__module__.startswith("liger_kernel") for forward in forwards)
+    assert applied, "no module's forward is Liger's"
 
 
 def clock() -> float:
@@ -249,22 +271,31 @@ class Remote:
         self._process = context.Process(target=serve, args=(theirs, variant, *arguments), kwargs=keywords)
         self._process.start()
         theirs.close()
-        self.fill: float = self._connection.recv()
+        self.fill: float = self._receive()
         self.seconds: list[float] = []
         self.losses: list[float] = []
 
     def step(self, first: int, count: int) -> None:
         """As the Child's; its seconds and its loss are kept."""
         self._connection.send(("step", (first, count)))
-        seconds, loss = self._connection.recv()
+        seconds, loss = self._receive()
         self.seconds.append(seconds)
         self.losses.append(loss)
 
     def ask(self, method: str, *arguments: int) -> float:
         """What a method of the Child returns."""
         self._connection.send((method, arguments))
-        answer: float = self._connection.recv()
+        answer: float = self._receive()
         return answer
+
+    def _receive(self) -> Any:
+        try:
+            return self._connection.recv()
+        except EOFError:
+            self._process.join()
+            code = self._process.exitcode
+            why = "killed, most likely for want of memory" if code == -signal.SIGKILL else "its error stands above"
+            raise OSError(f"the process of {self.variant.name!r} ended with {code}: {why}") from None
 
     def close(self) -> None:
         """End the process."""
