@@ -1,6 +1,8 @@
 """bfloat16 on a CPU: when it is chosen, how near it is to float32 beside TRL's, what it keeps exact."""
 
 import math
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from training import Lines, config_of, read_rows
 from dpo_cli.base_model import Base
 from dpo_cli.data.files import write_json
 from dpo_cli.stages import train
-from dpo_cli.training import precision
+from dpo_cli.training import kl, precision
+from dpo_cli.training.dpo import reference_of
 from dpo_cli.training.forward import fused_lora, log_probs, packed
 from dpo_cli.weights import Tensor
 
@@ -167,3 +170,31 @@ def test_what_a_young_adapter_adds_is_not_rounded_away(bias):
         found = change(True)
         shares.append(((found * exact.sign()).sum() / exact.abs().sum()).item())
     assert shares[0] < 0.75 and abs(shares[1] - 1) < 0.05, shares
+
+
+def test_kl_is_not_that_of_rounded_logits(tmp_path):
+    config = configuration("Llama", hidden_size=128)
+    trainer = make(Packed, tmp_path, config, bf16=True)
+    with torch.no_grad():
+        for name, value in trainer.model.named_parameters():
+            if "lora_" not in name:
+                if "lm_head" in name:
+                    value.mul_(12).add_(2 * torch.randn(128))  # logits are high, as a real model's, all alike
+                value.copy_(value.bfloat16())
+            elif ".default." in name:  # near the reference
+                value.copy_(trainer.model.get_parameter(name.replace("default", "ref")) * 1.02)
+    prompts, completions = ([[5 + row + at for at in range(40)] for row in range(8)] for _ in range(2))
+
+    def measured(autocast):
+        arguments = trainer.model, lambda: reference_of(trainer.model), prompts, completions
+        return sum(kl.kl(*arguments, autocast, lambda *_: False)) / 320
+
+    exact = measured(nullcontext)
+    in_bf16(trainer)
+    assert packed.enable(trainer) is None
+    autocast = partial(torch.autocast, "cpu", torch.bfloat16)
+    near = measured(autocast)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kl, "_precise_head", lambda model: nullcontext())
+        rounded = measured(autocast)
+    assert abs(near - exact) < abs(rounded - exact) / 2, (exact, near, rounded)
