@@ -1,8 +1,9 @@
 """Client of an OpenAI-compatible endpoint: concurrency that adapts, retries, a budget, and no call paid twice.
 
 Reads and writes a ledger of paid replies: a reply is appended before it is returned, and a request whose answer stands
-there is answered from it. Speaks HTTP through aiohttp rather than the OpenAI SDK, which costs five times the CPU time a
-request (and retries timed-out, perhaps paid requests unasked). Tools and images are not covered.
+there is answered from it. Speaks HTTP through aiohttp rather than the OpenAI SDK, which costs seven times the CPU time
+a request, nearly four times with its aiohttp transport (`tests/bench/clients.py`), and retries timed-out, perhaps paid
+requests unasked. Images are not covered.
 """
 
 import asyncio
@@ -16,7 +17,8 @@ from typing import Any, Self, TypeVar
 import msgspec
 from msgspec import Struct
 
-from dpo_cli.data.records import Usage, content_id
+from dpo_cli.data.messages import content_id_of, encode_for_id
+from dpo_cli.data.records import Usage
 from dpo_cli.endpoint.budget import Budget, estimate_tokens, is_plausible, output_cap
 from dpo_cli.endpoint.concurrency import Pace, allowed_sockets
 from dpo_cli.endpoint.costs import Estimate, Receipt, estimate
@@ -147,13 +149,15 @@ class Endpoint:
             Rejected: the endpoint refuses this request, or does not answer it.
             UserError: nothing more can be sent: bad key, bad path, no quota, no budget, no server, full disk.
         """
-        key, reply = self.recall(body, replicate)
+        content = encode_for_id(body)
+        key = self._key(body, content, replicate)
+        reply = self._ledger.get(key, bool(body.get("tools")))
         if reply is not None:
             self.spend.reused += 1
             return reply
         price = self._price(body["model"])
         try:
-            reply = await self._ask(key, body, price, path, final)
+            reply = await self._ask(key, body, content, price, path, final)
         except Rejected:
             self.spend.failed += final
             raise
@@ -167,9 +171,14 @@ class Endpoint:
 
     def recall(self, body: dict[str, Any], replicate: int = 0) -> tuple[str, Reply | None]:
         """The key of a request, and its reply if that was paid before and holds an answer."""
-        content = {name: value for name, value in body.items() if name not in _TRANSPORT_KEYS}
-        key = content_id(content, self._place, replicate)
+        key = self._key(body, encode_for_id(body), replicate)
         return key, self._ledger.get(key, bool(body.get("tools")))
+
+    def _key(self, body: dict[str, Any], content: bytes, replicate: int) -> str:
+        """The key of a request; `content` is its body as it is sent, which is encoded once for both."""
+        if any(name in body for name in _TRANSPORT_KEYS):
+            content = encode_for_id({name: value for name, value in body.items() if name not in _TRANSPORT_KEYS})
+        return content_id_of(content, self._place, replicate)
 
     def record(self, key: str, reply: Reply) -> bool:
         """Keep a paid reply and count it, unless it is in the ledger; return whether it was new.
@@ -284,9 +293,10 @@ class Endpoint:
         while self._pace.in_flight and time.monotonic() < end:
             await asyncio.sleep(0.02)
 
-    async def _ask(self, key: str, body: dict[str, Any], price: Price | None, path: str, final: bool) -> Reply:
+    async def _ask(
+        self, key: str, body: dict[str, Any], content: bytes, price: Price | None, path: str, final: bool
+    ) -> Reply:
         """Send until there is a reply, a refusal, or no patience left."""
-        content = msgspec.json.encode(body)
         attempts = resends = 0
         while True:
             pause = 0.0
