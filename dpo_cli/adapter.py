@@ -11,30 +11,16 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from msgspec import Struct
 
+from dpo_cli.adapter_settings import CONFIG, read_settings, unserved_settings
 from dpo_cli.base_model import CONV1D, Base, absolute, check_base, file_sha256, find_base, weights_fingerprint
 from dpo_cli.errors import UserError
 from dpo_cli.pickled import check_finite_pickled, read_pickled
-from dpo_cli.weights import FLOATS, Tensor, check_finite, check_no_pointer, read_header
+from dpo_cli.weights import FLOATS, Tensor, check_finite, read_header
 
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that --max-lora-rank takes
-CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 
-# Settings of PEFT that change what an adapter computes and that vLLM refuses, unless empty or false.
-UNSERVED = {
-    "use_dora": "DoRA",
-    "modules_to_save": "whole modules saved beside the LoRA weights (modules_to_save)",
-    "trainable_token_indices": "trained tokens (trainable_token_indices)",
-    "lora_bias": "biases on LoRA layers (lora_bias)",
-    "alora_invocation_tokens": "activated LoRA (alora_invocation_tokens)",
-    "layer_replication": "replicated layers (layer_replication)",
-    "use_bdlora": "block-diagonal LoRA (use_bdlora)",
-    "use_qalora": "QALoRA (use_qalora)",
-}
-# Initialisations that leave the base's weights as they are; the others (PiSSA, OLoRA, ...) change them.
-PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 LORA_TENSOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(?:(A|B)\.weight|embedding_(A|B))")
 # PEFT saves the base's embeddings, whole, where the vocabulary was resized: under LoRA (vLLM skips those) or without.
 BASE_EMBEDDING = re.compile(
@@ -83,7 +69,7 @@ def read_adapter(path: Path, base: str, same_base: bool = False, resizes: bool =
     Raises:
         UserError: what is missing, damaged or of another base.
     """
-    settings = _read_settings(path)
+    settings = read_settings(path)
     found = check_base(base)
     own_base = settings.get("base_model_name_or_path") or None
     notes = [] if same_base or own_base is None else _check_own_base(str(own_base), base, found, path)
@@ -108,7 +94,7 @@ def read_adapter(path: Path, base: str, same_base: bool = False, resizes: bool =
         alpha=settings.get("lora_alpha", 0),
         target_modules=sorted({name.rpartition(".")[2] for name in layers}),
         sha256=file_sha256(weights),
-        unserved=_unserved(settings, max(ranks)) + _whole_embeddings(tensors, settings),
+        unserved=unserved_settings(settings, max(ranks)) + _whole_embeddings(tensors, settings),
         notes=notes,
     )
 
@@ -119,8 +105,8 @@ def check_adapter(path: Path, base: str, same_base: bool = False) -> Adapter:
     Raises:
         UserError: the reason for which vLLM could not load it, or could only answer nonsense.
     """
-    settings = _read_settings(path)
-    if reasons := _unserved(settings, settings["r"]):
+    settings = read_settings(path)
+    if reasons := unserved_settings(settings, settings["r"]):
         raise UserError(f"vLLM does not serve {', nor '.join(reasons)}", where=str(path / CONFIG), hint=MERGE)
     adapter = read_adapter(path, base, same_base)
     if adapter.unserved:
@@ -156,7 +142,7 @@ def adapter_tensors(path: Path) -> dict[str, Tensor]:
 
 def base_embeddings(path: Path) -> list[str]:
     """The tensors of an adapter's file that are the base's embeddings, or take their place."""
-    settings = _read_settings(path)
+    settings = read_settings(path)
     return [key for key in _read_tensors(weights_path(path)) if _is_base_embedding(key, settings)]
 
 
@@ -212,51 +198,6 @@ def lost_targets(targets: str | list[str], names: list[str], linear: list[str]) 
     if isinstance(targets, str):
         return []
     return [target for target in targets if not any(is_target(name, [target]) for name in names)]
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    file = path / CONFIG
-    try:
-        check_no_pointer(file)
-        settings = msgspec.json.decode(file.read_bytes(), type=dict[str, Any])
-    except FileNotFoundError:
-        inner = sorted(path.glob(f"*/{CONFIG}"))
-        hint = "nothing-dpo train --stage sft makes one, or --set model.adapter=FOLDER"
-        if inner:
-            hint = f"there is one in {inner[0].parent}"
-        raise UserError(f"no {CONFIG}: not a LoRA adapter", where=str(path), hint=hint) from None
-    except (OSError, msgspec.MsgspecError) as error:
-        raise UserError(f"not a JSON object: {error}", where=str(file)) from None
-    if (kind := settings.get("peft_type")) != "LORA":
-        raise UserError(f"peft_type is {kind}: LORA alone is trained and served", where=str(file))
-    patterns = {key: settings.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
-    if odd := next((key for key, value in patterns.items() if not isinstance(value, dict)), None):
-        raise UserError(f"{odd} is {settings[odd]!r}, which maps no module", where=str(file))
-    for rank in (settings.get("r"), *patterns["rank_pattern"].values()):
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank <= 0:
-            raise UserError(f"rank {rank!r} is none: a whole number from 1", where=str(file))
-    for alpha in (settings.get("lora_alpha", 8), *patterns["alpha_pattern"].values()):
-        if not isinstance(alpha, int | float) or isinstance(alpha, bool):
-            raise UserError(f"lora_alpha is {alpha!r}, which is no number", where=str(file))
-    targets = settings.get("target_modules")
-    if not targets and not settings.get("target_parameters"):
-        raise UserError("target_modules is empty: the adapter changes no layer", where=str(file))
-    if not (targets is None or isinstance(targets, str) or all(isinstance(one, str) for one in targets)):
-        raise UserError(f"target_modules is {targets!r}, which names no modules", where=str(file))
-    return settings
-
-
-def _unserved(settings: dict[str, Any], rank: int) -> list[str]:
-    """What vLLM does not serve of an adapter with these settings."""
-    reasons = [reason for key, reason in UNSERVED.items() if settings.get(key)]
-    if settings.get("bias", "none") != "none":
-        reasons.append(f"trained biases (bias = {settings['bias']})")
-    init = settings.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower() not in PLAIN_INITS:
-        reasons.append(f"an initialisation that changes the base (init_lora_weights = {init})")
-    if rank > RANKS[-1]:
-        reasons.append(f"rank {rank} (1 to {RANKS[-1]})")
-    return reasons
 
 
 def _whole_embeddings(tensors: dict[str, Tensor], settings: dict[str, Any]) -> list[str]:

@@ -18,7 +18,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.save_and_load import load_peft_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from dpo_cli.adapter import CONFIG, COPIES, EMBEDDINGS, FOLD, adapted_layers, base_embeddings, lost_targets
+from dpo_cli.adapter import COPIES, EMBEDDINGS, FOLD, adapted_layers, base_embeddings, lost_targets
+from dpo_cli.adapter_settings import CONFIG
 from dpo_cli.base_model import absolute, check_base
 from dpo_cli.config.settings import ModelSection
 from dpo_cli.errors import UserError

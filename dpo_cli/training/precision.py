@@ -11,7 +11,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from dpo_cli.adapter import CONFIG
+from dpo_cli.adapter_settings import CONFIG
 from dpo_cli.base_model import Base, read_object
 from dpo_cli.config.settings import Config, TrainingSection
 from dpo_cli.progress import Progress

@@ -9,7 +9,8 @@ from typing import Any
 
 from msgspec import Struct
 
-from dpo_cli.adapter import RANKS, Adapter, check_adapter, is_model
+from dpo_cli.adapter import Adapter, check_adapter, is_model
+from dpo_cli.adapter_settings import RANKS
 from dpo_cli.base_model import absolute, chat_template, check_base, find_base
 from dpo_cli.config.settings import Config
 from dpo_cli.errors import UserError
