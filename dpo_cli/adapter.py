@@ -82,6 +82,9 @@ def read_adapter(path: Path, base: str, same_base: bool = False, resizes: bool =
             raise UserError(f"{name} has rank {layer.rank}; {CONFIG} says {settings['r']}", where=str(path))
     if found is not None:
         _check_shapes(layers, tensors, others, settings, found, base, path, resizes)
+    targets = "all-linear" if settings.get("target_parameters") else settings["target_modules"]
+    if odd := next((name for name in layers if not (_is_expert(name) or is_target(name, targets))), None):
+        raise UserError(f"{odd} is none of the target_modules in {CONFIG}: PEFT would skip it", where=str(path))
     zero = ("lora_B", "lora_embedding_B")
     pickled = weights.name == PICKLED
     changes = check_finite_pickled(weights, zero) if pickled else check_finite(weights, tensors, zero)
@@ -243,6 +246,8 @@ def _read_layers(
                 raise UserError(f"{key} is no lora_A or lora_B, and {CONFIG} names nothing else", where=str(path))
             others[key] = tensor
             continue
+        if not tensor.dtype.startswith(("F", "BF")):
+            raise UserError(f"{key} is of type {tensor.dtype}, which no LoRA weight is", where=str(path))
         pairs.setdefault(match[1], {})[match[2] or match[3]] = tensor
         if match[3]:
             embeddings.add(match[1])

@@ -30,6 +30,7 @@ UNSERVED = {
 }
 # Initialisations that leave the base's weights as they are; the others (PiSSA, OLoRA, ...) change them.
 PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+INIT = re.compile(r"gaussian|eva|orthogonal|mica|lora_ga|olora|pissa(_niter_\d+)?|corda|loftq", re.IGNORECASE)
 LARGEST = 1e30  # a scaling beyond it is no float32
 
 
@@ -69,7 +70,7 @@ def _is_flag(value: Any) -> bool:
 
 
 # Field -> (whether a value is one of its kind, what is wrong with one that is not); unset and null pass.
-FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+FIELDS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "lora_alpha": (_is_number, "is no number"),
     "lora_dropout": (_is_share, "is no share of 1"),
     "target_modules": (_are_names, "names no modules"),
@@ -78,7 +79,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "layers_to_transform": (_are_layers, "is no number of a layer, nor a list of them"),
     "trainable_token_indices": (_are_tokens, "is no list of tokens"),
     "bias": (lambda value: value in ("none", "all", "lora_only"), "is none of none, all, lora_only"),
-    "init_lora_weights": (lambda value: isinstance(value, bool | str), "is no initialisation"),
+    "init_lora_weights": (lambda value: isinstance(value, bool) or INIT.fullmatch(str(value)), "is no initialisation"),
     "base_model_name_or_path": (lambda value: isinstance(value, str), "names no model"),
     **dict.fromkeys(("use_rslora", "use_dora", "fan_in_fan_out", "lora_bias"), (_is_flag, "is neither true nor false")),
 }

@@ -17,10 +17,17 @@ from msgspec import Struct
 
 from dpo_cli.errors import UserError
 from dpo_cli.pickled import check_finite_pickled, is_legacy, read_pickled
-from dpo_cli.weights import Tensor, check_finite, check_no_pointer, read_header
+from dpo_cli.tokenizer_files import check_tokenizer, read_object
+from dpo_cli.weights import FLOATS, Tensor, check_finite, check_no_pointer, read_header
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "vocab.txt")
+SIZES = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size",
+    "max_position_embeddings", "n_embd", "n_layer", "n_head", "n_positions",
+)  # fmt: skip
+NULLABLE = ("num_key_value_heads", "max_position_embeddings", "intermediate_size")
+EMBEDDING = r"(embed_tokens|embed_in|wte|word_embeddings)\.weight$"
+LAYER = re.compile(r"(?:(?:model\.)?language_model\.)?(?:(?:model|transformer|gpt_neox)\.)*(?:layers|h)\.(\d+)\.")
 HASHED = (".json", ".jinja", ".model", ".safetensors", ".bin", ".pt")
 REMEMBERED = 500  # files
 CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")  # their weights are (in, out): fan_in_fan_out
@@ -46,7 +53,7 @@ class Base(Struct, kw_only=True):
     @property
     def positions(self) -> int | None:
         """The longest row that the model has positions for, in tokens; None: no limit is known."""
-        text = self.config.get("text_config") or self.config
+        text = _text_config(self.config)
         found = text.get("max_position_embeddings") or text.get("n_positions")
         return found if isinstance(found, int) else None
 
@@ -61,6 +68,8 @@ def find_base(base: str) -> Path | None:
     folder = absolute(base)
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        raise UserError("a file, not the folder of a model", where=base, hint="--set model.base=FOLDER, or a Hub id")
     home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
     cached = absolute(os.environ.get("HF_HUB_CACHE") or f"{home}/hub") / f"models--{base.replace('/', '--')}"
     main = cached / "refs" / "main"
@@ -80,20 +89,36 @@ def check_base(base: str, tokenizer: bool = True) -> Base | None:
     folder = find_base(base)
     if folder is None:
         return None
-    found = _check(folder, *_stamps(folder))
-    if tokenizer:
-        _check_tokenizer(folder, found.shapes)
+    try:
+        found = _check(folder, *_stamps(folder))
+        if tokenizer:
+            check_tokenizer(folder, embedding_rows(found.shapes))
+    except OSError as error:  # no right to read it, or a link that leads nowhere
+        raise UserError(f"can't be read: {error.strerror or error}", where=str(error.filename or folder)) from None
     return found
+
+
+def embedding_rows(shapes: dict[str, Tensor]) -> int | None:
+    """Rows of the input embedding; None: there is none by a known name."""
+    return next((one.shape[0] for name, one in shapes.items() if re.search(EMBEDDING, name) and one.shape), None)
 
 
 @cache
 def _check(folder: Path, *_: Any) -> Base:
-    config = _read_config(folder)
+    config = read_config(folder)
     shapes = _read_shapes(folder)
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            "holds an adapter beside the model, which transformers would put on it without a word",
+            where=str(folder),
+            hint="move adapter_config.json and the adapter's weights to a folder of their own",
+        )
     for file in _weights_files(folder):
         _check_finite(file)
     quantised = config.get("quantization_config") or config.get("compression_config") or {}
-    method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+    method = quantised.get("quant_method")
+    if method is None:
+        _check_sizes(folder, config, shapes)
     if method == "bitsandbytes" and quantised.get("load_in_8bit"):
         method = "bitsandbytes, 8 bits"
     return Base(folder=folder, config=config, shapes=shapes, quantised=method)
@@ -105,11 +130,16 @@ def _stamps(folder: Path) -> list[tuple[str | int, ...]]:
 
 
 def _stamp(file: Path) -> tuple[str | int, ...]:
-    about = file.stat()
+    about = file.stat()  # a link that leads nowhere raises
     return str(file), about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a model's folder.
+
+    Raises:
+        UserError: there is none, it is damaged, or asks for code of its own.
+    """
     file = folder / "config.json"
     if not file.is_file():
         nested = sorted(folder.glob("*/config.json"))
@@ -130,12 +160,42 @@ def _read_config(folder: Path) -> dict[str, Any]:
                 where=str(file),
                 hint="use a version of the model that transformers itself knows, without auto_map in config.json",
             )
-    inner = config.get("text_config")
-    text = inner if isinstance(inner, dict) else config
-    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "n_embd", "n_layer", "n_head"):
-        if key in text and (not isinstance(text[key], int) or isinstance(text[key], bool) or text[key] <= 0):
-            raise UserError(f"{key} is {text[key]!r}, which is no size", where=str(file))
+    for key in ("text_config", "quantization_config", "compression_config"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise UserError(f"{key} is {config[key]!r}, which is no object", where=str(file))
+    text = _text_config(config)
+    for key in SIZES:
+        value = text.get(key)
+        if value is None and (key not in text or key in NULLABLE):
+            continue
+        values = value if isinstance(value, list) and value else [value]  # some have one for each layer
+        if any(not isinstance(one, int) or isinstance(one, bool) or one <= 0 for one in values):
+            raise UserError(f"{key} is {value!r}, which is no size", where=str(file))
     return config
+
+
+def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that is of the language model."""
+    found: dict[str, Any] = config.get("text_config") or config
+    return found
+
+
+def _check_sizes(folder: Path, config: dict[str, Any], shapes: dict[str, Tensor]) -> None:
+    """Refuse weights that are not those of config.json, as far as numbers of layers and tokens tell."""
+    text, file = _text_config(config), str(folder / "config.json")
+    for name, tensor in shapes.items():
+        if name.endswith(".weight") and len(tensor.shape) == 2 and tensor.dtype not in FLOATS:
+            raise UserError(
+                f"{name} is of type {tensor.dtype}, and config.json has no quantization_config", where=str(folder)
+            )
+    named = "num_hidden_layers" if "num_hidden_layers" in text else "n_layer"
+    layers = text.get(named)
+    there = {int(found[1]) + 1 for name in shapes if (found := LAYER.match(name))}
+    if isinstance(layers, int) and there and max(there) != layers and not text.get("num_nextn_predict_layers"):
+        raise UserError(f"{named} is {layers}, and the weights have {max(there)} layers", where=file)
+    rows, tokens = embedding_rows(shapes), text.get("vocab_size")
+    if rows is not None and isinstance(tokens, int) and rows != tokens:
+        raise UserError(f"vocab_size is {tokens}, and the embedding in the weights has {rows} rows", where=file)
 
 
 def _read_shapes(folder: Path) -> dict[str, Tensor]:
@@ -146,7 +206,7 @@ def _read_shapes(folder: Path) -> dict[str, Tensor]:
     """
     files = _weights_files(folder)
     index = next((folder / name for name in (WEIGHTS[1], WEIGHTS[3]) if (folder / name).is_file()), None)
-    if index is not None and not (index.name == WEIGHTS[3] and any(folder.glob("*.safetensors"))):
+    if index is not None and not (index.name == WEIGHTS[3] and files[:1] and files[0].suffix != ".bin"):
         check_no_pointer(index)
         named = read_object(index).get("weight_map")
         if not isinstance(named, dict):
@@ -159,7 +219,14 @@ def _read_shapes(folder: Path) -> dict[str, Tensor]:
                 hint="copy or download the model again",
             )
     if not files:
-        raise UserError("no weights: neither *.safetensors nor pytorch_model.bin", where=str(folder))
+        others = sorted(
+            file.name for kind in ("*.safetensors", "*.gguf", "*.pth", "*.bin") for file in folder.glob(kind)
+        )
+        raise UserError(
+            "no weights: neither model.safetensors nor pytorch_model.bin" + (f", but {others[0]}" if others else ""),
+            where=str(folder),
+            hint="save the model with transformers' save_pretrained, or download that form of it" if others else None,
+        )
     shapes: dict[str, Tensor] = {}
     for file in files:
         shapes |= _tensors(file)
@@ -167,8 +234,13 @@ def _read_shapes(folder: Path) -> dict[str, Tensor]:
 
 
 def _weights_files(folder: Path) -> list[Path]:
-    """The files that hold a base's weights, safetensors before others, as transformers chooses."""
-    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    """The files that hold a base's weights, as transformers chooses among those that there are."""
+    for name, shards in ((WEIGHTS[0], "model-*.safetensors"), (WEIGHTS[2], "pytorch_model-*.bin")):
+        if (folder / name).exists() or (folder / name).is_symlink():
+            return [folder / name]
+        if found := sorted(folder.glob(shards)):
+            return found
+    return []
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
@@ -177,59 +249,6 @@ def _tensors(file: Path) -> dict[str, Tensor]:
         return read_header(file)
     check_no_pointer(file)
     return {} if is_legacy(file) else read_pickled(file)
-
-
-def _check_tokenizer(folder: Path, shapes: dict[str, Tensor]) -> None:
-    there = [folder / name for name in TOKENIZERS if (folder / name).is_file()]
-    if not there:
-        raise UserError(
-            "no tokenizer: none of " + ", ".join(TOKENIZERS[:3]),
-            where=str(folder),
-            hint="copy the tokenizer's files from the model that it was made from",
-        )
-    for file in there:
-        check_no_pointer(file)
-    fast = folder / "tokenizer.json"
-    if not fast.is_file():
-        return
-    vocabulary = read_object(fast).get("model", {})
-    if not isinstance(vocabulary, dict) or not isinstance(vocabulary.get("vocab"), dict | list):
-        raise UserError("has no vocabulary", where=str(fast))
-    added = read_object(fast).get("added_tokens") or []
-    ids = vocabulary["vocab"].values() if isinstance(vocabulary["vocab"], dict) else range(len(vocabulary["vocab"]))
-    last = max([*ids, *(one.get("id", 0) for one in added if isinstance(one, dict))], default=-1)
-    rows = next((one.shape[0] for name, one in shapes.items() if re.search(EMBEDDING, name) and one.shape), None)
-    if rows is not None and last >= rows:
-        raise UserError(
-            f"the tokenizer has tokens up to {last}, and the embedding {rows} rows",
-            where=str(fast),
-            hint="resize the model's embedding to the tokenizer (resize_token_embeddings) and save both",
-        )
-
-
-EMBEDDING = r"(embed_tokens|embed_in|wte|word_embeddings)\.weight$"
-
-
-def chat_template(folder: Path) -> str | None:
-    """The chat template that transformers saved in a folder, in either of its places."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text("utf-8")
-    settings = folder / "tokenizer_config.json"
-    template = read_object(settings).get("chat_template") if settings.is_file() else None
-    return template if isinstance(template, str) else None
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """One JSON object.
-
-    Raises:
-        UserError: it can't be read, or is no JSON object.
-    """
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (OSError, msgspec.MsgspecError, RecursionError) as error:
-        raise UserError(f"not a JSON object: {error}", where=str(path)) from None
 
 
 def fingerprint(folder: Path) -> str:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from dpo_cli.adapter import COPIES, EMBEDDINGS, FOLD, adapted_layers, base_embeddings, lost_targets
 from dpo_cli.adapter_settings import CONFIG
-from dpo_cli.base_model import absolute, check_base
+from dpo_cli.base_model import absolute, check_base, embedding_rows
 from dpo_cli.config.settings import ModelSection
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Progress, Silent
@@ -40,6 +40,7 @@ def load_tokenizer(base: str | Path, model: ModelSection) -> Any:
             tokenizer.chat_template = file.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"no chat template: {error}", where=f"model.chat_template = {file}") from None
+    _check_ends(tokenizer, str(base))
     if tokenizer.chat_template is None:
         raise UserError(
             "the tokenizer has no chat template",
@@ -47,6 +48,21 @@ def load_tokenizer(base: str | Path, model: ModelSection) -> Any:
             hint="use an instruct model as model.base, or --set model.chat_template=FILE",
         )
     return tokenizer
+
+
+def _check_ends(tokenizer: Any, base: str) -> None:
+    """Refuse a tokenizer without a token that ends a text, or with one that the model does not have."""
+    found = check_base(base)
+    rows = embedding_rows(found.shapes) if found is not None else None
+    where = str(found.folder / "tokenizer_config.json") if found is not None else base
+    hint = "copy the tokenizer's files from the model that it was made from"
+    if tokenizer.eos_token_id is None and tokenizer.pad_token_id is None:
+        raise UserError("the tokenizer names no eos_token, nor a pad_token", where=where, hint=hint)
+    for name in ("eos_token", "pad_token"):
+        number = getattr(tokenizer, f"{name}_id")
+        if number is not None and rows is not None and number >= rows:
+            named = getattr(tokenizer, name)
+            raise UserError(f"{name} {named!r} is none of the model's {rows} tokens", where=where, hint=hint)
 
 
 def load_network(base: str | Path, dtype: Any, **more: Any) -> Any:

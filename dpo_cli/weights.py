@@ -4,6 +4,7 @@ Reads headers, and bytes where values are asked for; writes nothing. Not covered
 something else.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +62,11 @@ def read_header(path: Path) -> dict[str, Tensor]:
         tensors = msgspec.convert(header, dict[str, Tensor])
     except msgspec.ValidationError as error:
         raise UserError(f"not a safetensors header: {error}", where=str(path)) from None
+    for name, tensor in tensors.items():
+        start, stop = tensor.data_offsets
+        if tensor.dtype in FLOATS and math.prod(tensor.shape) * FLOATS[tensor.dtype] != stop - start:
+            said = f"{name} has {stop - start} bytes for {tensor.shape} of {tensor.dtype}"
+            raise UserError(f"not a safetensors header: {said}", where=str(path))
     end = 8 + length + max((tensor.data_offsets[1] for tensor in tensors.values()), default=0)
     if end != size:
         raise UserError(f"{size} bytes instead of {end}: cut short, or still being written", where=str(path))

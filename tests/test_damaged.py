@@ -11,6 +11,7 @@ from training import Lines, read_rows, settings, write_data
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Silent
 from dpo_cli.stages import generate, serve_config, train
+from dpo_cli.training import preflight
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 
@@ -93,6 +94,25 @@ def in_adapter(change):
     return lambda folder: change(folder / "sft")
 
 
+def base_as_file(folder: Path) -> None:
+    shutil.rmtree(folder / "base")
+    (folder / "base").write_text("a model")
+
+
+def integers(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "base/model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"].char()
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def wider(tensors):
+    for key, value in tensors.items():
+        tensors[key] = value.repeat(1, 2) if "lora_A" in key else value.repeat(2, 1)
+
+
 def deeper(tensors):
     for key in list(tensors):
         tensors[key.replace("layers.1.", "layers.9.")] = tensors.pop(key)
@@ -136,6 +156,56 @@ DAMAGED = {
         and (folder / "base/config.json").unlink(),
         "no config.json",
     ),
+    "base that is a file": (base_as_file, "a file, not the folder|no such folder"),
+    "an adapter beside the model": (
+        lambda folder: shutil.copyfile(folder / "sft/adapter_config.json", folder / "base/adapter_config.json"),
+        "holds an adapter beside the model",
+    ),
+    "config that is a list": (write("base/config.json", "[]"), "not a JSON object"),
+    "config that links to itself": (
+        lambda folder: gone("base/config.json")(folder) or (folder / "base/config.json").symlink_to("config.json"),
+        "can't be read: Too many levels of symbolic links",
+    ),
+    "weights whose link leads nowhere": (
+        lambda folder: gone("base/model.safetensors")(folder)
+        or (folder / "base/model.safetensors").symlink_to("/nowhere/blob"),
+        "can't be read: No such file",
+    ),
+    "fewer layers than the weights": (edit("config.json", num_hidden_layers=1), "the weights have 2 layers"),
+    "fewer tokens than the weights": (edit("config.json", vocab_size=10), "the embedding in the weights has"),
+    "text_config that is none": (edit("config.json", text_config="x"), "text_config is 'x', which is no object"),
+    "no positions": (edit("config.json", max_position_embeddings=0), "max_position_embeddings is 0"),
+    "integers for weights": (integers, "is of type I8"),
+    "weights of another name": (
+        lambda folder: (folder / "base/model.safetensors").rename(folder / "base/consolidated.safetensors"),
+        "no weights: .*, but consolidated.safetensors",
+    ),
+    "tokens without a number": (
+        edit("tokenizer.json", model={"type": "BPE", "vocab": {"a": "x"}, "merges": []}), "tokens without a number"
+    ),
+    "garbage tokenizer settings": (write("base/tokenizer_config.json", "{nope"), "not a JSON object"),
+    "length that is none": (edit("tokenizer_config.json", model_max_length="x"), "model_max_length is 'x'"),
+    "garbage generation settings": (write("base/generation_config.json", "[]"), "not a JSON object"),
+    "end that is no token": (edit("generation_config.json", eos_token_id={"a": 1}), "eos_token_id is .* no token"),
+    "template that is no text": (
+        lambda folder: (folder / "base/chat_template.jinja").write_bytes(b"\xff{{"), "not UTF-8"
+    ),
+    "template that ends too early": (write("base/chat_template.jinja", "{{ messages"), "refuses this conversation"),
+    "no token that ends": (gone("base/tokenizer_config.json"), "names no eos_token"),
+    "adapter settings that are a list": (write("sft/adapter_config.json", "[]"), "not a JSON object"),
+    "rank 0": (in_adapter(edit_settings(r=0)), "rank 0 is none"),
+    "rank that is text": (in_adapter(edit_settings(r="16")), "rank '16' is none"),
+    "alpha that is null": (in_adapter(edit_settings(lora_alpha=None)), "lora_alpha is None"),
+    "pattern that does not compile": (in_adapter(edit_settings(target_modules="(*")), "which is no pattern"),
+    "targets that the file does not hold": (in_adapter(edit_settings(target_modules=["w1"])), "PEFT would skip it"),
+    "adapter of a classifier": (in_adapter(edit_settings(task_type="SEQ_CLS")), "task_type is 'SEQ_CLS'"),
+    "dropout of 2": (in_adapter(edit_settings(lora_dropout=2)), "lora_dropout is 2"),
+    "modules_to_save that is a name": (in_adapter(edit_settings(modules_to_save="lm_head")), "is no list of modules"),
+    "adapter of another width": (in_adapter(edit_weights(wider)), "and the adapter is for"),
+    "adapter of integers": (
+        in_adapter(edit_weights(lambda tensors: tensors.update({key: one.int() for key, one in tensors.items()}))),
+        "is of type I32",
+    ),
     "alpha that is no number": (in_adapter(edit_settings(lora_alpha="x")), "lora_alpha is 'x'"),
     "no targets": (in_adapter(edit_settings(target_modules=[])), "target_modules is empty"),
     "targets that are numbers": (in_adapter(edit_settings(target_modules=[1])), "names no modules"),
@@ -144,8 +214,12 @@ DAMAGED = {
     "adapter that is a pointer": (write("sft/adapter_model.safetensors", POINTER), "Git LFS pointer"),
     "adapter of a deeper model": (in_adapter(edit_weights(deeper)), "has no layer"),
 }  # fmt: skip
-# What vLLM finds out for itself, or what serve-config has no need of.
-NOT_SERVED_FROM = {"no template", "unknown model", "other sizes", "weights without a layer"}
+# What vLLM finds out for itself, and a plan has no need of.
+NOT_SERVED_FROM = {
+    "no template", "unknown model", "other sizes", "weights without a layer", "template that ends too early",
+    "no token that ends",
+}  # fmt: skip
+NOT_MERGED_FROM = {"no template", "template that ends too early", "no token that ends"}
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +235,8 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("name", DAMAGED)
 def test_a_damaged_base_or_adapter_is_refused_in_one_line_by_every_command(whole, tmp_path, name):
+    from dpo_cli.training.merge_adapter import merge
+
     damage, words = DAMAGED[name]
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     edit_settings(base_model_name_or_path=str(tmp_path / "base"))(tmp_path / "sft")
@@ -171,11 +247,17 @@ def test_a_damaged_base_or_adapter_is_refused_in_one_line_by_every_command(whole
     commands = {"train": lambda: train.run(config, Silent()), "generate": lambda: generate.run(config, Silent())}
     if name not in NOT_SERVED_FROM:
         commands["serve-config"] = lambda: serve_config.plan(config)
+        commands["inspect plan"] = lambda: preflight.run(config)
+    if name not in NOT_MERGED_FROM:
+        commands["push --merge"] = lambda: merge(
+            tmp_path / "base", tmp_path / "sft", tmp_path / "merged", ["the kettle"]
+        )
     for command, run in commands.items():
         with pytest.raises(UserError, match=words) as refused:
             run()
         assert refused.value.code == Exit.USAGE, command
-        assert str(tmp_path) in str(refused.value) and "\n" not in refused.value.message, command
+        at_data = "data/" in str(refused.value) or "prompt '" in str(refused.value)
+        assert (str(tmp_path) in str(refused.value) or at_data) and "\n" not in refused.value.message, command
 
 
 @pytest.mark.parametrize("zip_file", [True, False], ids=["zip", "before torch 1.6"])

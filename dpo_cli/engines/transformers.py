@@ -20,42 +20,15 @@ from transformers.utils import logging
 from dpo_cli.adapter import is_model, read_adapter
 from dpo_cli.base_model import check_base
 from dpo_cli.config.settings import Config, GenerateSection, ModelSection
-from dpo_cli.data.records import Message, Tool, Usage, content_id
-from dpo_cli.data.thinking import opening
+from dpo_cli.data.records import Usage, content_id
 from dpo_cli.engines import _unpadded
 from dpo_cli.engines._batch import RunningAnswer, RunningSequence, SlotBatch, choose, uniforms_of
 from dpo_cli.engines._engine import Request, Sampled, Sampling, sampling
+from dpo_cli.engines._model import Model
 from dpo_cli.model_loading import attach, can_merge, load_network, load_tokenizer, merged
 from dpo_cli.progress import Progress
 
 REFILL = 4  # short prompts join when a quarter of the batch is free: a prefill of few tokens wastes its overhead
-
-
-class Model(Struct):
-    """A loaded model with what is needed to sample from it."""
-
-    network: Any
-    tokenizer: Any
-    ends: frozenset[int]
-    context: int
-    template: dict[str, Any] = {}
-    thinking: str | None = None
-
-    def encode(self, prompt: list[Message], tools: list[Tool] | None = None) -> list[int]:
-        """Token ids of a prompt under the base model's chat template, up to where the assistant begins."""
-        how = {"tools": tools, "add_generation_prompt": True, "return_dict": False, **self.template}
-        if self.thinking == "strip":
-            text = self.tokenizer.apply_chat_template(prompt, tokenize=False, **how)
-            text = text.removesuffix(opening(text))
-            stripped: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            return stripped
-        ids: list[int] = self.tokenizer.apply_chat_template(prompt, **how)
-        return ids
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of a completion, without special tokens."""
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text
 
 
 def sample(requests: list[Request], config: Config, deliver: Callable[[Sampled], None], progress: Progress) -> None:

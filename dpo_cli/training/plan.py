@@ -16,8 +16,10 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
+from dpo_cli.base_model import read_config
 from dpo_cli.config.settings import WARMUP, PlanSection, TrainingSection, TrainSection
 from dpo_cli.errors import UserError
+from dpo_cli.tokenizer_files import read_object
 
 CHARACTERS_A_TOKEN = 3.5  # English, where there is no tokenizer to ask
 TURN_TOKENS = 5  # what a chat template adds to a message
@@ -179,9 +181,10 @@ def read_shape(folder: Path) -> Shape:
         UserError: it is not there, or is no config.json of a Llama-like model.
     """
     file = folder / "config.json"
+    config = read_object(file) if file.is_file() else read_config(folder)
     try:
-        return msgspec.json.decode(file.read_bytes(), type=Shape)
-    except (OSError, msgspec.MsgspecError) as error:
+        return msgspec.convert(config, Shape)
+    except msgspec.MsgspecError as error:
         raise UserError(f"no sizes of a Llama-like model: {error}", where=str(file)) from None
 
 
@@ -194,7 +197,10 @@ def token_count_or_estimate(folder: Path) -> tuple[Callable[[str], int], str]:
         file = Path()
     if not file.is_file():
         return (lambda text: math.ceil(len(text) / CHARACTERS_A_TOKEN)), f"characters / {CHARACTERS_A_TOKEN}"
-    tokenizer = Tokenizer.from_file(str(file))
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library has no other kind
+        raise UserError(f"not a tokenizer: {error}", where=str(file)) from None
     return (lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)), "the base's tokenizer"
 
 

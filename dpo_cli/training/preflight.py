@@ -49,6 +49,8 @@ def run(config: Config, data: Path | None = None, limit: int | None = None) -> P
         UserError: bad input, or nothing is known of the base.
     """
     inputs = read_inputs(config, "dpo", data, limit)
+    if _has_weights(config.model.base):
+        check_base(config.model.base)
     shape, sizes = shape_of(config.model.base)
     adapter, warnings = _adapter(config, shape)
     count, counted_by = plan.token_count_or_estimate(find_base(config.model.base) or Path("nowhere"))

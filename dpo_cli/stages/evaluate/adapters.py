@@ -7,7 +7,8 @@ from typing import Any, TypeAlias
 
 from dpo_cli.adapter import is_model, read_adapter
 from dpo_cli.config.settings import Config
-from dpo_cli.engines.transformers import Model, load
+from dpo_cli.engines._model import Model
+from dpo_cli.engines.transformers import load
 from dpo_cli.model_loading import attach
 
 As: TypeAlias = Callable[[], AbstractContextManager[Any]]
