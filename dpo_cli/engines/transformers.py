@@ -10,10 +10,8 @@ Models with linear attention go by `_unpadded.py`. Not covered: several devices,
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from msgspec import Struct
 from torch import Tensor
 from transformers.utils import logging
 
