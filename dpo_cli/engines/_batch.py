@@ -3,7 +3,7 @@
 Reads and writes nothing. Not covered: layers that keep a state instead of keys and values; see `_unpadded.py`.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from msgspec import Struct
@@ -13,9 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 from dpo_cli.data.records import Usage
 from dpo_cli.engines._engine import Request, Sampled, Sampling
-
-if TYPE_CHECKING:
-    from dpo_cli.engines.transformers import Model
+from dpo_cli.engines._model import Model
 
 GREEDY = 1e-5  # vLLM's: a lower temperature is zero
 OVERHEAD = {"cpu": 32, "cuda": 512}  # what a forward costs beside its tokens: about as much as so many more
@@ -76,7 +74,7 @@ class RunningAnswer:
         self.tokens: list[list[int]] = [[] for _ in range(request.need)]
         self.reasons = [""] * request.need
 
-    def sampled(self, model: "Model") -> Sampled:
+    def sampled(self, model: Model) -> Sampled:
         return Sampled(
             id=self.request.id,
             texts=[model.decode(tokens) for tokens in self.tokens],
@@ -132,7 +130,7 @@ class SlotBatch:
     (vocabulary) of the tokens in its completion, `uniforms` (max_tokens) its own randomness.
     """
 
-    def __init__(self, model: "Model", settings: Sampling, widest: int) -> None:
+    def __init__(self, model: Model, settings: Sampling, widest: int) -> None:
         self.model = model
         self.settings = settings
         self.device = model.network.device
