@@ -38,7 +38,7 @@ def write(path, rows):
 
 def read(path):
     found = imports.read([path], PairSection(), 0.0)
-    return ", ".join(found.formats), found.pairs
+    return ", ".join(found.formats), [*found.pairs]
 
 
 TALK = [{"role": "system", "content": "Be brief."}, user("Hi"), answer("Hello."), user("Name a tree.")]

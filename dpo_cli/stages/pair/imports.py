@@ -17,6 +17,7 @@ from dpo_cli.data.formats.preferences import HINT, read_row
 from dpo_cli.data.formats.ratings import ScoredAnswers
 from dpo_cli.data.reader import parse_rows
 from dpo_cli.data.records import Preference, message_key, preference_id, prompt_id
+from dpo_cli.data.spool import Spool
 from dpo_cli.errors import UserError
 from dpo_cli.stages.pair.rollouts import Rollout, stratified
 from dpo_cli.stages.pair.strategies import STRATEGIES
@@ -27,7 +28,7 @@ HEADERLESS = ("prompt", "good", "bad")
 class Imported(Struct, kw_only=True):
     """What was read: pairs in the order of the rows, rows by format, columns left out, answers that are in no pair."""
 
-    pairs: list[Preference]
+    pairs: Spool[Preference] = field(default_factory=lambda: Spool(Preference))
     formats: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     unpaired: Counter[str] = field(default_factory=Counter)
@@ -41,7 +42,7 @@ def read(paths: Sequence[Path], settings: PairSection, min_gap: float) -> Import
         UserError: a file can't be read or holds no rows; or `file:line` of a row that can't, without `skip_bad`.
     """
     mapping = read_mapping(settings.columns)
-    result = Imported(pairs=[], bad=BadRows(settings.skip_bad, offer=True))
+    result = Imported(bad=BadRows(settings.skip_bad, offer=True))
     rated: dict[str, ScoredAnswers] = {}
     formats: dict[str, str] = {}
     for path in paths:
@@ -60,10 +61,10 @@ def read(paths: Sequence[Path], settings: PairSection, min_gap: float) -> Import
         if result.formats.total() + len(result.bad.rows) == before:
             raise UserError("the file holds no rows", where=str(path), hint=HINT)
     if settings.strategy == "stratified":
-        result.pairs += _across(rated, settings, min_gap)
+        result.pairs.extend(_across(rated, settings, min_gap))
         return result
     for key, one in rated.items():
-        result.pairs += _within(one, STRATEGIES[settings.strategy], formats[key] == "kto", result.unpaired)
+        result.pairs.extend(_within(one, STRATEGIES[settings.strategy], formats[key] == "kto", result.unpaired))
     return result
 
 

@@ -8,7 +8,7 @@ moves none across; only the rejected text of a stratified pair may be an answer 
 """
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from dpo_cli.data.bulk import paused_collection
 from dpo_cli.data.files import write_files
 from dpo_cli.data.jsonl import encode_rows
 from dpo_cli.data.records import Preference, message_key, preference_id, prompt_id, split_side
+from dpo_cli.data.spool import Spool
 from dpo_cli.errors import UserError
 from dpo_cli.stages.pair import current, imports
 from dpo_cli.stages.pair.across import AcrossPrompts
@@ -193,8 +194,9 @@ def run_import(paths: Sequence[Path], config: Config, dry_run: bool = False) -> 
         UserError: as `imports.read`, or no row is a pair; the files are as they were.
     """
     min_gap = config.pair.min_gap or 0.0
-    found = imports.read(paths, config.pair, min_gap)
-    result = _take_in(found.pairs, config, min_gap, dry_run, found.unpaired, where=", ".join(map(str, paths)))
+    with paused_collection():
+        found = imports.read(paths, config.pair, min_gap)
+        result = _take_in(found.pairs, config, min_gap, dry_run, found.unpaired, where=", ".join(map(str, paths)))
     result.format = ", ".join(name for name, _ in found.formats.most_common())
     result.dropped = dict(found.dropped.most_common())
     _tell_bad(result, found.bad, config, dry_run)
@@ -208,7 +210,7 @@ def _tell_bad(result: Paired, bad: BadRows, config: Config, dry_run: bool) -> No
 
 
 def _take_in(
-    pairs: Iterable[Preference],
+    pairs: Sequence[Preference] | Spool[Preference],
     config: Config,
     min_gap: float,
     dry_run: bool,
@@ -217,37 +219,36 @@ def _take_in(
 ) -> Paired:
     """Filter and split pairs that were made elsewhere, in their order; of copies the first stays."""
     skipped = Counter() if skipped is None else skipped
-    seen: set[str] = set()
-    by_prompt: defaultdict[str, list[_Candidate]] = defaultdict(list)
-    for pair in pairs:
-        content = preference_id(pair.prompt, pair.chosen, pair.rejected, pair.tools)
+    seen: set[int] = set()
+    by_prompt: defaultdict[str, list[int]] = defaultdict(list)  # places of pairs
+    for place, pair in enumerate(pairs):
+        content = int(preference_id(pair.prompt, pair.chosen, pair.rejected, pair.tools), 16)
         if content in seen:
             skipped["a copy of another pair"] += 1
             continue
         seen.add(content)
-        same = [*map(message_key, pair.chosen)] == [*map(message_key, pair.rejected)]
-        by_prompt[prompt_id(pair.prompt, pair.tools)].append(_Candidate(pair, same=same))
-    sides: dict[bool, list[Preference]] = {False: [], True: []}
-    for key, candidates in by_prompt.items():
-        kept, reasons = _filter(candidates, config.pair, min_gap)
+        by_prompt[prompt_id(pair.prompt, pair.tools)].append(place)
+    sides = {side: Spool(Preference) for side in (False, True)}
+    for key, places in by_prompt.items():
+        kept, reasons = _filter([_candidate(pairs[place]) for place in places], config.pair, min_gap)
         skipped.update(reasons)
-        sides[split_side(key, config.pair.seed, config.pair.val_share)] += kept
-    if not any(sides.values()):
+        sides[split_side(key, config.pair.seed, config.pair.val_share)].extend(kept)
+    if not any(map(len, sides.values())):
         raise UserError(
             f"no row is a pair: {counted(skipped)}",
             where=where,
             hint=f"a lower --min-gap (now {min_gap:g}), or pairs whose sides and scores differ",
         )
-    result = _write(config, sides, skipped, dry_run)
-    result.example = next(pair for pair in (*sides[False], *sides[True]))
+    data, train, val = Path(config.data), sides[False], sides[True]
+    if not dry_run:
+        write_files({data / "val.jsonl": val.lines(), data / "train.jsonl": train.lines()}, private=True)
+    result = _paired(config, {side: len(made) for side, made in sides.items()}, skipped)
+    result.example = train[0] if len(train) else val[0]
     return result
 
 
-def _write(config: Config, sides: dict[bool, list[Preference]], skipped: Counter[str], dry_run: bool) -> Paired:
-    data, (train, val) = Path(config.data), (sides[False], sides[True])
-    if not dry_run:
-        write_files({data / "val.jsonl": encode_rows(val), data / "train.jsonl": encode_rows(train)}, private=True)
-    return _paired(config, {side: len(pairs) for side, pairs in sides.items()}, skipped)
+def _candidate(pair: Preference) -> _Candidate:
+    return _Candidate(pair, same=[*map(message_key, pair.chosen)] == [*map(message_key, pair.rejected)])
 
 
 def _paired(config: Config, made: dict[bool, int], skipped: Counter[str]) -> Paired:
