@@ -181,9 +181,11 @@ def read_shape(folder: Path) -> Shape:
         UserError: it is not there, or is no config.json of a Llama-like model.
     """
     file = folder / "config.json"
-    config = read_object(file) if file.is_file() else read_config(folder)
     try:
+        config = read_object(file) if file.is_file() else read_config(folder)
         return msgspec.convert(config, Shape)
+    except OSError as error:  # no right to look into the folder
+        raise UserError(f"can't be read: {error.strerror or error}", where=str(folder)) from None
     except msgspec.MsgspecError as error:
         raise UserError(f"no sizes of a Llama-like model: {error}", where=str(file)) from None
 
