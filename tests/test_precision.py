@@ -7,10 +7,11 @@ from functools import partial
 import pytest
 import torch
 from packing import Packed, Plain, configuration, make, outcome
-from training import Lines, config_of, read_rows
+from training import Lines, config_of, pair, read_rows, write_rows
 
 from dpo_cli.base_model import Base
 from dpo_cli.data.files import write_json
+from dpo_cli.progress import Silent
 from dpo_cli.stages import train
 from dpo_cli.training import kl, precision
 from dpo_cli.training.dpo import reference_of
@@ -198,3 +199,19 @@ def test_kl_is_not_that_of_rounded_logits(tmp_path):
         patch.setattr(kl, "_precise_head", lambda model: nullcontext())
         rounded = measured(autocast)
     assert abs(near - exact) < abs(rounded - exact) / 2, (exact, near, rounded)
+
+
+def test_sft_and_then_dpo_of_its_adapter_learn_as_in_float32(tmp_path, start):
+    rows = [{"prompt": one["prompt"], "completion": one["chosen"]} for one in map(pair, range(12))]
+    data = write_rows(tmp_path / "demonstrations.jsonl", rows)
+    losses = {}
+    for bf16 in ("false", "true"):
+        place = tmp_path / bf16
+        sets = (f"model.adapter={place / 'sft'}", f"sft.bf16={bf16}", f"train.bf16={bf16}")
+        config = config_of(start, place, *sets, "sft.max_steps=3", "train.max_steps=3", "train.learning_rate=1e-3")
+        train.run(config, Silent(), stage="sft", name="sft", data=data)
+        train.run(config, Silent())
+        logged = [row for run in ("sft", "dpo") for row in read_rows(place / "runs" / run / "metrics.jsonl")]
+        losses[bf16] = torch.tensor([row.get("loss", row.get("eval_loss")) for row in logged])
+    assert len(losses["true"]) > 4 and (losses["true"] - losses["false"]).abs().max() < 2e-2
+    assert not torch.equal(losses["true"], losses["false"])
