@@ -1,10 +1,11 @@
 """`train --auto` against a full grid of the same rates, in worlds whose true reward is known (tests/worlds.py).
 
-    python tests/bench/auto.py [--folder DIR] [--seeds 11 12 13] [--kl-limit 0.1] [--small]
+    python tests/bench/auto.py [--folder DIR] [--seeds 11 12 13] [--kl-limit 0.1] [--beyond 3e-3 1e-2] [--small]
 
 Each line is a rate trained to its end under the KL limit, measured by the true reward on prompts that nothing was
 trained or tuned on; the star is the one that the search took. The last line says how much better the best of the grid
-is, paired by prompt, with its 95% interval. In a folder that is kept, finished runs are not trained again.
+is, paired by prompt, with its 95% interval. `--beyond` adds rates to the grid that the search does not try. In a
+folder that is kept, finished runs are not trained again.
 """
 
 import argparse
@@ -43,7 +44,9 @@ def wins_of(eyes: worlds.Judged, adapter: str) -> list[float]:
     ]
 
 
-def one_world(folder: Path, seed: int, limit: float, sizes: worlds.Sizes | None) -> tuple[list[float], list[float]]:
+def one_world(
+    folder: Path, seed: int, limit: float, beyond: list[float], sizes: worlds.Sizes | None
+) -> tuple[list[float], list[float]]:
     config = worlds.make(folder, sizes, seed=seed)
     config = replace(config, gate=replace(config.gate, kl_limit=limit))
     judge.run(config, Silent())
@@ -52,7 +55,7 @@ def one_world(folder: Path, seed: int, limit: float, sizes: worlds.Sizes | None)
     eyes = worlds.Judged(config)
     unit = train.run(config, Silent(), name="none", dry_run=True).steps // auto.LEAST_STEPS
     wins = {}
-    for rate in auto.rates(config):
+    for rate in (*auto.rates(config), *beyond):
         key = f"{rate:g}"
         one = auto._of_rate(config, rate, unit, key)
         trained = train.run(one, Silent(), name=f"dpo-auto-{key}")
@@ -70,13 +73,16 @@ def main() -> None:
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--seeds", type=int, nargs="*", default=[11, 12, 13])
     parser.add_argument("--kl-limit", type=float, default=0.1)
+    parser.add_argument("--beyond", type=float, nargs="*", default=[])
     parser.add_argument("--small", action="store_true", help="worlds of a third of the size")
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp())
     torch.set_num_threads(1)
     for seed in options.seeds:
         print(f"world {seed}", flush=True)
-        best, taken = one_world(folder / str(seed), seed, options.kl_limit, SMALL if options.small else None)
+        best, taken = one_world(
+            folder / str(seed), seed, options.kl_limit, options.beyond, SMALL if options.small else None
+        )
         off = bootstrap([one - other for one, other in zip(best, taken, strict=True)], 2000, seed=0)
         print(f"  best of the grid less the search: {off.value:+.3f} [{off.low:+.3f}, {off.high:+.3f}]", flush=True)
 
