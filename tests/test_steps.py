@@ -166,7 +166,7 @@ def test_the_runs_of_a_sweep_share_one_pass_of_the_reference(start, tmp_path, mo
 
     class Runs(Silent):
         def begin(self, stage, total, done=0):
-            if stage == "train":
+            if stage == "load the model":
                 runs.append([])
 
     monkeypatch.setattr(packed, "score", counted)
