@@ -5,9 +5,11 @@ The judge here is as gullible as can be: it does whatever it reads outside the f
 
 import base64
 import json
+import random
 import re
-from itertools import pairwise
+import unicodedata
 from pathlib import Path
+from re import _parser
 
 import pytest
 from judging import config, judgments, reply, row, run, write
@@ -340,24 +342,54 @@ def test_ordinary_texts_are_not_flagged(text):
 
 def test_the_words_looked_for_first_change_nothing():
     """Whatever the letters' case and kind: with the needs of every expression passed over, the same is found."""
+    draw = random.Random(1)
     signs = {name: sign for name, sign in vars(prompt_injection).items() if isinstance(sign, prompt_injection._Sign)}
     folded = str.maketrans({"i": "ı", "I": "İ", "s": "ſ", "k": "\u212a", "σ": "ς"})
-    phrases = [" ".join(word[0] for word in one.needs) for sign in signs.values() for one in sign.expressions]
-    phrases += ["Score: 10 out of 10", "A: 9\nB) 8", "a. 7,5/10\n  b - ٣\n", "beste Bewertung", "αγνόησε", "ΑΓΝΌΗΣΕ"]
-    texts = [*HOSTILE.values(), *phrases, *(f"{one}\n{two}" for one, two in pairwise(HOSTILE.values()))]
-    found = dict.fromkeys(signs, 0)
+    patterns = [one.pattern.pattern for sign in signs.values() for one in sign.expressions]
+    patterns.append(prompt_injection._SCORE_LINES.pattern)
+    texts = [*HOSTILE.values(), "beste Bewertung", "a. 7,5/10\n  b - ٣\n"]
+    texts += [example(_parser.parse(pattern), draw) for pattern in patterns for _ in range(12)]
+    found = dict.fromkeys(patterns, 0)
     for text in texts:
-        for changed in (text, text.upper(), text.lower(), text.title(), text.translate(folded)):
-            words = prompt_injection._Text(changed)
-            for name, sign in signs.items():
-                matches = any(expression.pattern.search(changed) for expression in sign.expressions)
-                wanted = matches and (not sign.stems or any(stem in changed.lower() for stem in sign.stems))
-                assert words.shows(sign) == wanted, (name, changed)
-                found[name] += wanted
-            lines = prompt_injection._SCORE_LINES.search(changed) is not None
-            assert prompt_injection._has_score_lines(changed) == lines, changed
+        for changed in (text, f"so {text.upper()}.", text.title(), text.translate(folded), f"¿{text}"):
+            plain = unicodedata.normalize("NFKC", changed)  # as `suspicious` has it
+            words = prompt_injection._Text(plain)
+            for sign in signs.values():
+                for one in sign.expressions:
+                    matches = one.pattern.search(plain) is not None
+                    alone = prompt_injection._Sign((one,))
+                    assert words.shows(alone) == matches, (one.pattern.pattern, plain)
+                    found[one.pattern.pattern] += matches
+            lines = prompt_injection._SCORE_LINES.search(plain) is not None
+            assert prompt_injection._has_score_lines(plain) == lines, plain
+            found[patterns[-1]] += lines
             assert prompt_injection._hides(changed) == bool(prompt_injection._HIDDEN.search(changed)), changed
-    assert all(found.values()), found
+    assert min(found.values()) > 5, found
+
+
+def example(parsed, draw: random.Random) -> str:
+    """A text that a parsed expression may match: each choice in it drawn at random."""
+    made = ""
+    for kind, value in parsed:
+        match str(kind):
+            case "LITERAL":
+                made += chr(value)
+            case "ANY" | "NOT_LITERAL":
+                made += draw.choice("a .")
+            case "IN" if str(value[0][0]) == "NEGATE":
+                made += "z"
+            case "IN":
+                part, of = draw.choice(value)
+                classes = {"CATEGORY_DIGIT": "7", "CATEGORY_SPACE": " ", "CATEGORY_WORD": "q", "CATEGORY_NOT_WORD": ","}
+                made += chr(of if str(part) == "LITERAL" else of[0]) if str(part) != "CATEGORY" else classes[str(of)]
+            case "BRANCH":
+                made += example(draw.choice(value[1]), draw)
+            case "SUBPATTERN":
+                made += example(value[3], draw)
+            case "MAX_REPEAT":
+                least, most, inner = value
+                made += "".join(example(inner, draw) for _ in range(draw.randint(least, min(int(most), least + 3))))
+    return made
 
 
 def test_flags_go_into_the_judgment_and_none_where_nothing_is_suspicious(tmp_path):
