@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 from openai_server import Server, first
 
-from dpo_cli.data.messages import encode_for_id
-from dpo_cli.data.records import Usage, content_id
+from dpo_cli.data.records import Usage
 from dpo_cli.endpoint import client as endpoint
 from dpo_cli.endpoint.client import Endpoint
 from dpo_cli.endpoint.concurrency import Pace
@@ -346,14 +345,6 @@ def test_forms_of_retry_after():
     assert retry_after({"Retry-After": "-3"}) == 0
     assert [retry_after({"Retry-After": value}) for value in ("soon", "nan", "inf", "")] == [None] * 4
     assert retry_after({}) is None
-
-
-def test_a_request_that_was_paid_before_keys_were_made_of_its_bytes_is_found_again():
-    message = {"role": "user", "content": "Grüße\u2028"}
-    sent = {"model": "m", "messages": [message], "n": 3, "extra": {"b": 1.5, "a": None}}
-    client = Endpoint("http://127.0.0.1:1/v1", api_key_variable=None, ledger=Path("x"), concurrency=1, timeout=1)
-    for body in (sent, sent | {"service_tier": "flex", "stream": False}):
-        assert client._key(body, encode_for_id(body), 7) == content_id(sent, "127.0.0.1:1/v1", 7)
 
 
 def test_dollars_by_hand():

@@ -75,16 +75,6 @@ def content_id(*parts: Any) -> str:
     return hashlib.sha256(_encode_sorted(parts)).hexdigest()[:16]
 
 
-def encode_for_id(part: Any) -> bytes:
-    """JSON as `content_id` hashes it: the same bytes on every machine."""
-    return _encode_sorted(part)
-
-
-def content_id_of(encoded: bytes, *rest: Any) -> str:
-    """`content_id` of a part that is encoded already, and of the rest."""
-    return hashlib.sha256(b"[" + encoded + b"," + _encode_sorted(rest)[1:]).hexdigest()[:16]
-
-
 def prompt_id(messages: Sequence[Message], tools: list[Tool] | None = None) -> str:
     """Id of a prompt: a hash of its roles and texts, and of calls, reasoning and tools where there are any."""
     said = [[message["role"], message["content"], *_more(message)] for message in messages]

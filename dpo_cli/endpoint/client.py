@@ -17,8 +17,7 @@ from typing import Any, Self, TypeVar
 import msgspec
 from msgspec import Struct
 
-from dpo_cli.data.messages import content_id_of, encode_for_id
-from dpo_cli.data.records import Usage
+from dpo_cli.data.records import Usage, content_id
 from dpo_cli.endpoint.budget import Budget, estimate_tokens, is_plausible, output_cap
 from dpo_cli.endpoint.concurrency import Pace, allowed_sockets
 from dpo_cli.endpoint.costs import Estimate, Receipt, estimate
@@ -149,15 +148,13 @@ class Endpoint:
             Rejected: the endpoint refuses this request, or does not answer it.
             UserError: nothing more can be sent: bad key, bad path, no quota, no budget, no server, full disk.
         """
-        content = encode_for_id(body)
-        key = self._key(body, content, replicate)
-        reply = self._ledger.get(key, bool(body.get("tools")))
+        key, reply = self.recall(body, replicate)
         if reply is not None:
             self.spend.reused += 1
             return reply
         price = self._price(body["model"])
         try:
-            reply = await self._ask(key, body, content, price, path, final)
+            reply = await self._ask(key, body, price, path, final)
         except Rejected:
             self.spend.failed += final
             raise
@@ -171,14 +168,9 @@ class Endpoint:
 
     def recall(self, body: dict[str, Any], replicate: int = 0) -> tuple[str, Reply | None]:
         """The key of a request, and its reply if that was paid before and holds an answer."""
-        key = self._key(body, encode_for_id(body), replicate)
+        content = {name: value for name, value in body.items() if name not in _TRANSPORT_KEYS}
+        key = content_id(content, self._place, replicate)
         return key, self._ledger.get(key, bool(body.get("tools")))
-
-    def _key(self, body: dict[str, Any], content: bytes, replicate: int) -> str:
-        """The key of a request; `content` is its body as it is sent, which is encoded once for both."""
-        if any(name in body for name in _TRANSPORT_KEYS):
-            content = encode_for_id({name: value for name, value in body.items() if name not in _TRANSPORT_KEYS})
-        return content_id_of(content, self._place, replicate)
 
     def record(self, key: str, reply: Reply) -> bool:
         """Keep a paid reply and count it, unless it is in the ledger; return whether it was new.
@@ -293,10 +285,9 @@ class Endpoint:
         while self._pace.in_flight and time.monotonic() < end:
             await asyncio.sleep(0.02)
 
-    async def _ask(
-        self, key: str, body: dict[str, Any], content: bytes, price: Price | None, path: str, final: bool
-    ) -> Reply:
+    async def _ask(self, key: str, body: dict[str, Any], price: Price | None, path: str, final: bool) -> Reply:
         """Send until there is a reply, a refusal, or no patience left."""
+        content = msgspec.json.encode(body)
         attempts = resends = 0
         while True:
             pause = 0.0
