@@ -162,7 +162,7 @@ def test_a_pair_counts_what_its_weight_says(loss_of, budget):
     ("sets", "given", "message"),
     [
         (["train.loss_weights=[1, 2]"], {}, "2 weights for 1 losses"),
-        (["train.loss_type=[]"], {}, "no loss"),
+        (["train.loss_type=[]"], {}, "one of sigmoid, hinge"),
         (["train.offset_alpha=1", SCORES], {"gaps": (1.0, None, 2.0, None)}, "2 of 4 pairs have no score_gap"),
         (["train.offset_alpha=1"], {"gaps": (1.0, None, 2.0, None)}, "2 of 4 pairs have no chosen_score"),
         (["train.loss_type=rebel"], {"gaps": (0.0,) * 4}, "mean gap is not above 0"),
