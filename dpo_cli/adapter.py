@@ -13,11 +13,11 @@ from typing import Any
 
 from msgspec import Struct
 
-from dpo_cli.adapter_settings import CONFIG, read_settings, unserved_settings
-from dpo_cli.base_model import CONV1D, Base, absolute, check_base, file_sha256, find_base, weights_fingerprint
 from dpo_cli.errors import UserError
-from dpo_cli.pickled import check_finite_pickled, read_pickled
-from dpo_cli.weights import FLOATS, Tensor, check_finite, read_header
+from dpo_cli.models.adapter_settings import CONFIG, read_settings, unserved_settings
+from dpo_cli.models.base_model import CONV1D, Base, absolute, check_base, file_sha256, find_base, weights_fingerprint
+from dpo_cli.models.pickled import check_finite_pickled, read_pickled
+from dpo_cli.models.weights import FLOATS, Tensor, check_finite, read_header
 
 WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 

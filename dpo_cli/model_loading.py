@@ -19,10 +19,10 @@ from peft.utils.save_and_load import load_peft_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from dpo_cli.adapter import COPIES, EMBEDDINGS, FOLD, adapted_layers, base_embeddings, lost_targets
-from dpo_cli.adapter_settings import CONFIG
-from dpo_cli.base_model import absolute, check_base, embedding_rows
 from dpo_cli.config.settings import ModelSection
 from dpo_cli.errors import UserError
+from dpo_cli.models.adapter_settings import CONFIG
+from dpo_cli.models.base_model import absolute, check_base, embedding_rows
 from dpo_cli.progress import Progress, Silent
 
 

@@ -265,8 +265,8 @@ def test_weights_that_torch_saved_are_known_as_safetensors_are(whole, tmp_path, 
     """NaN in a storage beside what a tensor shows of it is none of the tensor's."""
     import torch
 
-    from dpo_cli.base_model import check_base
-    from dpo_cli.pickled import read_pickled
+    from dpo_cli.models.base_model import check_base
+    from dpo_cli.models.pickled import read_pickled
 
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
 

@@ -3,12 +3,12 @@
 import pytest
 from training import config_of
 
-from dpo_cli.base_model import Base
 from dpo_cli.errors import Exit, UserError
+from dpo_cli.models.base_model import Base
+from dpo_cli.models.weights import Tensor
 from dpo_cli.progress import Silent
 from dpo_cli.stages import train
 from dpo_cli.training.device_check import check_device
-from dpo_cli.weights import Tensor
 
 
 @pytest.fixture(autouse=True)

@@ -9,14 +9,14 @@ import torch
 from packing import Packed, Plain, configuration, make, outcome
 from training import Lines, config_of, pair, read_rows, write_rows
 
-from dpo_cli.base_model import Base
 from dpo_cli.data.files import write_json
+from dpo_cli.models.base_model import Base
+from dpo_cli.models.weights import Tensor
 from dpo_cli.progress import Silent
 from dpo_cli.stages import train
 from dpo_cli.training import kl, precision
 from dpo_cli.training.dpo import reference_of
 from dpo_cli.training.forward import fused_lora, log_probs, packed
-from dpo_cli.weights import Tensor
 
 torch.set_num_threads(1)
 

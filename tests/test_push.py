@@ -9,10 +9,10 @@ import yaml
 from adapters import base_model, save_adapter
 from training import read_rows, settings, write_data
 
-from dpo_cli.base_model import fingerprint
 from dpo_cli.cli import main
 from dpo_cli.data.files import write_json
 from dpo_cli.errors import Exit, UserError
+from dpo_cli.models.base_model import fingerprint
 from dpo_cli.progress import Silent
 from dpo_cli.stages import train
 from dpo_cli.stages.push import run as push

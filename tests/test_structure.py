@@ -10,9 +10,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Rooms, lowest first: each imports only rooms before it. Rooms on one line are on one floor, in this order.
 ROOMS = [
-    "errors", "progress", "terminal", "safe_text", "interrupts", "statistics", "weights", "pickled", "tokenizer_files",
-    "base_model",
-    "adapter_settings", "adapter", "config", "model_loading",
+    "errors", "progress", "terminal", "safe_text", "interrupts", "statistics",
+    "models", "adapter", "config", "model_loading",
     "data",
     "storage", "endpoint", "judges", "engines",
     "analysis",

@@ -7,10 +7,10 @@ import msgspec
 from msgspec import Struct, field
 
 from dpo_cli.adapter import is_model, read_adapter
-from dpo_cli.base_model import check_base, find_base
 from dpo_cli.config.settings import Config, GenerateSection, ModelSection
 from dpo_cli.data.records import Message, Tool, Usage
 from dpo_cli.errors import UserError
+from dpo_cli.models.base_model import check_base, find_base
 from dpo_cli.progress import Progress
 
 if TYPE_CHECKING:

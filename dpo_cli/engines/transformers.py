@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers.utils import logging
 
 from dpo_cli.adapter import is_model, read_adapter
-from dpo_cli.base_model import check_base
 from dpo_cli.config.settings import Config, GenerateSection, ModelSection
 from dpo_cli.data.records import Usage, content_id
 from dpo_cli.engines import _unpadded
@@ -24,6 +23,7 @@ from dpo_cli.engines._batch import RunningAnswer, RunningSequence, SlotBatch, ch
 from dpo_cli.engines._engine import Request, Sampled, Sampling, sampling
 from dpo_cli.engines._model import Model
 from dpo_cli.model_loading import attach, can_merge, load_network, load_tokenizer, merged
+from dpo_cli.models.base_model import check_base
 from dpo_cli.progress import Progress
 
 REFILL = 4  # short prompts join when a quarter of the batch is free: a prefill of few tokens wastes its overhead

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from dpo_cli.base_model import find_base
+from dpo_cli.models.base_model import find_base
 
 _NAMES = (
     "s|bos|eos|pad|unk|mask|cls|sep|start_of_turn|end_of_turn|start_of_image|end_of_image|end_of_utterance|image|video"

@@ -24,13 +24,13 @@ from msgspec import Struct
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
-from dpo_cli.base_model import find_base, fingerprint
 from dpo_cli.config.settings import Config
 from dpo_cli.data.records import Judgment, Message, Tool, said
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.judges._control_tokens import control_tokens, disarm_all
 from dpo_cli.judges._ranking import conclude
 from dpo_cli.judges._task import Task
+from dpo_cli.models.base_model import find_base, fingerprint
 from dpo_cli.progress import Progress
 
 ABSOLUTE = True

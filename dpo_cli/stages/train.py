@@ -16,7 +16,6 @@ from msgspec.structs import replace
 
 from dpo_cli import errors
 from dpo_cli.adapter import Adapter, read_adapter
-from dpo_cli.base_model import check_base
 from dpo_cli.config.resolve import as_dict
 from dpo_cli.config.settings import Config
 from dpo_cli.data import files, jsonl
@@ -24,6 +23,7 @@ from dpo_cli.data.files import sha256
 from dpo_cli.data.formats.prompts import counted
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.interrupts import Interrupted, Stop, interruptible
+from dpo_cli.models.base_model import check_base
 from dpo_cli.progress import Progress, Silent
 from dpo_cli.safe_text import check_run_name
 from dpo_cli.training import distributed, plan

@@ -7,8 +7,8 @@ import subprocess
 from math import prod
 from pathlib import Path
 
-from dpo_cli.base_model import Base
 from dpo_cli.errors import UserError
+from dpo_cli.models.base_model import Base
 
 LARGE = 1e9  # parameters, from which on a CPU is a mistake rather than a choice
 

@@ -8,9 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpo_cli.base_model import check_base
 from dpo_cli.config.settings import ModelSection, TrainingSection
 from dpo_cli.errors import UserError
+from dpo_cli.models.base_model import check_base
 from dpo_cli.progress import Progress
 from dpo_cli.training.encode import REMEDIES, TOO_LONG, Encoder, Exchange
 from dpo_cli.training.inputs import Inputs, TrainingRow

@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from msgspec import Struct
 
-from dpo_cli.base_model import file_sha256
 from dpo_cli.data import files, thinking
 from dpo_cli.errors import UserError
+from dpo_cli.models.base_model import file_sha256
 from dpo_cli.progress import Progress
 from dpo_cli.training import encode
 from dpo_cli.training.encode import IGNORED, EncodedRow, Encoder, Sequences

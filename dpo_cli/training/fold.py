@@ -11,10 +11,10 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from dpo_cli.adapter import weights_path
-from dpo_cli.base_model import file_sha256, weights_fingerprint
 from dpo_cli.config.settings import Config
 from dpo_cli.data.files import read_json, write_json
 from dpo_cli.errors import UserError
+from dpo_cli.models.base_model import file_sha256, weights_fingerprint
 from dpo_cli.progress import Progress
 from dpo_cli.training.run_folder import merged_folder
 

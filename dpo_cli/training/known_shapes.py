@@ -7,8 +7,8 @@ without a network, and before 6 GB are downloaded. Reads nothing else, writes on
 import re
 from pathlib import Path
 
-from dpo_cli.base_model import find_base
 from dpo_cli.errors import UserError
+from dpo_cli.models.base_model import find_base
 from dpo_cli.training.plan import Shape, read_shape
 
 FIELDS = (

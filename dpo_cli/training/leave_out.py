@@ -11,8 +11,8 @@ import sys
 from typing import Any
 
 from dpo_cli import errors
-from dpo_cli.base_model import find_base
 from dpo_cli.config.settings import Config
+from dpo_cli.models.base_model import find_base
 from dpo_cli.training.inputs import Stage
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from dpo_cli.adapter import read_adapter
-from dpo_cli.base_model import check_base
 from dpo_cli.config.settings import ModelSection
 from dpo_cli.data import files
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.model_loading import attach, explained, fold_vocabulary, load_network, merged
+from dpo_cli.models.base_model import check_base
 from dpo_cli.training.run_folder import check_replaceable
 from dpo_cli.training.run_history import Merged
 

@@ -16,10 +16,10 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from dpo_cli.base_model import read_config
 from dpo_cli.config.settings import WARMUP, PlanSection, TrainingSection, TrainSection
 from dpo_cli.errors import UserError
-from dpo_cli.tokenizer_files import read_object
+from dpo_cli.models.base_model import read_config
+from dpo_cli.models.tokenizer_files import read_object
 
 CHARACTERS_A_TOKEN = 3.5  # English, where there is no tokenizer to ask
 TURN_TOKENS = 5  # what a chat template adds to a message

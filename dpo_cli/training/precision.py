@@ -11,11 +11,11 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from dpo_cli.adapter_settings import CONFIG
-from dpo_cli.base_model import Base
 from dpo_cli.config.settings import Config, TrainingSection
+from dpo_cli.models.adapter_settings import CONFIG
+from dpo_cli.models.base_model import Base
+from dpo_cli.models.tokenizer_files import read_object
 from dpo_cli.progress import Progress
-from dpo_cli.tokenizer_files import read_object
 from dpo_cli.training.inputs import Stage
 
 LEAST = 50e6  # weights: smaller bases gain little, and their runs stay the same to the last bit on every machine

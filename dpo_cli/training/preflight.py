@@ -10,11 +10,11 @@ from pathlib import Path
 from msgspec import Struct
 
 from dpo_cli.adapter import read_adapter
-from dpo_cli.base_model import check_base, find_base
 from dpo_cli.config.presets import NOTES, PRESETS
 from dpo_cli.config.resolve import resolve
 from dpo_cli.config.settings import Config
 from dpo_cli.errors import UserError
+from dpo_cli.models.base_model import check_base, find_base
 from dpo_cli.training import plan
 from dpo_cli.training.inputs import TrainingRow, read_inputs
 from dpo_cli.training.known_shapes import shape_of

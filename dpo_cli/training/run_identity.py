@@ -9,8 +9,8 @@ import msgspec
 
 from dpo_cli import __version__
 from dpo_cli.adapter import Adapter
-from dpo_cli.base_model import file_sha256, fingerprint
 from dpo_cli.config.settings import Config
+from dpo_cli.models.base_model import file_sha256, fingerprint
 from dpo_cli.training import distributed
 from dpo_cli.training.inputs import Inputs, Stage
 

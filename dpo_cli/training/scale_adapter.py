@@ -18,9 +18,9 @@ from msgspec import Struct
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dpo_cli.adapter_settings import RANKS
 from dpo_cli.data import files
 from dpo_cli.errors import UserError
+from dpo_cli.models.adapter_settings import RANKS
 from dpo_cli.training.run_folder import ADAPTER_FILES, check_replaceable
 from dpo_cli.training.stack_adapters import PLAIN
 

@@ -8,10 +8,10 @@ for which the sizes of a Llama-like model are taken.
 import math
 
 from dpo_cli.adapter import EMBEDDINGS, Adapter, adapter_tensors, is_target, lost_targets
-from dpo_cli.base_model import CONV1D, Base
 from dpo_cli.config.settings import TrainingSection
+from dpo_cli.models.base_model import CONV1D, Base
+from dpo_cli.models.weights import FLOATS
 from dpo_cli.training.plan import Shape
-from dpo_cli.weights import FLOATS
 
 ROUTERS = ("router", "mlp.gate", "block_sparse_moe.gate")  # of experts: LoRA can't be added to them
 

@@ -29,11 +29,11 @@ from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging as transformers_logging
 
 from dpo_cli import errors
-from dpo_cli.base_model import check_base
 from dpo_cli.config.settings import ModelSection, TrainingSection
 from dpo_cli.data.files import write_json
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.model_loading import check_targets, explained, load_network, load_tokenizer, routers
+from dpo_cli.models.base_model import check_base
 from dpo_cli.progress import Progress
 from dpo_cli.training import guards
 from dpo_cli.training.encode import Encoder

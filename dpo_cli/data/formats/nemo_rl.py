@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_cli.base_model import absolute
 from dpo_cli.config.settings import Config
 from dpo_cli.data.files import write_file
 from dpo_cli.data.records import Preference
 from dpo_cli.errors import UserError
+from dpo_cli.models.base_model import absolute
 
 CONFIG_FILE = "nemo_rl.yaml"
 LAUNCH_FILE = "launch.sh"

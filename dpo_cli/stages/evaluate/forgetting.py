@@ -15,13 +15,13 @@ from typing import Any
 
 from msgspec import Struct
 
-from dpo_cli.base_model import find_base
 from dpo_cli.config.settings import Config
 from dpo_cli.data.formats.prompts import read_demonstration
 from dpo_cli.data.reader import parse_rows
 from dpo_cli.data.records import content_id
 from dpo_cli.data.resumable import Resumable
 from dpo_cli.errors import UserError
+from dpo_cli.models.base_model import find_base
 from dpo_cli.progress import Progress
 from dpo_cli.stages.evaluate.sampling import FOLDER
 from dpo_cli.statistics import Interval, of_mean

@@ -14,7 +14,6 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from dpo_cli import engines
-from dpo_cli.base_model import find_base, fingerprint
 from dpo_cli.config.resolve import get
 from dpo_cli.config.settings import Config
 from dpo_cli.data.formats.prompts import PromptFile
@@ -26,6 +25,7 @@ from dpo_cli.endpoint.responses import EMPTY, after_thinking
 from dpo_cli.engines import _engine
 from dpo_cli.engines._engine import Request, Sampled
 from dpo_cli.errors import UserError
+from dpo_cli.models.base_model import find_base, fingerprint
 from dpo_cli.progress import Progress
 
 FOLDER = "evaluation"  # in `data`

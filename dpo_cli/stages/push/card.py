@@ -14,8 +14,8 @@ from msgspec import Struct
 
 from dpo_cli import __version__
 from dpo_cli.adapter import Adapter
-from dpo_cli.adapter_settings import RANKS
 from dpo_cli.analysis.data_stats import PairStats
+from dpo_cli.models.adapter_settings import RANKS
 from dpo_cli.training.gates import Gate
 from dpo_cli.training.run_history import Merged, Trained
 

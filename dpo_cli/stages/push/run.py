@@ -16,7 +16,6 @@ from msgspec import Struct
 
 from dpo_cli.adapter import Adapter, is_model, read_adapter
 from dpo_cli.analysis.data_stats import pair_stats
-from dpo_cli.base_model import fingerprint
 from dpo_cli.config.settings import Config
 from dpo_cli.data.columns import Cells
 from dpo_cli.data.files import read_json, sha256
@@ -25,6 +24,7 @@ from dpo_cli.data.jsonl import read_rows
 from dpo_cli.data.reader import parse_rows
 from dpo_cli.data.records import Judgment, Preference, text_of
 from dpo_cli.errors import Exit, UserError, require
+from dpo_cli.models.base_model import fingerprint
 from dpo_cli.progress import Progress
 from dpo_cli.safe_text import check_run_name
 from dpo_cli.stages.push import card, secrets

@@ -13,9 +13,9 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from dpo_cli.base_model import absolute
 from dpo_cli.config.settings import Config
 from dpo_cli.errors import UserError
+from dpo_cli.models.base_model import absolute
 from dpo_cli.stages.serve_config.formats import flags
 from dpo_cli.stages.serve_config.plan import ServePlan
 

@@ -10,11 +10,11 @@ from typing import Any
 from msgspec import Struct
 
 from dpo_cli.adapter import Adapter, check_adapter, is_model
-from dpo_cli.adapter_settings import RANKS
-from dpo_cli.base_model import absolute, check_base, find_base
 from dpo_cli.config.settings import Config
 from dpo_cli.errors import UserError
-from dpo_cli.tokenizer_files import chat_template
+from dpo_cli.models.adapter_settings import RANKS
+from dpo_cli.models.base_model import absolute, check_base, find_base
+from dpo_cli.models.tokenizer_files import chat_template
 from dpo_cli.training.fold import folded
 
 RUNTIME_LOADING = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"

@@ -16,9 +16,9 @@ import msgspec
 from msgspec import Struct
 
 from dpo_cli.errors import UserError
-from dpo_cli.pickled import check_finite_pickled, is_legacy, read_pickled
-from dpo_cli.tokenizer_files import check_tokenizer, read_object
-from dpo_cli.weights import FLOATS, Tensor, check_finite, check_no_pointer, read_header
+from dpo_cli.models.pickled import check_finite_pickled, is_legacy, read_pickled
+from dpo_cli.models.tokenizer_files import check_tokenizer, read_object
+from dpo_cli.models.weights import FLOATS, Tensor, check_finite, check_no_pointer, read_header
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 SIZES = (

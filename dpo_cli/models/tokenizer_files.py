@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from dpo_cli.errors import UserError
-from dpo_cli.weights import check_no_pointer
+from dpo_cli.models.weights import check_no_pointer
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "vocab.txt")
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")  # JSON objects, if there

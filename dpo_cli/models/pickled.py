@@ -14,7 +14,7 @@ from typing import Any
 from msgspec import Struct
 
 from dpo_cli.errors import UserError
-from dpo_cli.weights import FLOATS, Tensor, check_no_pointer, is_finite, not_finite, read_blocks
+from dpo_cli.models.weights import FLOATS, Tensor, check_no_pointer, is_finite, not_finite, read_blocks
 
 TYPES = {"FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "DoubleStorage": "F64"}
 DAMAGED = (zipfile.BadZipFile, OSError, EOFError, pickle.UnpicklingError, ValueError, TypeError, KeyError, IndexError)

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from dpo_cli.errors import UserError
-from dpo_cli.weights import check_no_pointer
+from dpo_cli.models.weights import check_no_pointer
 
 CONFIG = "adapter_config.json"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that --max-lora-rank takes

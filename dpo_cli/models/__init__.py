@@ -1,0 +1,1 @@
+"""A base and an adapter as their files are: weights, settings, tokenizer; read and checked without torch."""
