@@ -140,14 +140,30 @@ BY_HAND = {".bin": pickled, "moved base": moved, "sharded base": sharded}
 
 
 def tables() -> str:
-    """What is tried, as the README shows it."""
-    tried = {True: "in every run of the tests", False: "by `--matrix`"}
-    lines = ["| architecture | DPO, KL sampling, exact resume, SFT, sampling, merge |", "|---|---|"]
-    lines += [f"| {kind} | {tried[kind in SPREAD]} |" for kind in ARCHITECTURES]
-    lines += ["", "| adapter | trains and merges | served by vLLM |", "|---|---|---|"]
-    for kind, (_, _, unserved) in ADAPTERS.items():
-        lines.append(f"| {kind} | {tried[kind in ADAPTER_SPREAD]} | {'merged' if unserved else 'as it is'} |")
+    """What is tried, as the README shows it; which forward a model takes is asked of the model."""
+    forwards: dict[str, list[str]] = {}
+    for kind in ARCHITECTURES:
+        forwards.setdefault(forward_of(kind), []).append(kind)
+    lines = ["| forward | architectures |", "|---|---|"]
+    lines += [f"| {name} | {', '.join(kinds)} |" for name, kinds in forwards.items()]
+    lines += ["", "| served by vLLM | adapters |", "|---|---|"]
+    for name, served in (("as they are", True), ("merged", False)):
+        kinds = [kind for kind, (_, _, unserved) in ADAPTERS.items() if (unserved is None) == served]
+        lines.append(f"| {name} | {'; '.join(kinds)} |")
     return "\n".join(lines)
+
+
+def forward_of(kind: str) -> str:
+    """Packed, or TRL's own and why, for rows of 256 tokens."""
+    import tempfile
+
+    from transformers import AutoModelForCausalLM
+
+    from dpo_cli.training.forward.packed import unsupported
+
+    with tempfile.TemporaryDirectory() as folder:
+        reason = unsupported(AutoModelForCausalLM.from_pretrained(make(Path(folder) / "base", kind)), 256)
+    return "packed" if reason is None else f"TRL's: {reason}"
 
 
 if __name__ == "__main__":
