@@ -5,6 +5,10 @@ import signal
 import tempfile
 
 import pytest
+
+# A process a core; and torch's pool of several threads is broken in a process that was forked. Read as torch loads.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 from adapters import base_model, save_adapter
 from training import write_data
 
