@@ -23,11 +23,9 @@ WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 
 LORA_TENSOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_(?:(A|B)\.weight|embedding_(A|B))")
 # PEFT saves the base's embeddings, whole, where the vocabulary was resized: under LoRA (vLLM skips those) or without.
-BASE_EMBEDDING = re.compile(
-    r"(?:base_model\.model\.)?(?:.+\.)?(?:embed_tokens|embed_in|wte|lm_head|embed_out)(\.base_layer)?\.weight"
-)
-COPIES = (".modules_to_save.weight", ".original_module.weight")  # beside them, of what the file has under its own name
 EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "lm_head", "embed_out")
+BASE_EMBEDDING = re.compile(rf"(?:base_model\.model\.)?(?:.+\.)?(?:{'|'.join(EMBEDDINGS)})(\.base_layer)?\.weight")
+COPIES = (".modules_to_save.weight", ".original_module.weight")  # beside them, of what the file has under its own name
 BACKBONES = ("model", "transformer", "gpt_neox", "backbone")  # what transformers calls a model without its head
 FOLD = "--set model.adapter_into_base=true folds it into the base, and trains a fresh LoRA on that"
 MERGE = "nothing-dpo push adapter FOLDER --merge makes one model of base and adapter, which vLLM serves"
@@ -139,8 +137,8 @@ def weights_path(path: Path) -> Path:
 
 def adapter_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of an adapter's file by name, without those of the base's embeddings."""
-    tensors, embeddings = _read_tensors(weights_path(path)), base_embeddings(path)
-    return {key: tensor for key, tensor in tensors.items() if key not in embeddings}
+    tensors, settings = _read_tensors(weights_path(path)), read_settings(path)
+    return {key: tensor for key, tensor in tensors.items() if not _is_base_embedding(key, settings)}
 
 
 def base_embeddings(path: Path) -> list[str]:

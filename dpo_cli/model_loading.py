@@ -343,11 +343,12 @@ def _saved_embeddings(network: Any, adapter: Path) -> dict[str, tuple[Any, torch
         return {}
     weights = load_peft_weights(str(adapter), device="cpu")
     found = {}
-    for key in sorted(names):  # the embedding before the head, which may be tied to it
+    for key in names:
         is_head = ".lm_head." in key or ".embed_out." in key
         module = network.get_output_embeddings() if is_head else network.get_input_embeddings()
         found[key] = (module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, weights[key])
-    return dict(sorted(found.items(), key=lambda item: item[1][0] is network.get_output_embeddings()))
+    # The embedding before the head, which may be tied to it.
+    return dict(sorted(found.items(), key=lambda item: (item[1][0] is network.get_output_embeddings(), item[0])))
 
 
 def _same_values(one: torch.Tensor, other: torch.Tensor) -> bool:

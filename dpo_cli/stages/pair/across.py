@@ -8,9 +8,9 @@ from collections import defaultdict
 
 from dpo_cli.config.settings import PairSection
 from dpo_cli.data.records import Preference, message_key, prompt_id
-from dpo_cli.stages.pair.judged import JudgedPrompt, JudgedPrompts, NoPair, inverted
+from dpo_cli.stages.pair.judged import JudgedPrompt, JudgedPrompts, NoPair, inverted, side_of
 from dpo_cli.stages.pair.rollouts import Rollout, make_pair
-from dpo_cli.stages.pair.stratified import EPSILON, stratified_places
+from dpo_cli.stages.pair.stratified import is_wide, stratified_places, thresholds
 
 
 class AcrossPrompts:
@@ -41,13 +41,11 @@ class AcrossPrompts:
                 self._scores.append(prompt.scores[index])
                 asked.append(asks)
                 said.append(hash(message_key(prompt.row.answer(index))))
-        lowest, highest = min(self._scores, default=0.0), max(self._scores, default=0.0)
-        high, low = (round(lowest + share * (highest - lowest), 9) for share in (settings.high, settings.low))
+        high, low = thresholds(self._scores, settings.high, settings.low)
         scores = self._scores
 
         def is_pair(good: int, bad: int) -> bool:
-            gap = scores[good] - scores[bad]
-            return gap > EPSILON and gap >= min_gap - EPSILON and said[good] != said[bad]
+            return is_wide(scores[good] - scores[bad], min_gap) and said[good] != said[bad]
 
         drawn = stratified_places(
             scores,
@@ -80,9 +78,9 @@ class AcrossPrompts:
         pairs = [make_pair(self._side(good), self._side(bad)) for good, bad in self._drawn[key]]
         return [(pair, _is_inverted(prompt, pair)) for pair in pairs]
 
-    def _side(self, side: int) -> Rollout:
-        row, index = self._prompts.completions(self._prompts.keys[self._places[side]]), self._indices[side]
-        return Rollout(row.prompt, [row.answer(index)], self._scores[side], row.finish_reasons[index], row.tools)
+    def _side(self, place: int) -> Rollout:
+        row = self._prompts.completions(self._prompts.keys[self._places[place]])
+        return side_of(row, self._indices[place], self._scores[place])
 
 
 def _is_inverted(prompt: JudgedPrompt, pair: Preference) -> bool:

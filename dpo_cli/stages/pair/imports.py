@@ -16,11 +16,12 @@ from dpo_cli.data.columns import read_mapping
 from dpo_cli.data.formats.preferences import HINT, read_row
 from dpo_cli.data.formats.ratings import ScoredAnswers
 from dpo_cli.data.reader import parse_rows
-from dpo_cli.data.records import Preference, message_key, preference_id, prompt_id
+from dpo_cli.data.records import Preference, message_key, prompt_id
 from dpo_cli.data.spool import Spool
 from dpo_cli.errors import UserError
-from dpo_cli.stages.pair.rollouts import Rollout, stratified
+from dpo_cli.stages.pair.rollouts import Rollout, make_pair, stratified
 from dpo_cli.stages.pair.strategies import STRATEGIES
+from dpo_cli.stages.pair.stratified import thresholds
 
 HEADERLESS = ("prompt", "good", "bad")
 
@@ -96,17 +97,10 @@ def _within(
 
 
 def _pair(rated: ScoredAnswers, good: int, bad: int) -> Preference:
-    chosen, rejected = rated.answers[good], rated.answers[bad]
-    return Preference(
-        id=preference_id(rated.prompt, chosen, rejected, rated.tools),
-        prompt=rated.prompt,
-        tools=rated.tools,
-        chosen=chosen,
-        rejected=rejected,
-        chosen_score=rated.scores[good],
-        rejected_score=rated.scores[bad],
-        score_gap=rated.scores[good] - rated.scores[bad],
-    )
+    def side(index: int) -> Rollout:
+        return Rollout(rated.prompt, rated.answers[index], rated.scores[index], None, rated.tools)
+
+    return make_pair(side(good), side(bad))
 
 
 def _across(rated: dict[str, ScoredAnswers], settings: PairSection, min_gap: float) -> list[Preference]:
@@ -116,7 +110,5 @@ def _across(rated: dict[str, ScoredAnswers], settings: PairSection, min_gap: flo
         for one in rated.values()
         for answer, score in zip(one.answers, one.scores, strict=True)
     ]
-    scores = [rollout.reward for rollout in rollouts]
-    lowest, highest = min(scores, default=0.0), max(scores, default=0.0)
-    high, low = (round(lowest + share * (highest - lowest), 9) for share in (settings.high, settings.low))
+    high, low = thresholds([rollout.reward for rollout in rollouts], settings.high, settings.low)
     return stratified(rollouts, min_gap=min_gap, high=high, low=low, max_pairs=settings.max_pairs, seed=settings.seed)

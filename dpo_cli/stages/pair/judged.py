@@ -18,11 +18,11 @@ from dpo_cli.data.records import (
     canonical,
     completions_id,
     message_key,
-    preference_id,
     said,
 )
 from dpo_cli.judges._ranking import any_inverts
 from dpo_cli.stages.pair.reasons import FAILED
+from dpo_cli.stages.pair.rollouts import Rollout, make_pair
 
 COMPLETIONS, JUDGMENTS = "completions.jsonl", "judgments.jsonl"
 
@@ -145,17 +145,9 @@ def inverted(prompt: JudgedPrompt, chosen: int, rejected: int) -> bool:
 
 def preference(prompt: JudgedPrompt, chosen: int, rejected: int) -> Preference:
     """The pair of two completions of a prompt."""
-    row, scores = prompt.row, prompt.scores
-    good, bad = [row.answer(chosen)], [row.answer(rejected)]
-    return Preference(
-        id=preference_id(row.prompt, good, bad, row.tools),
-        prompt=row.prompt,
-        tools=row.tools,
-        chosen=good,
-        rejected=bad,
-        chosen_score=scores[chosen],
-        rejected_score=scores[rejected],
-        score_gap=scores[chosen] - scores[rejected],
-        chosen_finish_reason=row.finish_reasons[chosen],
-        rejected_finish_reason=row.finish_reasons[rejected],
-    )
+    return make_pair(*(side_of(prompt.row, index, prompt.scores[index]) for index in (chosen, rejected)))
+
+
+def side_of(row: Completions, index: int, score: float) -> Rollout:
+    """One completion and its score, as a side of a pair."""
+    return Rollout(row.prompt, [row.answer(index)], score, row.finish_reasons[index], row.tools)

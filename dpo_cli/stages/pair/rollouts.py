@@ -22,7 +22,7 @@ from dpo_cli.data.messages import read_tool_calls
 from dpo_cli.data.reader import parse_rows
 from dpo_cli.data.records import Message, Preference, Tool, message_key, preference_id, prompt_id, read_tools
 from dpo_cli.errors import UserError
-from dpo_cli.stages.pair.stratified import EPSILON, stratified_places
+from dpo_cli.stages.pair.stratified import is_wide, stratified_places
 
 STRATEGIES = ("same-prompt", "stratified")
 ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
@@ -288,13 +288,10 @@ def _reward(rollout: Rollout) -> float:
 
 
 def _is_pair(good: Rollout, bad: Rollout, min_gap: float) -> bool:
-    """Far enough apart, and not the same text: a tie teaches nothing, whatever the least gap."""
-    gap = good.reward - bad.reward
-    return (
-        gap > EPSILON
-        and gap >= min_gap - EPSILON
-        and [*map(message_key, good.answer)] != [*map(message_key, bad.answer)]
-    )
+    """Far enough apart, and not the same text."""
+    if not is_wide(good.reward - bad.reward, min_gap):
+        return False
+    return [*map(message_key, good.answer)] != [*map(message_key, bad.answer)]
 
 
 def make_pair(good: Rollout, bad: Rollout) -> Preference:

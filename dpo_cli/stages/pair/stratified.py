@@ -13,6 +13,17 @@ from itertools import accumulate
 EPSILON = 1e-9  # 0.9 - 0.7 is 0.20000000000000007, and 0.7 - 0.5 is 0.19999999999999996
 
 
+def is_wide(gap: float, min_gap: float) -> bool:
+    """Whether two sides are far enough apart: a tie teaches nothing, whatever the least gap."""
+    return gap > EPSILON and gap >= min_gap - EPSILON
+
+
+def thresholds(scores: Sequence[float], high: float, low: float) -> tuple[float, float]:
+    """Shares of the range of all scores as scores, which lie on any scale."""
+    lowest, highest = min(scores, default=0.0), max(scores, default=0.0)
+    return round(lowest + high * (highest - lowest), 9), round(lowest + low * (highest - lowest), 9)
+
+
 def stratified_places(
     rewards: Sequence[float],
     prompts: Sequence[str] | Sequence[int],
