@@ -18,7 +18,7 @@ from dpo_cli.progress import Silent
 from dpo_cli.stages.evaluate import divergence
 from dpo_cli.stages.evaluate.divergence import Measured, measure
 from dpo_cli.stages.evaluate.sampling import RunBudget, Side
-from dpo_cli.training import kl as sampled_kl
+from dpo_cli.training.kl import SampledKl
 
 END, A, B, PAD, PROMPT = range(5)
 POLICY = [0.2, 0.3, 0.5, 0.0, 0.0]
@@ -52,7 +52,7 @@ def pair() -> tuple[LlamaForCausalLM, LlamaForCausalLM]:
 def found(pair: tuple[Any, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[list[int]]]:
     """What is measured in this process, and the completions that were sampled for it."""
     policy, other = pair
-    tokenizer = SimpleNamespace(pad_token_id=PAD, apply_chat_template=lambda words, **_: [PROMPT] * len(words))
+    tokenizer = SimpleNamespace(apply_chat_template=lambda words, **_: [PROMPT] * len(words))
 
     @contextmanager
     def as_reference():
@@ -61,13 +61,14 @@ def found(pair: tuple[Any, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) 
     model = Model(policy, tokenizer, frozenset({END}), 256)
     monkeypatch.setattr("dpo_cli.stages.evaluate.adapters.load_both", lambda config: (model, as_reference))
     seen: list[list[int]] = []
-    sample = sampled_kl.sample
+    measured = SampledKl.measure
 
-    def watched(*arguments: Any) -> list[list[int]]:
-        seen.extend(own := sample(*arguments))
-        return own
+    def watched(self: SampledKl) -> tuple[list[list[int]], list[float]]:
+        completions, nats = measured(self)
+        seen.extend(completions)
+        return completions, nats
 
-    monkeypatch.setattr(sampled_kl, "sample", watched)
+    monkeypatch.setattr(SampledKl, "measure", watched)
     settings = Config(
         data=str(folder), evaluate=EvaluateSection(kl_prompts=COUNT),
         generate=GenerateSection(engine="transformers", max_tokens=MOST),

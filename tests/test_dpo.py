@@ -285,12 +285,12 @@ def test_kl_is_that_of_the_two_distributions(trainer_of):
 
     trainer = trainer_of()
     trainer.model.eval()
-    assert set(trainer._kl(trainer._sample(trainer.model))) == {0.0}
+    sampled_kl = trainer._sampled_kl()
+    assert set(sampled_kl.measure()[1]) == {0.0}
     shift(trainer.model, "default", 0.02)
-    completions = trainer._sample(trainer.model)
-    nats = trainer._kl(completions)
+    completions, nats = sampled_kl.measure()
     (per_token, _), per_sequence = ratio(nats, completions), fmean(nats)
-    assert completions == trainer._sample(trainer.model) and all(1 <= len(ids) <= 8 for ids in completions)
+    assert completions == sampled_kl.measure()[0] and all(1 <= len(ids) <= 8 for ids in completions)
     total = 0.0
     with torch.no_grad():
         for prompt, completion in zip(trainer.kl_prompts, completions, strict=True):
@@ -318,7 +318,7 @@ def test_evaluation_draws_nothing_from_the_generator_of_training(trainer_of):
     trainer = trainer_of()
     trainer.model.eval()
     before = torch.random.get_rng_state()
-    trainer._kl(trainer._sample(trainer.model))
+    trainer._sampled_kl().measure()
     assert torch.equal(torch.random.get_rng_state(), before)
 
 

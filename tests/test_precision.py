@@ -187,8 +187,8 @@ def test_kl_is_not_that_of_rounded_logits(tmp_path):
     prompts, completions = ([[5 + row + at for at in range(40)] for row in range(8)] for _ in range(2))
 
     def measured(autocast):
-        arguments = trainer.model, lambda: reference_of(trainer.model), prompts, completions
-        return sum(kl.kl(*arguments, autocast, lambda *_: False)) / 320
+        of_these = kl.SampledKl(trainer.model, lambda: reference_of(trainer.model), prompts, 40, set(), 0, autocast)
+        return sum(of_these.nats(completions)) / 320
 
     exact = measured(nullcontext)
     in_bf16(trainer)

@@ -17,7 +17,7 @@ def run(start, tmp_path_factory):
     """A run whose first evaluation is over the limit."""
     folder = tmp_path_factory.mktemp("run")
     config = config_of(
-        start, folder, "train.learning_rate=3e-2", "train.beta=0.5", "gate.retreat=true", "train.eval_steps=4",
+        start, folder, "train.learning_rate=1e-2", "train.beta=0.5", "gate.retreat=true", "train.eval_steps=4",
         "train.save_steps=4", "train.kl_prompts=5", "train.kl_tokens=16",
     )  # fmt: skip
     config.gate.kl_limit = LIMIT
@@ -83,6 +83,31 @@ def test_the_margin_is_that_of_the_published_adapter(run):
     assert result.metrics["eval_rewards/margins"] == pytest.approx(measured["eval_rewards/margins"], abs=1e-4)
     assert result.metrics["eval_loss"] == pytest.approx(measured["eval_loss"], abs=1e-4)
     assert not math.isclose(measured["eval_rewards/margins"], 0, abs_tol=1e-3)
+
+
+def test_its_kl_is_a_tokens_over_all_the_prompts(run):
+    """The published adapter and the SFT adapter, each a model of its own, sum up to what is said."""
+    from contextlib import nullcontext
+
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from dpo_cli.training.inputs import read_inputs
+    from dpo_cli.training.kl import SampledKl
+    from dpo_cli.training.trainer import load_encoder
+
+    config, result = run
+    base = Path(config.model.base)
+    policy, reference = (
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).merge_and_unload().eval()
+        for adapter in (config.model.dpo_adapter, config.model.adapter)
+    )
+    encoder = load_encoder(base, config.model, 256)
+    rows = encoder.encode([row[:2] for row in read_inputs(config, "dpo", None, None).held_out]).rows
+    prompts = [list(ids) for ids in dict.fromkeys(tuple(row.prompt) for row in rows)][:5]
+    how = prompts, 16, encoder.stop_ids, config.train.seed, nullcontext
+    completions, nats = SampledKl(policy, lambda: nullcontext(reference), *how).measure()
+    assert sum(nats) / sum(map(len, completions)) == pytest.approx(result.retreat.kl, rel=1e-3)
 
 
 def test_it_comes_back_when_it_is_gone(run):

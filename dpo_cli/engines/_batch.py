@@ -130,10 +130,11 @@ class SlotBatch:
     (vocabulary) of the tokens in its completion, `uniforms` (max_tokens) its own randomness.
     """
 
-    def __init__(self, model: Model, settings: Sampling, widest: int) -> None:
-        self.model = model
+    def __init__(self, network: Any, ends: frozenset[int], settings: Sampling, widest: int) -> None:
+        self.network = network
+        self.ends = ends
         self.settings = settings
-        self.device = model.network.device
+        self.device = network.device
         self.overhead = OVERHEAD.get(self.device.type, OVERHEAD["cuda"])
         self.widest = self.high = widest
         self.columns = widest + settings.max_tokens + settings.max_tokens // 2  # the half spares most shifts
@@ -159,14 +160,23 @@ class SlotBatch:
         ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=self.device)
         mask = self._mask(list(map(len, prompts)), width)
         cache = DynamicCache()  # without the model's configuration, every layer keeps all columns
-        logits = self._forward(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache)
+        self.seat(groups, cache, self._forward(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), cache))
+
+    def seat(self, groups: list[list[RunningSequence]], cache: Cache, logits: Tensor) -> None:
+        """Give each sequence a slot with a copy of what its group's prompt was read to.
+
+        Args:
+            groups: sequences of one prompt each.
+            cache: keys and values of the prompts, aligned to the right; a row a group.
+            logits: (groups, vocabulary) of what follows them.
+        """
         if self.cache is None:
             self._allocate(cache, logits)
             assert self.cache is not None
-
         rows = [row for group in groups for row in group]
         slots = slice(len(self.rows), len(self.rows) + len(rows))
         source = torch.tensor([i for i, group in enumerate(groups) for _ in group], device=self.device)
+        width = cache.get_seq_length()
         for layer, prefilled in zip(self.cache.layers, cache.layers, strict=True):
             for room, states in zip(layer.rooms, (prefilled.keys, prefilled.values), strict=True):
                 room[slots, :, self.high - width : self.high] = states[source]
@@ -194,10 +204,10 @@ class SlotBatch:
         for slot, (row, token) in enumerate(zip(self.rows, tokens.tolist(), strict=True)):
             written = row.answer.tokens[row.index]
             written.append(token)
-            if token not in self.model.ends and len(written) < row.limit:
+            if token not in self.ends and len(written) < row.limit:
                 going.append(slot)
                 continue
-            row.answer.reasons[row.index] = "stop" if token in self.model.ends else "length"
+            row.answer.reasons[row.index] = "stop" if token in self.ends else "length"
             if all(row.answer.reasons):
                 finished.append(row.answer)
         self._advance(going, tokens)
@@ -263,7 +273,7 @@ class SlotBatch:
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """Logits of the next token, (rows, vocabulary); appends to the cache."""
-        output = self.model.network(
+        output = self.network(
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,

@@ -109,7 +109,7 @@ def run(
     if _unpadded.keeps_states(model.network):
         _run_unpadded(model, waiting, chosen, deliver)
         return
-    batch = SlotBatch(model, chosen, widest=len(waiting[-1][0].answer.prompt))
+    batch = SlotBatch(model.network, model.ends, chosen, widest=len(waiting[-1][0].answer.prompt))
     with torch.inference_mode():
         while waiting or batch.rows:
             free = chosen.batch_size - len(batch.rows)

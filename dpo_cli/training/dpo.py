@@ -45,7 +45,7 @@ from dpo_cli.training.encoded_rows import columns
 from dpo_cli.training.forward import packed
 from dpo_cli.training.forward.reference_cache import keep_reference
 from dpo_cli.training.guards import KL, MARGIN, GuardState
-from dpo_cli.training.kl import kl, mean_length, per_token, sample
+from dpo_cli.training.kl import SampledKl, mean_length, per_token
 from dpo_cli.training.loop import fit
 from dpo_cli.training.reference_check import check_reference, check_step_zero, expected_loss, refuse_step_zero
 from dpo_cli.training.run_folder import RunContext, event
@@ -114,6 +114,7 @@ class DpoTrainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ign
         self.events = events
         self.kl_prompts = kl_prompts
         self.kl_tokens = kl_tokens
+        self.sampled_kl: SampledKl | None = None
         self.step_zero_checked = False
         self._log_probs: list[torch.Tensor] = []
         self._router_loss: torch.Tensor | None = None
@@ -228,15 +229,14 @@ class DpoTrainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ign
         output.metrics["eval_pairs"] = len(margins)
         output.metrics["eval_pairs_correct"] = int((margins > 0).sum())
         if self.kl_prompts:
-            completions = self._sample(self.model)
-            nats = self._kl(completions)
+            self.sampled_kl = self.sampled_kl or self._sampled_kl()
+            completions, nats = self.sampled_kl.measure()
             kl_per_token, error = per_token(nats, completions)
             output.metrics.update({KL: kl_per_token, "eval_kl_nats_per_sequence": fmean(nats)})
             if error is not None:
                 output.metrics[f"{KL}_stderr"] = error
             if self._reference_lengths is None:
-                with self._reference() as reference:
-                    self._reference_lengths = mean_length(self._sample(reference))
+                self._reference_lengths = mean_length(self.sampled_kl.of_reference())
             output.metrics["eval_sampled_tokens"] = mean_length(completions)
             output.metrics["eval_reference_sampled_tokens"] = self._reference_lengths
         return output
@@ -247,29 +247,23 @@ class DpoTrainer(packed.PackedSteps, ResumableTrainer, DPOTrainer):  # type: ign
             return nullcontext(self.ref_model)
         return reference_of(self.model)
 
-    def _kl(self, completions: list[list[int]]) -> list[float]:
-        """KL(policy || reference) on each of the policy's own completions, in nats."""
-        return kl(self.model, self._reference, self.kl_prompts, completions, self.accelerator.autocast, self._may_stop)
-
-    def _sample(self, model: Any) -> list[list[int]]:
-        """One completion a held-out prompt, the same draws at every evaluation."""
+    def _sampled_kl(self) -> SampledKl:
         stops = self.model.generation_config.eos_token_id
         stops = set(stops if isinstance(stops, list) else [stops]) | {self._tokenizer.eos_token_id}
-        return sample(
-            model,
+        return SampledKl(
+            self.model,
+            self._reference,
             self.kl_prompts,
             self.kl_tokens,
-            self._tokenizer.pad_token_id,
             stops - {None},
             self.args.seed,
             self.accelerator.autocast,
             self._may_stop,
         )
 
-    def _may_stop(self, *_: Any) -> bool:
-        """Let a signal end the measurement of KL, which can take longer than a job has left; never ends it itself."""
+    def _may_stop(self) -> None:
+        """Let a signal end the measurement of KL, which can take longer than a job has left."""
         self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        return False
 
 
 def train(

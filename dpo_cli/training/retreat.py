@@ -22,7 +22,7 @@ from dpo_cli.config.settings import Config
 from dpo_cli.progress import Progress
 from dpo_cli.training.encode import Encoder, Sequences
 from dpo_cli.training.forward import fused_lora
-from dpo_cli.training.kl import kl, sample
+from dpo_cli.training.kl import SampledKl, per_token
 from dpo_cli.training.run_history import Retreat
 from dpo_cli.training.scale_adapter import Scaled, scale_adapter
 from dpo_cli.training.trainer import load_base
@@ -65,6 +65,16 @@ def retreat(
     network.requires_grad_(False).eval()
     fused_lora.fuse(network)  # as in training
     prompts = [list(ids) for ids in dict.fromkeys(tuple(row.prompt) for row in held_out)][: config.train.kl_prompts]
+    # As an evaluation in training measures it, with the same draws.
+    sampled_kl = SampledKl(
+        network,
+        lambda: _reference(network),
+        prompts,
+        config.train.kl_tokens,
+        encoder.stop_ids,
+        config.train.seed,
+        partial(_autocast, network),
+    )
     low, high = (0.0, 0.0), (1.0, kl_before)  # (scale, its KL)
     made: Scaled | None = None
     for number in range(TRIES):
@@ -73,7 +83,7 @@ def retreat(
         network.load_adapter(output, adapter_name=f"try-{number}")
         network.requires_grad_(False)
         network.set_adapter(f"try-{number}", inference_mode=True)
-        measured = _kl(network, config, encoder, prompts)
+        measured = _per_token(sampled_kl)
         progress.log(f"retreat: scale {scale:.3f} has a KL of {measured:.4f}, the limit is {limit:g}")
         if NEAR * limit <= measured <= limit:
             break
@@ -103,15 +113,10 @@ def _guess(low: tuple[float, float], high: tuple[float, float], limit: float) ->
     return (start + end) / 2
 
 
-def _kl(network: Any, config: Config, encoder: Encoder, prompts: list[list[int]]) -> float:
-    """As an evaluation in training measures it, with the same draws, in nats a token."""
-    pad = encoder.tokenizer.pad_token_id
-    stops = encoder.stop_ids
-    pad = min(stops) if pad is None else pad
-    seed, tokens = config.train.seed, config.train.kl_tokens
-    autocast = partial(_autocast, network)
-    completions = sample(network, prompts, tokens, pad, stops, seed, autocast, lambda *_: False)
-    return kl(network, lambda: _reference(network), prompts, completions, autocast, lambda *_: False)[0]
+def _per_token(sampled_kl: SampledKl) -> float:
+    """KL of the active adapter, in nats a token."""
+    completions, nats = sampled_kl.measure()
+    return per_token(nats, completions)[0]
 
 
 def _autocast(network: Any) -> AbstractContextManager[Any]:

@@ -109,24 +109,21 @@ def _compute(
 ) -> None:
     """In this process, with both adapters on one base."""
     from dpo_cli.stages.evaluate.adapters import load_both
-    from dpo_cli.training.kl import kl, sample
+    from dpo_cli.training.kl import SampledKl
     from dpo_cli.training.trainer import redirect_logs
 
     with redirect_logs(progress):
         model, as_reference = load_both(config)
-        pad = min(model.ends) if model.tokenizer.pad_token_id is None else model.tokenizer.pad_token_id
         most = config.generate.max_tokens or UNLIMITED
-        how = nullcontext, lambda *_: False  # no autocast, and no stop on the way
         for group in groups:
             encoded = {key: model.encode(*prompt) for key, prompt in group.items()}
             fitting = {key: ids for key, ids in encoded.items() if len(ids) + most <= model.context}
             if not fitting:
                 continue
-            prompts = list(fitting.values())
             seed = int(content_id("kl", config.evaluate.seed, list(group)), 16)  # draws shared by groups share errors
-            completions = sample(model.network, prompts, most, pad, set(model.ends), seed, *how)
-            for (key, ids), completion in zip(fitting.items(), completions, strict=True):
-                [nats] = kl(model.network, as_reference, [ids], [completion], *how)
+            prompts = list(fitting.values())
+            on_both = SampledKl(model.network, as_reference, prompts, most, set(model.ends), seed, nullcontext)
+            for key, completion, nats in zip(fitting, *on_both.measure(), strict=True):
                 deliver(key, nats, len(completion))
 
 
