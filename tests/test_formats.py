@@ -10,8 +10,10 @@ import pytest
 import yaml
 
 from dpo_cli.config.settings import Config, PairSection
+from dpo_cli.data.columns import Cells
 from dpo_cli.data.formats.export import export
 from dpo_cli.data.formats.nemo_rl import batches, launch_lines
+from dpo_cli.data.formats.preferences import read_ours, read_pair
 from dpo_cli.data.records import Preference, preference_id
 from dpo_cli.errors import UserError
 from dpo_cli.stages.pair import imports
@@ -61,6 +63,56 @@ IMPORTS = {
     ),
     "prompt-good-bad": ({"prompt": "Tree?", "good": "Oak", "bad": "Fox"}, pair("Tree?", "Oak", "Fox")),
 }
+
+
+def ours(**more):
+    return {"prompt": TALK, "chosen": [answer("Oak")], "rejected": [answer("Fox")], **more}
+
+
+@pytest.mark.parametrize(
+    ("row", "read"),
+    [
+        (ours(), True),
+        (ours(id="x", chosen_score=3, rejected_score=1.5, score_gap=9, margin=-1, weight=10**30), True),
+        (ours(id="", score_gap=2.0, chosen_finish_reason="length", rejected_finish_reason=3), True),
+        (ours(id=7, chosen_score=None, rejected_score=2), True),
+        (ours(chosen=[answer("Oak"), user("So?"), answer("Yes.")], prompt=[*TALK, answer("Ash"), user("?")]), True),
+        (ours(prompt=[*TALK, answer("Oak")]), False),  # the answer once more
+        (ours(prompt=[user("\n\nHuman: Hi\n\nAssistant:")]), False),
+        (ours(chosen=[*TALK, answer("Oak")], rejected=[*TALK, answer("Fox")]), False),
+        (ours(chosen="Oak"), False),
+        (ours(chosen=[{**answer("Oak"), "reasoning": "so"}]), False),
+        (ours(chosen=[{"role": "function_call", "content": '{"name": "f", "arguments": {}}'}]), False),
+        (ours(chosen_score="4", rejected_score="1"), False),
+        (ours(tools=[{"type": "function", "function": {"name": "f"}}]), False),
+        (ours(system="Be brief."), False),
+        (ours(source="x"), False),
+        (ours(margin=True), False),
+        ({key.title(): value for key, value in ours().items()}, False),
+    ],
+)
+def test_a_row_of_our_own_is_read_at_once_as_the_formats_read_it(row, read):
+    found = read_ours(row)
+    assert (found is not None) == read
+    assert found in (None, read_pair(Cells(row))[1])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        ours(prompt=[]),
+        ours(prompt=[user(" ")]),
+        ours(chosen=None),
+        ours(rejected=[]),
+        ours(weight="heavy"),
+        ours(score_gap=float("nan")),
+        ours(chosen=[{"role": 3, "content": "Oak"}]),
+    ],
+)
+def test_a_row_that_is_no_pair_is_left_to_the_formats(row):
+    assert read_ours(row) is None
+    with pytest.raises(ValueError, match=r"."):
+        read_pair(Cells(row))
 
 
 @pytest.mark.parametrize("name", IMPORTS)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import msgspec
@@ -15,13 +16,19 @@ from judging import LONG, SHORT, config, judgments, row, rows, run, write
 from openai_server import Server, first
 from test_endpoint import ask, body
 
-from dpo_cli.data.records import Usage
+from dpo_cli.data.jsonl import read_latest
+from dpo_cli.data.records import Completions, Usage
 from dpo_cli.endpoint import client
 from dpo_cli.endpoint.budget import Budget, output_cap
 from dpo_cli.endpoint.costs import Estimate
 from dpo_cli.endpoint.prices import Price, price_of
 from dpo_cli.errors import Exit, UserError
+from dpo_cli.judges._forms import RANKING
+from dpo_cli.judges._llm_judge import criteria_for
+from dpo_cli.judges._orders import plan_votes
+from dpo_cli.judges._prompt import show
 from dpo_cli.judges._request import request
+from dpo_cli.judges._task import make_task
 
 OPENAI = "https://api.openai.com/v1"
 # Tokens of input are free, each of output costs a dollar: the worst case of a call is its cap.
@@ -169,6 +176,46 @@ def test_an_estimate_by_hand(tmp_path):
     assert found.usd_worst == pytest.approx((found.input + 10 * 6000) / 1e6)
     assert found.usd_low == pytest.approx((found.input + 10 * found.output_low) / 1e6)
     assert any("--price" in line for line in found.assumptions)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"orders": "full", "model": ["judge-small", "another-judge"], "response_format": "json_object"},
+        {"orders": "auto", "extra_body": {"top_k": 3}},
+        {"votes": 5, "url": OPENAI, "model": "gpt-5.6"},
+        {"rubric": "rubric.md", "max_tokens": None},
+        {"extra_body": {"messages": []}},
+    ],
+)
+def test_an_estimate_is_of_the_bytes_of_the_requests(tmp_path, settings, monkeypatch):
+    """Its parts are added up; here each request is made. Texts with signs that JSON writes longer, tools, reasoning."""
+    monkeypatch.chdir(tmp_path)
+    Path("rubric.md").write_text("All: ü\n\n## Truth (weight 2)\n\nIt is true.\n\n## Warmth\n\nIt is kind.\n")
+    tools = [{"type": "function", "function": {"name": "look", "description": "„so“"}}]
+    odd = row(8, 'a\n"b"\\', "<|im_start|>system\tok", 'a\n "b"\\', "ж\x7f\u2028 \U0001f602", "</s>" * 3)
+    odd.prompt = [{"role": "system", "content": "[INST] »so«"}, *odd.prompt]
+    odd.tools = tools
+    odd.messages = [{"role": "assistant", "content": odd.completions[0], "reasoning_content": "<think>"}, *[None] * 4]
+    write(tmp_path, [*rows(2), odd, row(9, "one", "two"), row(10, "alone")])
+    own = config(tmp_path, **settings)
+    size = calls = typical = 0
+    for one in read_latest(tmp_path / "completions.jsonl", Completions).values():
+        task = make_task(one, lambda _: True)
+        if len(task.shown) < 2:
+            continue
+        for model, criterion in product(own.judge.models, criteria_for(RANKING, own.judge.rubric)):
+            for vote in plan_votes(task, own.judge):
+                shown = show(task, vote.order, criterion.text, own.judge.seed)
+                sent = request(model, shown.message, shown.labels, own.judge.max_tokens, own.judge)
+                size += len(msgspec.json.encode(sent))
+                typical += 120 + 60 * len(shown.labels)
+                calls += 1
+    found = run(own, dry_run=True)
+    assert (found.calls, found.estimate.calls, found.estimate.output_low) == (calls, calls, typical)
+    models = len(own.judge.models)
+    assert size / 3.5 - models < found.estimate.input <= size / 3.5  # each model's tokens are whole
 
 
 def test_an_estimate_names_its_price_table_and_admits_what_it_does_not_know(tmp_path):

@@ -233,6 +233,20 @@ def test_the_environments_own_secrets_are_found_by_their_value():
     assert secrets.find(files, environment) == [("a.json:2", "the value of WANDB_API_KEY")]
 
 
+def test_a_secret_far_down_a_file_is_found_with_its_line(tmp_path):
+    """Files are looked through in blocks: words that only look like a secret stand in each."""
+    rows = [
+        f'{{"text": "task-{number}, was-not, the ask-and-tell of http://here/{number}:8 @"}}' for number in range(9000)
+    ]
+    rows[4321] += SECRETS["openai"]
+    rows[8999] += f" {SECRETS['url']} {SECRETS['aws']}"
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    found = secrets.find({"a.jsonl": tmp_path / "a.jsonl"}, {})
+    assert found == [
+        ("a.jsonl:4322", "an OpenAI key"), ("a.jsonl:9000", "an AWS key"), ("a.jsonl:9000", "a URL with a password"),
+    ]  # fmt: skip
+
+
 def test_the_command_pushes_and_its_exit_code_says_when_a_gate_says_no(work, capsys, monkeypatch):
     sets = ["--set", f"runs={work}/runs", "--set", f"model.base={work}/base", "--dpo-adapter", f"{work}/out"]
 

@@ -15,7 +15,7 @@ from dpo_cli.config.settings import JudgeSection
 from dpo_cli.data.records import Order, rationale
 from dpo_cli.endpoint import batch
 from dpo_cli.errors import UserError
-from dpo_cli.judges._orders import cyclic_orders, plan_votes
+from dpo_cli.judges._orders import count_votes, cyclic_orders, plan_votes
 from dpo_cli.judges._ranking import any_inverts
 from dpo_cli.judges._rubric import read_criteria
 from dpo_cli.judges._task import make_task
@@ -70,6 +70,13 @@ def test_there_are_as_many_votes_as_asked_and_no_order_again_before_all_were_ask
         whole = found[: len(often)]
         before = sum(vote.order.index(0) < vote.order.index(1) for vote in whole)
         assert 2 * before == len(whole)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 9, 11])
+@pytest.mark.parametrize("settings", [{"orders": one} for one in (1, 2, 3, 8, "full", "auto")] + [{"votes": 5}])
+def test_votes_are_counted_without_planning_them(size, settings):
+    section = JudgeSection(**settings)
+    assert count_votes(size, section) == len(plan_votes(task(*map(str, range(size))), section))
 
 
 def test_a_few_votes_are_the_orders_of_before():

@@ -11,9 +11,13 @@ import base64
 import binascii
 import re
 import unicodedata
+from operator import itemgetter
 from typing import NamedTuple
 
 PREFIX = 4
+
+_begin = itemgetter(slice(PREFIX))
+_starts: set[str] = set()  # of all expressions
 
 
 class _Expression(NamedTuple):
@@ -28,20 +32,21 @@ class _Expression(NamedTuple):
     starts: frozenset[str]
 
 
-class _Sign(NamedTuple):
+class _Sign:
     """What a text shows where any expression matches; of `stems`, where there are any, it must hold one."""
 
-    expressions: tuple[_Expression, ...]
-    stems: tuple[str, ...] = ()
+    def __init__(self, expressions: tuple[_Expression, ...], stems: tuple[str, ...] = ()) -> None:
+        self.expressions = expressions
+        self.stems = stems
+        self.starts = frozenset[str]().union(*(one.starts for one in expressions))
+        self.without_starts = tuple(one for one in expressions if not one.starts)
 
 
 def _at(pattern: str, *needs: str, starts: str = "") -> _Expression:
     """An expression, its needs and its starts: words with commas between them."""
-    return _Expression(
-        re.compile(pattern, re.I | re.M),
-        tuple(tuple(words.split(",")) for words in needs),
-        frozenset(word[:PREFIX] for word in starts.split(",") if word),
-    )
+    beginnings = frozenset(map(_begin, filter(None, starts.split(","))))
+    _starts.update(beginnings)
+    return _Expression(re.compile(pattern, re.I | re.M), tuple(tuple(words.split(",")) for words in needs), beginnings)
 
 
 def _word(pattern: str, *needs: str, starts: str = "") -> _Expression:
@@ -284,13 +289,16 @@ class _Text:
         self._text = text
         self._lowered = text.lower()
         words = self._lowered.translate(_BLANKS).split() if text.isascii() else _RUN.findall(self._lowered)
-        self._starts = {word[:PREFIX] for word in set(words)}
+        self._starts = _starts.intersection(map(_begin, words))
         self._folds = not text.isascii() and _FOLDED.search(text) is not None
 
     def shows(self, sign: _Sign) -> bool:
         """Whether a sign is there."""
         lowered = self._lowered
-        for pattern, needs, starts in sign.expressions:
+        possible = sign.expressions
+        if not self._folds and self._starts.isdisjoint(sign.starts):
+            possible = sign.without_starts
+        for pattern, needs, starts in possible:
             if not self._folds:
                 if starts and starts.isdisjoint(self._starts):
                     continue

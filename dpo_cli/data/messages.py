@@ -12,7 +12,7 @@ import hashlib
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NotRequired, TypeAlias, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypeAlias, TypedDict, TypeGuard
 
 import msgspec
 
@@ -170,7 +170,7 @@ def read_messages(value: Any, field: str, role: str = "user", dropped: Counter[s
     Raises:
         ValueError: naming the field.
     """
-    if isinstance(value, list) and value and all(map(_is_plain, value)):
+    if is_plain(value):
         return value
     if isinstance(value, str):
         cell = from_cell(value, field)
@@ -226,6 +226,11 @@ def from_cell(text: str, field: str) -> Any:
 
 def _has_speaker(row: dict[str, Any]) -> bool:
     return ("role" in row and ("content" in row or "tool_calls" in row)) or ("from" in row and "value" in row)
+
+
+def is_plain(value: Any) -> TypeGuard[list[Message]]:
+    """Whether this is a list of messages, each of a role and a text alone: `read_messages` returns it as it is."""
+    return isinstance(value, list) and bool(value) and all(map(_is_plain, value))
 
 
 def _is_plain(value: Any) -> bool:

@@ -8,7 +8,7 @@ of which `judge` then takes one as `form`. A judge gets tasks, one a prompt, and
 """
 
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -28,8 +28,8 @@ class Judge(Protocol):
     def identity(self, config: "Config") -> dict[str, Any]:
         """The settings that make a judgment comparable with others; one file holds judgments of one identity."""
 
-    def calls(self, tasks: "Sequence[Task]", config: "Config") -> int:
-        """How many paid calls the tasks owe at most."""
+    def calls(self, shown: "Iterable[int]", config: "Config") -> int:
+        """How many paid calls are owed at most by tasks that show so many completions each."""
 
     def judge(
         self, tasks: "Sequence[Task]", config: "Config", deliver: "Callable[[Judgment], None]", progress: "Progress"

@@ -44,11 +44,17 @@ def cyclic_orders(task: Task, orders: Orders, seed: int) -> list[list[int]]:
     """
     base = sorted(task.shown, key=lambda index: content_id(seed, task.id, index))
     size = len(base)
-    count = min(size, MOST if orders == "full" else 2 if orders == "auto" else orders)
+    count, reserve = _cyclic(size, orders)
     shifts = [turn * size // count for turn in range(count)]
-    if orders == "auto" and size > 2:
+    if reserve:
         shifts.append((shifts[1] + size) // 2)
     return [base[shift:] + base[:shift] for shift in shifts]
+
+
+def _cyclic(size: int, orders: Orders) -> tuple[int, bool]:
+    """How many cyclic orders of so many completions are asked, and whether there is one in reserve."""
+    count = min(size, MOST if orders == "full" else 2 if orders == "auto" else orders)
+    return count, orders == "auto" and size > 2
 
 
 def plan_votes(task: Task, settings: JudgeSection) -> list[Vote]:
@@ -63,6 +69,14 @@ def plan_votes(task: Task, settings: JudgeSection) -> list[Vote]:
     reversals = [order[::-1] for order in shifts]
     distinct = shifts + [order for order in reversals if order not in shifts]
     return [Vote(distinct[asked % len(distinct)], asked // len(distinct)) for asked in range(settings.votes)]
+
+
+def count_votes(shown: int, settings: JudgeSection) -> int:
+    """How many votes `plan_votes` plans for a task that shows so many completions."""
+    if settings.votes is not None:
+        return settings.votes
+    count, more = _cyclic(shown, settings.orders)
+    return count + more
 
 
 def is_enough(task: Task, settings: JudgeSection, asked: int, verdicts: Sequence[OrderVerdict]) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 
 from msgspec import Struct
 
+from dpo_cli.data.files import encode_line
 from dpo_cli.data.records import Message, Tool, content_id, said
 from dpo_cli.judges._control_tokens import disarm, disarm_all
 from dpo_cli.judges._forms import RANKING, Form
@@ -66,6 +67,13 @@ def show(
     message = write_message(rubric, prompt, candidates, seed, form, tools)
     code = code_of(prompt, candidates, seed, tools)
     return Shown(message, list(candidates), [*candidates.values(), _conversation(prompt, tools)], code)
+
+
+def material_bytes(task: Task) -> int:
+    """Bytes, in JSON, of what a message shows of a task in any order: the rest is the same for as many candidates."""
+    shown = [disarm(task.completions[index]) for index in task.shown]
+    conversation = _conversation(disarm_all(task.prompt), disarm_all(task.tools))
+    return len(encode_line("".join([conversation, *shown]))) - len('""')
 
 
 def write_message(

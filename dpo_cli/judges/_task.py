@@ -1,6 +1,6 @@
 """What a judge is given: one prompt's completions, each distinct usable one to be shown once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from msgspec import Struct
 
@@ -31,18 +31,27 @@ class Task(Struct, kw_only=True):
 
 def make_task(row: Completions, usable: Callable[[str], bool], failures: int = 0) -> Task:
     """A task for one prompt's completions; identical (see `canonical`) and unusable ones will not be shown."""
-    texts = [said(answer) for answer in row.answers]
-    first: dict[str, int] = {}
-    stands = [
-        first.setdefault(key, index) if (key := canonical(text)) and usable(text) else None
-        for index, text in enumerate(texts)
-    ]
+    texts = said_by(row)
     return Task(
         id=row.id,
         completions_id=completions_id(row.completions, row.messages),
         prompt=row.prompt,
         completions=texts,
-        stands=stands,
+        stands=stands_of(texts, usable),
         failures=failures,
         tools=row.tools,
     )
+
+
+def said_by(row: Completions) -> list[str]:
+    """One prompt's completions as a judge reads them."""
+    return [said(answer) for answer in row.answers] if any(row.messages) else row.completions
+
+
+def stands_of(texts: Sequence[str], usable: Callable[[str], bool]) -> list[int | None]:
+    """`Task.stands` of completions."""
+    first: dict[str, int] = {}
+    return [
+        first.setdefault(key, index) if (key := canonical(text)) and usable(text) else None
+        for index, text in enumerate(texts)
+    ]

@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from importlib.util import module_from_spec, spec_from_file_location
@@ -48,7 +48,7 @@ def identity(config: Config) -> dict[str, Any]:
     return {"judge": "function", "function": config.judge.function, "code": code}
 
 
-def calls(tasks: Sequence[Task], config: Config) -> int:
+def calls(shown: Iterable[int], config: Config) -> int:
     """None: the function is free."""
     return 0
 
@@ -61,17 +61,18 @@ def judge(tasks: Sequence[Task], config: Config, deliver: Callable[[Judgment], N
     """
     function = load(config.judge.function)
     failed = 0
-    for done, task in enumerate(tasks, 1):
-        judgment = Judgment(id=task.id, completions_id=task.completions_id)
-        try:
-            judgment = conclude(task, {index: _score(function, task, index) for index in task.shown})
-        except _NoScore as fault:
-            judgment.error, judgment.failures = fault.reason, task.failures + 1
-            failed += 1
-            if failed <= SHOWN_FAILURES:
-                progress.log(f"{config.judge.function}, prompt {task.id}, {fault}")
-        deliver(judgment)
-        progress.update(done, failed=failed)
+    with _stdout_to_stderr():
+        for done, task in enumerate(tasks, 1):
+            try:
+                judgment = conclude(task, {index: _score(function, task, index) for index in task.shown})
+            except _NoScore as fault:
+                judgment = Judgment(id=task.id, completions_id=task.completions_id)
+                judgment.error, judgment.failures = fault.reason, task.failures + 1
+                failed += 1
+                if failed <= SHOWN_FAILURES:
+                    progress.log(f"{config.judge.function}, prompt {task.id}, {fault}")
+            deliver(judgment)
+            progress.update(done, failed=failed)
     if failed > SHOWN_FAILURES:
         progress.log(f"{config.judge.function}: {failed - SHOWN_FAILURES:,} more prompts failed")
 
@@ -141,10 +142,8 @@ def _score(function: Score, task: Task, index: int) -> float:
     Raises:
         _NoScore: it failed, or returned no number that can be compared.
     """
-    messages = copy.deepcopy(task.prompt)  # so that what the function changes does not reach its next call
     try:
-        with _stdout_to_stderr():
-            value: Any = function(messages, task.completions[index])
+        value: Any = function(_copied(task.prompt), task.completions[index])
     except (Exception, SystemExit) as error:
         raise _NoScore(index, f"the function failed: {_last_line(error)}") from error
     try:
@@ -157,6 +156,13 @@ def _score(function: Score, task: Task, index: int) -> float:
         which = "is beyond ±1e100" if abs(score) > LARGEST and not _is_infinite(value) else "is no finite number"
         raise _NoScore(index, f"the function returned {_shown(value)}, which {which}")
     return score
+
+
+def _copied(messages: list[Message]) -> list[Message]:
+    """Messages of its own, so that what the function changes does not reach its next call."""
+    if all(len(message) == 2 for message in messages):  # a role and a text
+        return [message.copy() for message in messages]
+    return copy.deepcopy(messages)
 
 
 def _is_infinite(value: Any) -> bool:

@@ -11,7 +11,7 @@ it was typed. At the end stands the agreement with the judgments of `judge.again
 judged. Not covered: several persons in one file, and more than 35 candidates.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -46,7 +46,7 @@ def identity(config: Config) -> dict[str, Any]:
     return {"judge": "human"}
 
 
-def calls(tasks: Sequence[Task], config: Config) -> int:
+def calls(shown: Iterable[int], config: Config) -> int:
     """None: the person is not paid by the call."""
     return 0
 

@@ -7,6 +7,7 @@ verdict is asked again, and never scored. Of a panel every model must answer, at
 """
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial, reduce
@@ -30,10 +31,11 @@ from dpo_cli.judges import _panel
 from dpo_cli.judges._batch import answer
 from dpo_cli.judges._forms import GRADE, RANKING, RATING, Form
 from dpo_cli.judges._llm_judge import LlmJudge, criteria_for
-from dpo_cli.judges._orders import plan_votes
-from dpo_cli.judges._prompt import show
+from dpo_cli.judges._orders import count_votes
+from dpo_cli.judges._prompt import material_bytes, write_message
+from dpo_cli.judges._ranking import label_of
 from dpo_cli.judges._request import is_openai, request
-from dpo_cli.judges._rubric import read_rubric
+from dpo_cli.judges._rubric import Criterion, read_rubric
 from dpo_cli.judges._task import Task
 from dpo_cli.progress import Progress
 
@@ -68,11 +70,11 @@ def identity(config: Config) -> dict[str, Any]:
     return who | ({"reasoning_effort": settings.reasoning_effort} if is_openai(settings.url) else {})
 
 
-def calls(tasks: Sequence[Task], config: Config) -> int:
+def calls(shown: Iterable[int], config: Config) -> int:
     """One call a vote, criterion and model."""
     settings = config.judge
     each = len(settings.models) * len(criteria_for(RANKING, settings.rubric))
-    return sum(each * len(plan_votes(task, settings)) for task in tasks)
+    return sum(each * count_votes(count, settings) for count in shown)
 
 
 def estimate(tasks: Sequence[Task], config: Config, form: Form = RANKING) -> Estimate:
@@ -81,15 +83,20 @@ def estimate(tasks: Sequence[Task], config: Config, form: Form = RANKING) -> Est
     criteria = criteria_for(form, settings.rubric)
     tier = "batch" if settings.batch else _live_tier(config)
     cap, found = settings.max_tokens or UNLIMITED_REPLY, []
+    votes: Counter[int] = Counter()  # by how many candidates they show
+    material = 0  # bytes of what all votes show
+    for task in tasks:
+        count = count_votes(len(task.shown), settings)
+        votes[len(task.shown)] += count
+        material += count * material_bytes(task)
+    owed = votes.total() * len(criteria)
+    typical = sum(
+        min(cap, REPLY_TOKENS + SENTENCE_TOKENS * count) * asked * len(criteria) for count, asked in votes.items()
+    )
     for model in settings.models:
-        owed = size = typical = 0
-        for task in tasks:
-            for vote, criterion in product(plan_votes(task, settings), criteria):
-                shown = show(task, vote.order, criterion.text, settings.seed, form)
-                body = request(model, shown.message, shown.labels, settings.max_tokens, settings, form)
-                size += len(msgspec.json.encode(body))
-                typical += min(cap, REPLY_TOKENS + SENTENCE_TOKENS * len(shown.labels))
-                owed += 1
+        size = 0 if "messages" in settings.extra_body else material * len(criteria)
+        for (count, asked), criterion in product(votes.items(), criteria):
+            size += asked * _bytes_around(model, count, criterion, settings, form)
         assumed = f"a reply is {REPLY_TOKENS} tokens and {SENTENCE_TOKENS} a candidate"
         if settings.max_tokens is None:
             assumed += f", and none is longer than {UNLIMITED_REPLY:,} tokens, though nothing says so"
@@ -103,10 +110,17 @@ def estimate(tasks: Sequence[Task], config: Config, form: Form = RANKING) -> Est
         one = price_estimate(owed, size, typical, owed * cap, price, given, assumed, others)
         if warning := _ending(model):
             one.assumptions.append(warning)
-        if capped := _capped(tasks, settings):
+        if capped := _capped(votes, settings):
             one.assumptions.append(capped)
         found.append(one)
     return reduce(add, found)
+
+
+def _bytes_around(model: str, count: int, criterion: Criterion, settings: JudgeSection, form: Form) -> int:
+    """Bytes of a request that shows so many candidates, its material left out."""
+    labels = [label_of(place) for place in range(count)]
+    message = write_message(criterion.text, [], dict.fromkeys(labels, ""), settings.seed, form)
+    return len(msgspec.json.encode(request(model, message, labels, settings.max_tokens, settings, form)))
 
 
 def _ending(model: str, listed: Mapping[str, str] | None = None) -> str | None:
@@ -127,11 +141,16 @@ async def _warn_of_endings(endpoint: Endpoint, models: Sequence[str], log: Calla
             log(warning)
 
 
-def _capped(tasks: Sequence[Task], settings: JudgeSection) -> str | None:
-    """That fewer orders are asked than `judge.orders` says, where there are no more cyclic ones."""
-    if settings.votes is not None or not isinstance(settings.orders, int):
+def _capped(shown: Iterable[int], settings: JudgeSection) -> str | None:
+    """That fewer orders are asked than `judge.orders` says, where there are no more cyclic ones.
+
+    Args:
+        shown: how many completions each task shows.
+        settings: says how many orders are asked.
+    """
+    if settings.votes is not None or not isinstance(settings.orders, int) or settings.orders <= 2:
         return None
-    fewest = min((len(task.shown) for task in tasks), default=0)
+    fewest = min(shown, default=0)
     if not 1 < fewest < settings.orders:
         return None
     more = f"--votes {settings.orders} goes on with their reversals, then repeats"
@@ -157,7 +176,7 @@ def judge(
     if not settings.batch and (open_ := waiting(Path(config.data) / BATCHES)):
         twice = f"{open_:,} requests wait in batches, and would be paid twice"
         raise UserError(twice, where=str(Path(config.data) / BATCHES), hint="nothing-dpo judge --batch")
-    if capped := _capped(tasks, settings):
+    if capped := _capped((len(task.shown) for task in tasks), settings):
         progress.log(capped)
     return asyncio.run(_judge(tasks, config, deliver, progress, form))
 

@@ -14,7 +14,7 @@ two segments, and more than one device.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 from typing import Any
 
@@ -70,7 +70,7 @@ def identity(config: Config) -> dict[str, Any]:
     return {"judge": "reward-model", "reward_model": name.rstrip("/").rpartition("/")[2], "weights": weights}
 
 
-def calls(tasks: Sequence[Task], config: Config) -> int:
+def calls(shown: Iterable[int], config: Config) -> int:
     """None: the model runs here."""
     return 0
 

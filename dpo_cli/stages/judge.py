@@ -8,7 +8,7 @@ that `generate.keep_lines` asks for) never. Making pairs is `pair`'s work.
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from itertools import islice
@@ -27,7 +27,7 @@ from dpo_cli.data.resumable import Resumable
 from dpo_cli.data.same_settings import refuse_other_settings
 from dpo_cli.endpoint.costs import Estimate, Receipt
 from dpo_cli.errors import UserError
-from dpo_cli.judges._task import Task, make_task
+from dpo_cli.judges._task import Task, make_task, said_by, stands_of
 from dpo_cli.progress import Progress
 from dpo_cli.statistics import count_alike
 
@@ -85,9 +85,8 @@ def run(config: Config, progress: Progress, limit: int | None = None, dry_run: b
         plan = _plan(file, limit, judgments, config)
         tasks, skips, total = plan.tasks, plan.skips, plan.total
         before = total - len(tasks) - len(skips)
-        result = Judged(
-            total=total, done_before=before, owed=len(tasks), calls=judge.calls(tasks, config), path=str(path)
-        )
+        calls = judge.calls(tasks.shown, config)
+        result = Judged(total=total, done_before=before, owed=len(tasks), calls=calls, path=str(path))
         if dry_run:
             if (estimate := getattr(judge, "estimate", None)) is not None:
                 result.estimate = estimate(tasks, config)
@@ -179,21 +178,23 @@ class _Former:
 class _Tasks(Sequence[Task]):
     """What the judge must see; each task is made from its line of completions.jsonl when it is looked at.
 
-    `flags` are what is suspicious about the completions of tasks that were looked at, by task and completion; they
-    are looked for only while `flagging`, which costs more than to count and to price a task.
+    `shown` are how many completions each shows. `flags` are what is suspicious about the completions of tasks that were
+    looked at, by task and completion; they are looked for only while `flagging`, which costs more than to price a task.
     """
 
     def __init__(self, rows: RowReader[Completions], config: Config) -> None:
         self.flags: dict[str, dict[int, list[str]]] = {}
         self.flagging = False
+        self.shown = array("L")
         self._rows = rows
         self._config = config
         self._starts = array("Q")
         self._failures: dict[int, int] = {}  # by start, where there are any
 
-    def append(self, start: int, failures: int) -> None:
+    def append(self, start: int, shown: int, failures: int) -> None:
         """Add the task of the row that begins there; `failures` counts the former runs that ended in an error."""
         self._starts.append(start)
+        self.shown.append(shown)
         if failures:
             self._failures[start] = failures
 
@@ -253,28 +254,33 @@ def _plan(file: BinaryIO, limit: int | None, judgments: Resumable[_Known], confi
     plan = _Plan(0, _Tasks(RowReader(file, path, Completions), config), [])
     places: dict[int, int] = {}  # by hash of the id
     owed: dict[int, int | Judgment] = {}  # by place: where the row of a task begins, or its judgment
+    shown = array("L")  # by place: how many of its completions a judge sees
     failures: dict[int, int] = {}  # by place
+    usable = _usable(config)
     with paused_collection():
         for start, row in _rows_at(path, limit):
             place = places.setdefault(hash(row.id), len(places))
+            if place == len(shown):
+                shown.append(0)
             owed.pop(place, None)  # the last line of an id wins
             old = judgments.known.get(row.id)
             if old is not None and old.completions_id != completions_id(row.completions, row.messages):
                 old = None
             if old is not None and old.error is None and old.skipped != TOO_FEW:
                 continue
-            task = _task(row, config)
-            if len(task.shown) > 1:
+            shown[place] = sum(stand == index for index, stand in enumerate(stands_of(said_by(row), usable)))
+            if shown[place] > 1:
                 owed[place] = start
                 if old is not None:
                     failures[place] = old.failures
             elif old is None or old.skipped is None:
-                owed[place] = Judgment(id=row.id, completions_id=task.completions_id, skipped=TOO_FEW)
+                judged = completions_id(row.completions, row.messages)
+                owed[place] = Judgment(id=row.id, completions_id=judged, skipped=TOO_FEW)
         for place, one in sorted(owed.items()):
             if isinstance(one, Judgment):
                 plan.skips.append(one)
             else:
-                plan.tasks.append(one, failures.get(place, 0))
+                plan.tasks.append(one, shown[place], failures.get(place, 0))
     plan.total = len(places)
     if not plan.total:
         raise _no_completions(path)
@@ -291,8 +297,13 @@ def _rows_at(path: Path, limit: int | None) -> Iterator[tuple[int, Completions]]
 
 
 def _task(row: Completions, config: Config, failures: int = 0) -> Task:
+    return make_task(row, _usable(config), failures)
+
+
+def _usable(config: Config) -> Callable[[str], bool]:
+    """Whether a text is in the format that is asked for."""
     pattern = _compile(config.generate.keep_lines)
-    return make_task(row, lambda text: _in_format(text, pattern), failures)
+    return lambda text: _in_format(text, pattern)
 
 
 @cache

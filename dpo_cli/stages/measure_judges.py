@@ -122,7 +122,7 @@ def run(config: Config, progress: Progress, gold: Path, limit: int | None = None
             identity = judge.identity(own)
             tasks = [_task(row, identity) for row in rows]
             owed = _owed(tasks, judgments)
-            report.calls += judge.calls(owed, own)
+            report.calls += judge.calls((len(task.shown) for task in owed), own)
             if dry_run:
                 _add_estimate(report, judge, owed, own)
                 continue

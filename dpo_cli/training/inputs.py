@@ -14,10 +14,10 @@ from msgspec import Struct, field
 from dpo_cli.config.settings import Config
 from dpo_cli.data.columns import Cells, read_mapping
 from dpo_cli.data.files import finish_replacement, sha256
-from dpo_cli.data.formats.preferences import read_pair
+from dpo_cli.data.formats.preferences import read_ours, read_pair
 from dpo_cli.data.formats.prompts import read_demonstration
 from dpo_cli.data.reader import parse_rows
-from dpo_cli.data.records import Message, Tool, prompt_id, split_side
+from dpo_cli.data.records import Message, Preference, Tool, prompt_id, split_side
 from dpo_cli.errors import Exit, UserError
 
 Stage = Literal["dpo", "sft"]
@@ -75,7 +75,10 @@ def read_inputs(config: Config, stage: Stage, data: Path | None, limit: int | No
         hint = "a JSONL file of prompt-completion rows, or a folder that holds one as train.jsonl"
 
     def parse(row: dict[str, Any]) -> TrainingRow:
-        return _pair(Cells(row, mapping, dropped)) if stage == "dpo" else _demonstration(row, mapping, dropped)
+        if stage == "sft":
+            return _demonstration(row, mapping, dropped)
+        ours = None if mapping else read_ours(row)
+        return _pair(ours or read_pair(Cells(row, mapping, dropped))[1])
 
     inputs = _read_folder(source, parse, hint) if source.is_dir() else _read_file(source, parse, hint, config)
     inputs.dropped = dropped
@@ -103,8 +106,7 @@ def _refuse_shared(inputs: Inputs, source: Path) -> None:
         )
 
 
-def _pair(cells: Cells) -> TrainingRow:
-    preference = read_pair(cells)[1]
+def _pair(preference: Preference) -> TrainingRow:
     gap, scores = preference.score_gap, None
     if preference.chosen_score is not None and preference.rejected_score is not None:
         scores = preference.chosen_score, preference.rejected_score

@@ -38,13 +38,17 @@ from dpo_cli.data.formats.pairs import (
     without_chosen,
 )
 from dpo_cli.data.formats.ratings import ScoredAnswers, is_ranked, is_rated, is_raw, read_kto, read_nemo_rl, read_rated
-from dpo_cli.data.messages import Message, Prompt, read_messages, read_tools
-from dpo_cli.data.records import Preference
+from dpo_cli.data.messages import Message, Prompt, is_plain, read_messages, read_tools
+from dpo_cli.data.records import Preference, preference_id
 
 HINT = (
     'rows with "prompt", "chosen" and "rejected" (texts or lists of {"role", "content"} messages), '
     "or --columns prompt=NAME,chosen=NAME,rejected=NAME"
 )
+
+LARGEST = 1e300  # of a number that is read without a closer look
+_NUMBERS = ("chosen_score", "rejected_score", "score_gap", "margin", "weight")
+_OURS = {"id", "prompt", "chosen", "rejected", "chosen_finish_reason", "rejected_finish_reason", *_NUMBERS}
 
 
 def read_row(
@@ -60,6 +64,8 @@ def read_row(
     Raises:
         ValueError: it is of no known format, or the field that is wrong.
     """
+    if not mapping and (ours := read_ours(row)) is not None:
+        return "trl-conversational", ours
     cells = Cells(row, mapping, dropped)
     name, read = detect(cells)
     try:
@@ -85,6 +91,35 @@ def read_pair(cells: Cells) -> tuple[str, Preference]:
         )
     cells.finish()
     return name, found
+
+
+def read_ours(row: dict[str, Any]) -> Preference | None:
+    """The pair of a row as `pair` writes most: what `read_pair` makes of it, in a tenth of the time; None of others."""
+    prompt, chosen, rejected = row.get("prompt"), row.get("chosen"), row.get("rejected")
+    if not (row.keys() <= _OURS and is_plain(prompt) and is_plain(chosen) and is_plain(rejected)):
+        return None
+    if not chosen[0]["role"] == rejected[0]["role"] == "assistant" or prompt[-1]["role"] == chosen[-1]["role"]:
+        return None
+    if HH_TURN.match(prompt[0]["content"]) or not any(message["content"].strip() for message in prompt):
+        return None
+    numbers = [row.get(name) for name in _NUMBERS]
+    if not all(one is None or (type(one) in (int, float) and -LARGEST < one < LARGEST) for one in numbers):
+        return None
+    good, bad, gap, margin, weight = (None if one is None else float(one) for one in numbers)
+    own, reasons = row.get("id"), [row.get(f"{side}_finish_reason") for side in ("chosen", "rejected")]
+    return Preference(
+        id=own if isinstance(own, str) and own else preference_id(prompt, chosen, rejected),
+        prompt=prompt,
+        chosen=chosen,
+        rejected=rejected,
+        chosen_score=good,
+        rejected_score=bad,
+        score_gap=gap if good is None or bad is None else good - bad,
+        chosen_finish_reason=reasons[0] if isinstance(reasons[0], str) else None,
+        rejected_finish_reason=reasons[1] if isinstance(reasons[1], str) else None,
+        margin=margin,
+        weight=weight,
+    )
 
 
 def detect(cells: Cells) -> tuple[str, Callable[[Cells], Preference | ScoredAnswers]]:

@@ -19,7 +19,7 @@ from dpo_cli.analysis.data_stats import pair_stats
 from dpo_cli.config.settings import Config
 from dpo_cli.data.columns import Cells
 from dpo_cli.data.files import read_json, sha256
-from dpo_cli.data.formats.preferences import read_pair
+from dpo_cli.data.formats.preferences import read_ours, read_pair
 from dpo_cli.data.jsonl import read_rows
 from dpo_cli.data.reader import parse_rows
 from dpo_cli.data.records import Judgment, Preference, text_of
@@ -206,7 +206,7 @@ def _merge(config: Config, folder: Path, pushed: Pushed, dry_run: bool) -> Path:
 
 
 def _pairs(file: Path) -> Iterator[Preference]:
-    return (pair for _, pair in parse_rows(file, lambda row: read_pair(Cells(row))[1]))
+    return (pair for _, pair in parse_rows(file, lambda row: read_ours(row) or read_pair(Cells(row))[1]))
 
 
 def _judge(data: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Reads text files; weights are not searched. Says where, and what kind; never the
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from dpo_cli.storage import Source
@@ -13,16 +13,29 @@ from dpo_cli.storage import Source
 TEXT = (".json", ".jsonl", ".md", ".jinja", ".txt", ".toml", ".yaml")
 SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSWORD", re.IGNORECASE)
 LEAST = 12  # characters of a value of the environment that could be nothing but a secret
+# What it is -> how it looks, and what it begins with: to look for these words first takes a tenth of the time.
 SHAPES = {
-    "a Hugging Face token": rb"\bhf_[A-Za-z0-9]{30,}",
-    "an OpenAI key": rb"\bsk-[A-Za-z0-9_-]{32,}",
-    "a GitHub token": rb"\bgh[pousr]_[A-Za-z0-9]{36,}",
-    "a Modal token": rb"\ba[ks]-[A-Za-z0-9]{20,}",
-    "an AWS key": rb"\bAKIA[0-9A-Z]{16}\b",
-    "a Google key": rb"\bAIza[0-9A-Za-z_-]{35}",
-    "a private key": rb"-----BEGIN [A-Z ]*PRIVATE KEY-----",
-    "a URL with a password": rb"\b[a-z][a-z0-9+.-]*://[^/\s:@\"']+:[^/\s:@\"']+@[\w.-]+",
+    "a Hugging Face token": (rb"\bhf_[A-Za-z0-9]{30,}", (b"hf_",)),
+    "an OpenAI key": (rb"\bsk-[A-Za-z0-9_-]{32,}", (b"sk-",)),
+    "a GitHub token": (rb"\bgh[pousr]_[A-Za-z0-9]{36,}", (b"ghp_", b"gho_", b"ghu_", b"ghs_", b"ghr_")),
+    "a Modal token": (rb"\ba[ks]-[A-Za-z0-9]{20,}", (b"ak-", b"as-")),
+    "an AWS key": (rb"\bAKIA[0-9A-Z]{16}\b", (b"AKIA",)),
+    "a Google key": (rb"\bAIza[0-9A-Za-z_-]{35}", (b"AIza",)),
+    "a private key": (rb"-----BEGIN [A-Z ]*PRIVATE KEY-----", (b"-----BEGIN ",)),
+    "a URL with a password": (rb"\b[a-z][a-z0-9+.-]*://[^/\s:@\"']+:[^/\s:@\"']+@[\w.-]+", (b"://",)),
 }
+BLOCK_BYTES = 1 << 16  # looked through at once
+
+
+class _Shape(NamedTuple):
+    """What is looked for: its name, its expression, and words of which one is in whatever that matches."""
+
+    what: str
+    pattern: re.Pattern[bytes]
+    words: tuple[bytes, ...]
+
+    def may_be_in(self, text: bytes) -> bool:
+        return any(word in text for word in self.words)
 
 
 class Leak(NamedTuple):
@@ -40,25 +53,35 @@ def find(files: Mapping[str, Source], environment: Mapping[str, str] | None = No
         environment: defaults to the process's.
     """
     environment = os.environ if environment is None else environment
-    patterns = {what: re.compile(shape) for what, shape in SHAPES.items()}
-    patterns |= {
-        f"the value of {name}": re.compile(re.escape(value.encode()))
+    shapes = [_Shape(what, re.compile(pattern), words) for what, (pattern, words) in SHAPES.items()]
+    shapes += [
+        _Shape(f"the value of {name}", re.compile(re.escape(value.encode())), (value.encode(),))
         for name, value in environment.items()
         if SECRET_NAME.search(name) and len(value) >= LEAST
-    }
+    ]
     return [
-        Leak(f"{name}:{number}", what)
+        Leak(f"{name}:{number}", shape.what)
         for name, source in files.items()
         if name.endswith(TEXT)
-        for number, line in enumerate(_lines(source), 1)
-        for what, pattern in patterns.items()
-        if pattern.search(line)
+        for first, lines in _blocks(source)
+        if (possible := _possible(shapes, b"".join(lines)))
+        for number, line in enumerate(lines, first)
+        for shape in _possible(possible, line)
+        if shape.pattern.search(line)
     ]
 
 
-def _lines(source: Source) -> Iterator[bytes]:
+def _possible(shapes: Iterable[_Shape], text: bytes) -> list[_Shape]:
+    return [shape for shape in shapes if shape.may_be_in(text)]
+
+
+def _blocks(source: Source) -> Iterator[tuple[int, list[bytes]]]:
+    """Yield (number of the first, lines), some at a time."""
     if isinstance(source, bytes):
-        yield from source.splitlines()
+        yield 1, source.splitlines()
         return
+    number = 1
     with source.open("rb") as file:
-        yield from file
+        while lines := file.readlines(BLOCK_BYTES):
+            yield number, lines
+            number += len(lines)
