@@ -1,16 +1,13 @@
 """Where the processor time of a whole training run goes, from the start of the process, at the default settings.
 
     OMP_NUM_THREADS=1 python tests/bench/whole_run.py --base FOLDER --rows pairs.jsonl [--pairs 96] [--held-out 10]
-    python tests/bench/whole_run.py ... --set train.eval_steps=3 --beside FOLDER
+    python tests/bench/whole_run.py ... --set train.eval_steps=3
 
 Trains a fresh LoRA adapter on pairs of a JSONL file, the first of which are held out. `steps` are forward, backward and
-optimizer; parts with an indent are of the part above them. `--beside` is another checkout, whose run comes after this
-one. Times are of one process and all its threads.
+optimizer; parts with an indent are of the part above them. Times are of one process and all its threads.
 """
 
 import argparse
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,18 +15,14 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parents[2]
 spent: dict[str, float] = defaultdict(float)
 order: list[str] = []
 
 
 def timed(owner: Any, method: str, part: str) -> None:
-    """Count the processor time of a function or method under a name; one that this checkout lacks is passed over."""
-    function = getattr(owner, method, None)
-    if function is None:
-        return
-    if part not in order:
-        order.append(part)
+    """Count the processor time of a function or method under a name."""
+    function = getattr(owner, method)
+    order.append(part)
 
     def counted(*arguments: Any, **named: Any) -> Any:
         began = time.process_time()
@@ -44,6 +37,17 @@ def timed(owner: Any, method: str, part: str) -> None:
 def run(base: str, rows: list[str], held_out: int, sets: list[str], folder: Path) -> None:
     """Train, and print the table."""
     from dpo_cli.config.resolve import resolve
+    from dpo_cli.training.leave_out import leave_out
+
+    given = [
+        f"data={folder}/data", f"runs={folder}/runs", f"model.base={base}", "model.adapter=none",
+        f"model.dpo_adapter={folder}/adapter", "train.allow_cpu=true",
+    ]  # fmt: skip
+    config = resolve(sets=[*given, *sets], environment={}).config
+    leave_out(config, "dpo")  # as the command does
+
+    import torch
+
     from dpo_cli.progress import Silent
     from dpo_cli.stages import train
     from dpo_cli.training import dpo, kl, trainer
@@ -67,17 +71,13 @@ def run(base: str, rows: list[str], held_out: int, sets: list[str], folder: Path
     timed(packed, "enable", "check of the packed forward")
     timed(dpo, "keep_reference", "kept reference")
     timed(dpo.DpoTrainer, "training_step", "steps")
-    timed(trainer.torch.optim.AdamW, "step", "optimizer")
+    timed(torch.optim.AdamW, "step", "optimizer")
     timed(dpo.DpoTrainer, "evaluation_loop", "evaluation")
     timed(dpo.DpoTrainer, "prediction_step", "  held-out pairs")
     timed(kl.SampledKl, "measure", "  KL")
     timed(kl.SampledKl, "of_reference", "  samples of the reference")
     timed(trainer.ResumableTrainer, "_save_checkpoint", "checkpoints")
-    given = [
-        f"data={folder}/data", f"runs={folder}/runs", f"model.base={base}", "model.adapter=none",
-        f"model.dpo_adapter={folder}/adapter", "train.allow_cpu=true",
-    ]  # fmt: skip
-    train.run(resolve(sets=[*given, *sets], environment={}).config, Watched(), "dpo", "run")
+    train.run(config, Watched(), "dpo", "run")
     whole = time.process_time()
     spent["imports"] = imported
     spent["steps"] += spent.pop("optimizer")
@@ -94,17 +94,11 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=96)
     parser.add_argument("--held-out", type=int, default=10)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--beside", type=Path, help="another checkout")
     options = parser.parse_args()
     rows = options.rows.read_text("utf-8").splitlines()[: options.pairs + options.held_out]
     with tempfile.TemporaryDirectory() as folder:
         run(options.base, rows, options.held_out, options.set, Path(folder))
-    if options.beside:
-        others = [argument for argument in sys.argv[1:] if argument not in ("--beside", str(options.beside))]
-        environment = os.environ | {"PYTHONPATH": str(options.beside.resolve())}
-        subprocess.run([sys.executable, __file__, *others], env=environment, check=True)
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, os.environ.get("PYTHONPATH", str(HERE)))
     main()
