@@ -83,7 +83,8 @@ def retreat(
         network.load_adapter(output, adapter_name=f"try-{number}")
         network.requires_grad_(False)
         network.set_adapter(f"try-{number}", inference_mode=True)
-        measured = _per_token(sampled_kl)
+        completions, nats = sampled_kl.measure()
+        measured, _ = per_token(nats, completions)
         progress.log(f"retreat: scale {scale:.3f} has a KL of {measured:.4f}, the limit is {limit:g}")
         if NEAR * limit <= measured <= limit:
             break
@@ -111,12 +112,6 @@ def _guess(low: tuple[float, float], high: tuple[float, float], limit: float) ->
         if 0.02 < share < 0.98:
             return start + share * (end - start)
     return (start + end) / 2
-
-
-def _per_token(sampled_kl: SampledKl) -> float:
-    """KL of the active adapter, in nats a token."""
-    completions, nats = sampled_kl.measure()
-    return per_token(nats, completions)[0]
 
 
 def _autocast(network: Any) -> AbstractContextManager[Any]:
