@@ -668,7 +668,7 @@ def evaluate(
 
         points = line.run(session.config, session.progress(), line.read_scales(scales), pick, limit)
         session.show(points, scaled)
-        return Exit.GATE if points.verdict == "fail" else None
+        return Exit.GATE if points.verdict in ("fail", "not shown") else None
     if harness is not None:
         measured = harness_tasks.harness(session.config, session.progress(), harness.split(","), limit)
         session.show(measured, view.harnessed)

@@ -120,7 +120,7 @@ class AdapterLine:
         """How much DPO has changed, over all weights (Frobenius norm)."""
         ends = ((self._reference, -1.0), (self._policy, 1.0))
         norms = []
-        for name in self._policy.keys() | self._reference.keys():
+        for name in sorted(self._policy.keys() | self._reference.keys()):
             parts = [(own[name], sign) for own, sign in ends if name in own]
             b = torch.cat([sign * low.b for low, sign in parts], 1)
             a = torch.cat([low.a for low, _ in parts])

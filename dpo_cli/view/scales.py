@@ -6,7 +6,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dpo_cli.training.gates import compared
 from dpo_cli.view.braille import interval
+from dpo_cli.view.facts import gate_line, verdict
 from dpo_cli.view.text import number, percent, safe
 
 if TYPE_CHECKING:
@@ -24,15 +26,19 @@ def scaled(console: Console, result: "Scales") -> None:
     for point in result.points:
         table.add_row(*_cells(point, result))
     console.print(table)
+    level = result.points[0].win_rate.confidence
     limit = f"KL limit {result.kl_limit:g} nats a token" if result.kl_limit < 100 else "no KL limit"
-    console.print(Text(f"scale 1: the DPO adapter · wins: ├─┤ 95%, ┊ the gate, {result.gate:g} · {limit}", "dim"))
-    if result.verdict == "fail":
-        console.print(Text("no scale clears the gate within the KL limit", "bold red"))
+    console.print(
+        Text(f"scale 1: the DPO adapter · wins: ├─┤ {level:.0%}, ┊ the gate, {result.gate:g} · {limit}", "dim")
+    )
+    if result.verdict is not None and result.picked is None:
+        console.print(verdict(result.verdict) + Text(": no scale clears the gate within the KL limit"))
     picked = next((point for point in result.points if point.scale == result.picked), None)
     if picked is not None:
         console.print(Text(f"picked: scale {picked.scale:g}", "bold green"))
         chosen, reported = _rate(picked.chosen_on), _rate(picked.reported_on)
         console.print(Text(f"wins {reported} on the half that did not choose it ({chosen} on the half that did)"))
+        console.print(Text.assemble("gate  ", gate_line(compared(picked.reported_on, result.gate))))
         console.print(safe(f"adapter  {result.adapter}"))
 
 

@@ -201,7 +201,7 @@ def compare_scores(
         theirs: the scores of the policy's.
     """
     found = {}
-    for key in ours.keys() & theirs.keys():
+    for key in filter(theirs.__contains__, ours):
         sides = [
             list(zip(scores[key], rows[key].completions, strict=True))
             for scores, rows in ((ours, reference), (theirs, policy))

@@ -1,14 +1,14 @@
 """Win rate and KL along the line through the SFT adapter and the DPO adapter, and the best point of it.
 
 Each scale is an adapter of its own (`training/scale_adapter.py`), sampled and judged like any other: the SFT adapter
-answers once, and nothing is asked twice. The best is chosen on one half of the held-out prompts and reported on the
-other, since the best of several is better on the prompts that chose it than it is. Reads what `evaluate` reads; writes
-the scaled adapters in `evaluation/` of `data`, scales.json, and the picked adapter beside `model.dpo_adapter`. Not
-covered: adapters on a server, which has those alone that it was given.
+answers once, and nothing is asked twice. The best is chosen on one half of the held-out prompts; reported, and given a
+verdict, on the other, since the best of several is better on the prompts that chose it than it is. Reads what
+`evaluate` reads; writes the scaled adapters in `evaluation/` of `data`, scales.json, and the picked adapter beside
+`model.dpo_adapter`. Not covered: adapters on a server, which has those alone that it was given.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -31,7 +31,9 @@ from dpo_cli.stages.evaluate.sampling import (
     make_side,
     sample,
 )
-from dpo_cli.statistics import Interval, bootstrap
+from dpo_cli.stages.evaluate.win_rate import share_of_wins
+from dpo_cli.statistics import Interval
+from dpo_cli.training.gates import GateVerdict, compared
 from dpo_cli.training.run_folder import publish
 
 if TYPE_CHECKING:
@@ -61,7 +63,11 @@ class ScalePoint(Struct, kw_only=True):
 
 
 class Scales(Struct, kw_only=True):
-    """Every point, in the order of the scales; `picked` is the one that was chosen, and where it is now."""
+    """Every point, in the order of the scales; `picked` is the one that was chosen, and `adapter` where it is now.
+
+    `verdict` is the gate's on the half that did not choose; where no point clears it on the other half within the KL
+    limit, `fail`, or `not shown` if one might.
+    """
 
     points: list[ScalePoint]
     gate: float
@@ -69,7 +75,7 @@ class Scales(Struct, kw_only=True):
     n: int
     usd: float
     path: str
-    verdict: Literal["pass", "fail"] | None = None
+    verdict: GateVerdict | None = None
     picked: float | None = None
     adapter: str | None = None
 
@@ -126,6 +132,8 @@ def run(
         found = compare_scores(reference, policy, *scores) if absolute else compare(bench, reference, policy)
         if not found:
             raise UserError(f"scale {scale:g}: no prompt has a result", hint="nothing-dpo evaluate says why")
+        if len(found) < len(prompts):
+            progress.log(f"scale {scale:g}: {len(prompts) - len(found)} of {len(prompts)} prompts have no result")
         kl: Divergence | None = None
         try:
             if config.evaluate.kl_prompts:
@@ -174,9 +182,12 @@ def best(points: list[ScalePoint]) -> ScalePoint | None:
 
 def _pick(result: Scales, config: Config) -> None:
     point = best(result.points)
-    result.verdict = "fail" if point is None else "pass"
     if point is None:
+        near = [one for one in result.points if one.kl is None or one.kl.nats_per_token <= result.kl_limit]
+        open_ = any(compared(one.chosen_on, result.gate).ok is None for one in near)
+        result.verdict = "not shown" if open_ else "fail"
         return
+    result.verdict = compared(point.reported_on, result.gate).verdict
     result.picked, result.adapter = point.scale, config.model.dpo_adapter
     if point.scale != 1:
         result.adapter = f"{config.model.dpo_adapter}-x{point.scale:g}"
@@ -198,4 +209,4 @@ def _adapter(config: Config, scale: float) -> "Scaled":
 def _rate(wins: list[float], config: Config) -> Interval:
     if not wins:
         return Interval(EVEN, 0.0, 1.0)
-    return bootstrap(wins, config.evaluate.bootstrap, config.evaluate.seed)
+    return share_of_wins(wins, config.evaluate.bootstrap, config.evaluate.seed, config.gate.confidence)

@@ -39,7 +39,8 @@ def length_controlled_win_rate(prompts: Sequence[Sequence[LengthPoint]], confide
     points = [(won, longer, 1 / len(own)) for own in prompts for won, longer in own]
     first = points[0][0]
     if all(won == first for won, _, _ in points):
-        return Interval(first, *wilson(first * len(prompts), len(prompts), confidence), n=len(prompts))
+        ends = wilson(first * len(prompts), len(prompts), confidence)
+        return Interval(first, *ends, n=len(prompts), confidence=confidence)
     mean = fmean(longer for _, longer, _ in points)
     spread = math.sqrt(fmean((longer - mean) ** 2 for _, longer, _ in points))
     rows = [(won, math.tanh(longer / spread) if spread else 0.0, weight) for won, longer, weight in points]
@@ -100,7 +101,8 @@ def share_of_wins(wins: Sequence[float], resamples: int, seed: int, confidence: 
     found = bootstrap(wins, resamples, seed, confidence)
     if found.low < found.high:
         return found
-    return Interval(found.value, *wilson(found.value * len(wins), len(wins), confidence), n=len(wins))
+    ends = wilson(found.value * len(wins), len(wins), confidence)
+    return Interval(found.value, *ends, n=len(wins), confidence=confidence)
 
 
 def _fit(rows: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
