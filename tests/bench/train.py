@@ -10,7 +10,8 @@ by a patch of one of its internals (`trl.trainer.utils._use_triton`). `grouped` 
 lengths, so that its losses are of other batches. `kept` variants have their reference's log-probabilities at hand,
 TRL's by its own `precompute_ref_log_probs`; `3 epochs` includes computing those once. Memory is the peak of the longest
 step over what was held before. A time is the median of the steps, ratios are of whole passes; of one thread it is the
-time on the processor. With a GPU: bfloat16 under accelerate's autocast, a 3B-shaped model, gradient checkpointing, MFU.
+time on the processor. `--profile` adds where one step's time goes, of each variant. With a GPU: bfloat16 under
+accelerate's autocast, a 3B-shaped model, gradient checkpointing, MFU.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import profiled
 from packing import rows
 from transformers import AutoTokenizer
 from trl.trainer.utils import get_peak_flops
@@ -84,9 +86,9 @@ def demonstrations(pairs: list[dict[str, list[int]]]) -> list[dict[str, list[int
 
 def measure(
     stage: str, size: str, name: str, pairs: list[dict[str, list[int]]], batch: int, rank: int, folder: Path,
-    names: list[str],
+    names: list[str], profile: bool = False,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """One line a variant of these names."""
+    """One line a variant of these names, with its `profile` if that is asked for."""
     examples = pairs if stage == "dpo" else demonstrations(pairs)
     made = [
         Remote(variant, stage, size, examples, batch, folder / str(number), rank)
@@ -116,6 +118,8 @@ def measure(
                 "MFU": _mfu(size, pairs, sum(taken), 4 if variant.variant.kept or stage == "sft" else 6),
             }
         )  # fmt: skip
+        if profile:
+            lines[-1]["profile"] = variant.ask("profile", 0 if grouped else longest * batch, batch)
     for variant in made:
         variant.close()
     return lines
@@ -192,6 +196,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=32 if CUDA else 8)
     parser.add_argument("--bf16", action="store_true", help="also bfloat16, on a CPU; a GPU computes in it anyway")
     parser.add_argument("--only", nargs="*", help="names of variants; the first is what ratios are of")
+    parser.add_argument("--profile", action="store_true", help="also a step's time by kind of operation")
     parser.add_argument("--svg", type=Path, help="where to write the plot")
     parser.add_argument("--results", type=Path, help="JSONL file of earlier results, to be added to")
     options = parser.parse_args()
@@ -211,11 +216,15 @@ def main() -> None:
                 sets["real"] = encoded(options.rows, count, options.base, vocabulary, Path(folder) / "base")
             for number, (name, pairs) in enumerate(sets.items()):
                 place = Path(folder) / Path(size).name / str(number)
-                lines += measure(options.stage, size, name, pairs, options.batch, options.rank, place, names)
+                lines += measure(
+                    options.stage, size, name, pairs, options.batch, options.rank, place, names, options.profile
+                )
                 print(table([line for line in lines if _same_set(line, lines[-1])]), flush=True)
                 if options.results:
                     options.results.write_text("".join(json.dumps(line) + "\n" for line in lines))
     print("\n" + table(lines))
+    if options.profile:
+        print("\n" + profiled.table([line for line in lines if "profile" in line]))
     if options.svg:
         options.svg.write_text(plot(lines))
 

@@ -20,6 +20,7 @@ from typing import Any
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import profiled
 import torch
 import trl.trainer.utils
 from datasets import Dataset, disable_progress_bars
@@ -159,6 +160,10 @@ class Child:
         """MB that a step takes at its peak over what was held before."""
         return peak_memory(lambda: self.step(first, count))
 
+    def profile(self, first: int, count: int) -> dict[str, float]:
+        """Share of a step's time by kind of operation."""
+        return profiled.shares(lambda: self.step(first, count))
+
     def peak_gb(self) -> float:
         """GB that this process has held at most: of the card, else of itself."""
         if CUDA:
@@ -282,11 +287,10 @@ class Remote:
         self.seconds.append(seconds)
         self.losses.append(loss)
 
-    def ask(self, method: str, *arguments: int) -> float:
+    def ask(self, method: str, *arguments: int) -> Any:
         """What a method of the Child returns."""
         self._connection.send((method, arguments))
-        answer: float = self._receive()
-        return answer
+        return self._receive()
 
     def _receive(self) -> Any:
         try:
