@@ -10,11 +10,11 @@ import asyncio
 import math
 from typing import Any
 
+from dpo_cli.endpoint.costs import BYTES_A_TOKEN
 from dpo_cli.endpoint.prices import Price
 from dpo_cli.endpoint.responses import Reply
 from dpo_cli.errors import Exit, UserError
 
-BYTES_A_TOKEN = 3.5
 _SLACK = 1e-9  # of a dollar: sums of floats
 _TEMPLATE_TOKENS = 2000  # that a server may add to a prompt, or to an answer, of its own
 

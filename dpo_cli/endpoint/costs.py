@@ -6,8 +6,9 @@ import msgspec
 from msgspec import Struct
 
 from dpo_cli.data.records import Usage
-from dpo_cli.endpoint.budget import BYTES_A_TOKEN
 from dpo_cli.endpoint.prices import Price, table_date
+
+BYTES_A_TOKEN = 3.5  # of a request, at most
 
 
 class Receipt(Struct, kw_only=True):
