@@ -34,7 +34,7 @@ from dpo_cli.endpoint.batch_format import (
 )
 from dpo_cli.endpoint.budget import output_cap
 from dpo_cli.endpoint.client import MAX_WAIT_SECONDS, RESTART_SECONDS, Endpoint
-from dpo_cli.endpoint.http import CHAT, JSON, Rejected, Retryable, Unreachable
+from dpo_cli.endpoint.http import CHAT, Rejected, Retryable, Unreachable, json_data
 from dpo_cli.endpoint.prices import Price
 from dpo_cli.endpoint.responses import Reply, one_line, read_error
 from dpo_cli.errors import Exit, UserError
@@ -227,8 +227,8 @@ class Batches:
                     row.file = await self._make("/files", lambda: {"data": self._form(row)})
                     self._write(row)
                 if row.batch is None:
-                    creation = {"data": msgspec.json.encode(row.creation), "headers": JSON}
-                    row.batch = await self._make("/batches", partial(dict, creation))
+                    creation = json_data(msgspec.json.encode(row.creation))
+                    row.batch = await self._make("/batches", partial(dict, data=creation))
             except Retryable as fault:
                 self._log(f"batch {row.id}: {fault}; looking whether it was made")
                 continue

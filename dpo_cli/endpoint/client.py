@@ -10,6 +10,7 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -17,11 +18,12 @@ from typing import Any, Self, TypeVar
 import msgspec
 from msgspec import Struct
 
+from dpo_cli.data.bulk import rare_collection
 from dpo_cli.data.records import Usage, content_id
 from dpo_cli.endpoint.budget import Budget, estimate_tokens, is_plausible, output_cap
 from dpo_cli.endpoint.concurrency import Pace, allowed_sockets
 from dpo_cli.endpoint.costs import Estimate, Receipt, estimate
-from dpo_cli.endpoint.http import CHAT, COMPLETIONS, JSON, Connection, Rejected, Retryable, TooLong, Unreachable
+from dpo_cli.endpoint.http import CHAT, COMPLETIONS, Connection, Rejected, Retryable, TooLong, Unreachable, json_data
 from dpo_cli.endpoint.in_flight import InFlight
 from dpo_cli.endpoint.ledger import Ledger
 from dpo_cli.endpoint.prices import Price, Tier, is_local, price_of
@@ -57,7 +59,7 @@ MAX_BACKOFF_SECONDS = 30.0
 LONG_SECONDS = 5.0  # waits that are worth a line in the log
 
 # What does not change the reply, and so not its key.
-_TRANSPORT_KEYS = ("stream", "stream_options", "service_tier")
+_TRANSPORT_KEYS = frozenset(("stream", "stream_options", "service_tier"))
 
 
 class Endpoint:
@@ -98,7 +100,7 @@ class Endpoint:
         self.spend = Receipt()
         self.budget = Budget(max_usd)
         self._place = self.url.partition("://")[2]
-        self._price = price
+        self._price = cache(price)
         self._log = log
         self._pace = Pace(allowed_sockets(concurrency))
         self._ledger = Ledger(ledger)
@@ -168,7 +170,9 @@ class Endpoint:
 
     def recall(self, body: dict[str, Any], replicate: int = 0) -> tuple[str, Reply | None]:
         """The key of a request, and its reply if that was paid before and holds an answer."""
-        content = {name: value for name, value in body.items() if name not in _TRANSPORT_KEYS}
+        content = body
+        if not _TRANSPORT_KEYS.isdisjoint(body):
+            content = {name: value for name, value in body.items() if name not in _TRANSPORT_KEYS}
         key = content_id(content, self._place, replicate)
         return key, self._ledger.get(key, bool(body.get("tools")))
 
@@ -269,7 +273,8 @@ class Endpoint:
 
         workers = [asyncio.create_task(work()) for _ in range(self._pace.most)]
         try:
-            finished, _ = await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
+            with rare_collection():
+                finished, _ = await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
             fatal = next((error for worker in finished if (error := worker.exception())), None)
             if fatal is not None:
                 self._fatal = fatal
@@ -388,7 +393,7 @@ class Endpoint:
 
     async def _send(self, content: bytes, path: str) -> Reply:
         """One HTTP request."""
-        body = await self.connection.send("POST", path, data=content, headers=JSON)
+        body = await self.connection.send("POST", path, data=json_data(content))
         try:
             return self.understand(body, path)
         except ValueError as error:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import parse_qsl, urljoin, urlsplit, urlunsplit
 
 from dpo_cli import __version__
+from dpo_cli.endpoint.deadlines import Deadlines
 from dpo_cli.endpoint.prices import is_local
 from dpo_cli.endpoint.responses import Error, one_line, read_error, retry_after
 from dpo_cli.errors import Exit, UserError
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     import aiohttp
 
 CHAT, COMPLETIONS = "/chat/completions", "/completions"
-JSON = {"Content-Type": "application/json"}
 CONNECT_SECONDS = 5.0
 SILENCE_SECONDS = 3.0  # without a first reply, after which a line says what is being waited for
 MOST_BYTES = 64 << 20  # of one reply, unpacked
@@ -123,6 +123,7 @@ class Connection:
         if api_key_variable and api_key_required and not self._key and not is_local(url):
             raise UserError(f"no API key for {self.url}", hint=f"export {api_key_variable}=...")
         self._timeout = timeout
+        self._deadlines = Deadlines(timeout)
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
@@ -131,7 +132,7 @@ class Connection:
         self._session = aiohttp.ClientSession(
             # Under uvicorn's 5 s, so that no request goes into a connection which the server is closing.
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4.0),
-            timeout=aiohttp.ClientTimeout(total=self._timeout, sock_connect=CONNECT_SECONDS),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
             trust_env=not is_local(self.url),
             headers={
                 "User-Agent": f"nothing-dpo/{__version__}",
@@ -166,6 +167,7 @@ class Connection:
         self._silence.cancel()
         if self._asking is not None:
             self._asking.cancel()
+        self._deadlines.close()
         await self._session.close()
 
     async def send(self, method: str, path: str, *, limit: int | None = None, **content: Any) -> bytes:
@@ -175,7 +177,7 @@ class Connection:
             method: GET or POST.
             path: after the base URL.
             limit: most bytes that are read; None: `MOST_BYTES`.
-            content: `data`, `params` and `headers`, as aiohttp takes them.
+            content: `data` and `params`, as aiohttp takes them.
 
         Raises:
             Unreachable: nobody there.
@@ -187,7 +189,8 @@ class Connection:
 
         assert self._session is not None
         try:
-            response, body = await self._follow(method, f"{self.url}{path}{self._query}", limit or MOST_BYTES, content)
+            address = f"{self.url}{path}{self._query}"
+            response, body = await self._deadlines.within(self._follow(method, address, limit or MOST_BYTES, content))
         except aiohttp.InvalidURL as error:
             raise UserError(f"not a URL: {error}", where=self.url) from None
         except aiohttp.ClientSSLError as error:
@@ -214,14 +217,14 @@ class Connection:
         """
         assert self._session is not None
         for _ in range(MOST_REDIRECTS):
-            async with self._session.request(method, address, allow_redirects=False, **content) as response:
-                body = await _read(response, limit)
-                if response.status not in (301, 302, 303, 307, 308):
-                    return response, body
-                target = urljoin(address, response.headers.get("Location", ""))
-                if _origin(target) != _origin(address) or (method != "GET" and response.status < 307):
-                    raise redirected(self.url, target)
-                address = target
+            response = await self._session.request(method, address, allow_redirects=False, **content)
+            body = await _read(response, limit)
+            if response.status not in (301, 302, 303, 307, 308):
+                return response, body
+            target = urljoin(address, response.headers.get("Location", ""))
+            if _origin(target) != _origin(address) or (method != "GET" and response.status < 307):
+                raise redirected(self.url, target)
+            address = target
         raise redirected(self.url, address)
 
     def fault(self, path: str, status: int, error: Error, after: float | None = None) -> Exception:
@@ -248,21 +251,32 @@ class Connection:
         return Rejected(status, message, error.param, error.code)
 
 
+def json_data(content: bytes) -> "aiohttp.BytesPayload":
+    """JSON as the `data` of a request, with its type: headers of its own would have to be merged."""
+    import aiohttp
+
+    return aiohttp.BytesPayload(content, content_type="application/json")
+
+
 async def _read(response: "aiohttp.ClientResponse", limit: int) -> bytes:
-    """The body of a response, unpacked.
+    """The body of a response, unpacked; if it can't be read to its end, the connection is closed.
 
     Raises:
         TooLong: there is more of it.
     """
-    length = response.content_length
-    if length is not None and length <= limit and "Content-Encoding" not in response.headers:
-        return await response.read()
-    body = bytearray()
-    async for chunk in response.content.iter_any():
-        body += chunk
-        if len(body) > limit:
-            raise TooLong(0, f"the reply is longer than {limit >> 20} MiB, and is not read further")
-    return bytes(body)
+    try:
+        length = response.content_length
+        if length is not None and length <= limit and "Content-Encoding" not in response.headers:
+            return await response.read()
+        body = bytearray()
+        async for chunk in response.content.iter_any():
+            body += chunk
+            if len(body) > limit:
+                raise TooLong(0, f"the reply is longer than {limit >> 20} MiB, and is not read further")
+        return bytes(body)
+    except BaseException:
+        response.close()
+        raise
 
 
 def redirected(url: str, target: str) -> UserError:

@@ -82,7 +82,10 @@ def _sdk(url: str, prompts: list[str], in_flight: int, transport: Any) -> Run:
 
 def nothing_dpo(url: str, prompts: list[str], in_flight: int, folder: str) -> Run:
     """`nothing-dpo generate`, as in a log file: with plain progress, its ledger and its journal."""
+    import aiohttp  # noqa: F401, as `bare` has it before the clock starts
+
     from dpo_cli.config import resolve
+    from dpo_cli.engines import endpoint  # noqa: F401
     from dpo_cli.stages import generate
     from dpo_cli.view.progress import make_progress
 
