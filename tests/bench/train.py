@@ -99,6 +99,8 @@ def measure(
     for step in range(-1, steps):  # the first one warms up
         for variant in made:
             variant.step(max(step, 0) * batch, batch)
+    for variant in made:
+        variant.ask("trim")  # before the first peak is measured
     tokens = sum(sum(map(len, row.values())) - len(row.get("labels", [])) for row in examples)
     tokens += sum(len(row.get("prompt_ids", [])) for row in examples)
     longest = max(range(steps), key=lambda step: sum(len(row["prompt_ids"]) for row in pairs[step * batch :][:batch]))

@@ -156,6 +156,11 @@ class Child:
             torch.cuda.synchronize()
         return clock() - began, value
 
+    def trim(self) -> None:
+        """Give back what is free: of a large model each process would go on holding some gigabytes."""
+        if not CUDA:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+
     def memory(self, first: int, count: int) -> float:
         """MB that a step takes at its peak over what was held before."""
         return peak_memory(lambda: self.step(first, count))
@@ -223,28 +228,36 @@ def perturb(model: Any) -> None:
 
 
 def peak_memory(step: Callable[[], Any]) -> float:
-    """MB that one call takes at its peak; on a CPU it runs in a fork, whose memory starts as this process's."""
+    """MB that one call takes at its peak; on a CPU it runs in a fork, whose memory starts as this process's.
+
+    Not a number where the fork was killed.
+    """
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
 
-    def measure(result: Any) -> None:
+    def measure(connection: Any) -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed is given back at once
         libc.malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
         before = _status("VmRSS")
         step()
-        result.put(_status("VmHWM") - before)
+        connection.send(_status("VmHWM") - before)
 
     context = multiprocessing.get_context("fork")
-    result = context.Queue()
-    process = context.Process(target=measure, args=(result,))
+    ours, theirs = context.Pipe()
+    process = context.Process(target=measure, args=(theirs,))
     process.start()
-    peak: float = result.get()
-    process.join()
+    theirs.close()
+    try:
+        peak: float = ours.recv()
+    except EOFError:  # killed, most likely for want of memory
+        return float("nan")
+    finally:
+        process.join()
     return peak
 
 
