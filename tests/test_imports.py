@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dpo_cli.cli import app
+from dpo_cli.data import spool
 
 PAIR = {"prompt": "Which tide?", "chosen": "The spring tide.", "rejected": "No idea."}
 OTHER = {"prompt": "And which wind?", "chosen": "The west wind.", "rejected": "No idea."}
@@ -91,6 +92,33 @@ def test_labels_and_ratings_make_pairs_by_the_strategy():
     result = answer("pair", "--import", write("k.jsonl", *kto), "--val-share", 0)
     assert result["train"] == 1 and result["skipped"] == {"an answer beyond the pair of its prompt (--strategy all)": 2}
     assert answer("pair", "--import", "k.jsonl", "--strategy", "all", "--val-share", 0)["train"] == 4
+
+
+@pytest.mark.parametrize("in_memory", [0, 1 << 20])
+def test_answers_to_a_prompt_are_taken_together_from_wherever_they_stand(monkeypatch, in_memory):
+    """They are put aside, in a temporary file where they are many."""
+    monkeypatch.setattr(spool, "IN_MEMORY", in_memory)
+    one, two, three = ("Which tide?", "Which wind?", "Which moon?")
+    file = write(
+        "a.jsonl",
+        {"prompt": two, "responses": ["x", "y"], "scores": [1, 9]},
+        {"prompt": one, "completion": "a", "label": True},
+        {"prompt": three, "completion": "alone", "label": True},
+        {"prompt": two, "responses": ["z", "y"], "scores": [5, 0]},
+        {"prompt": one, "completion": "b", "label": False},
+    )
+
+    def pairs(strategy):
+        found = answer("pair", "--import", file, "--strategy", strategy, "--val-share", 0)
+        said = [tuple(row[side][0]["content"] for side in ("prompt", "chosen", "rejected")) for row in
+                lines("data/dpo/train.jsonl")]  # fmt: skip
+        return said, found["skipped"]
+
+    alone = {"all answers to its prompt are labelled good": 1}
+    assert pairs("auto") == ([(two, "y", "x"), (one, "a", "b")], alone)
+    assert pairs("adjacent") == ([(two, "y", "z"), (two, "z", "x"), (one, "a", "b")], alone)
+    # From 0 to 9: at least 6.3 against at most 3.6. The second "y" says what the only high answer says.
+    assert sorted(pairs("stratified")[0]) == [(two, "y", bad) for bad in ("a", "alone", "b", "x")]
 
 
 def test_generate_says_what_it_left_out():

@@ -226,15 +226,18 @@ class Journal:
         """Drop the lines that a later line of the same id supersedes; the rest keeps its bytes and its order."""
         self._open()  # cuts a torn last line
         id_of = msgspec.json.Decoder(_Identified).decode
-        last: dict[str, bytes] = {}
-        count = 0
+        last: dict[str, int] = {}  # where the last line of an id begins
+        count = start = 0
         for _, lines in _blocks(self.path):
-            for line in filter(bytes.strip, lines):
-                last[id_of(line).id] = line.strip()
-                count += 1
+            for line in lines:
+                if line.strip():
+                    last[id_of(line).id] = start
+                    count += 1
+                start += len(line)
         if count == len(last):
             return
-        write_file(self.path, b"".join(line + b"\n" for line in last.values()), private=True)
+        with self.path.open("rb", buffering=4 * BLOCK_BYTES) as file:
+            write_file(self.path, (_line_at(file, start) for start in last.values()), private=True)
         self._close_file()
 
     def close(self) -> None:
@@ -273,6 +276,11 @@ class Journal:
             raise UserError(
                 "another nothing-dpo command is writing to it", where=str(self.path), hint="wait for it, or stop it"
             )
+
+
+def _line_at(file: BinaryIO, start: int) -> bytes:
+    file.seek(start)
+    return file.readline().strip() + b"\n"
 
 
 class _Identified(msgspec.Struct):

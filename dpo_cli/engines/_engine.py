@@ -1,5 +1,6 @@
 """What an engine is asked and what it gives; which one the settings mean, and what an endpoint would cost."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,17 +118,21 @@ def _check_models(section: ModelSection) -> None:
         read_adapter(Path(section.adapter), section.base, section.same_base)
 
 
-def estimate(requests: list[Request], config: Config) -> "Estimate":
-    """What an endpoint would cost that answers these, in one request each."""
+def estimate(requests: Iterable[Request], config: Config) -> "Estimate":
+    """What an endpoint would cost that answers these, in one request each; they are gone through once."""
     from dpo_cli.endpoint.costs import estimate
     from dpo_cli.endpoint.prices import cheaper_models, price_of
 
     settings = config.generate
-    size = sum(len(msgspec.json.encode(request.prompt)) for request in requests)
-    worst = sum(request.need for request in requests) * (settings.max_tokens or UNLIMITED)
+    calls = size = completions = 0
+    for request in requests:
+        calls += 1
+        size += len(msgspec.json.encode(request.prompt))
+        completions += request.need
+    worst = completions * (settings.max_tokens or UNLIMITED)
     price = price_of(settings.url or "", config.model.name, settings.price)
     return estimate(
-        len(requests),
+        calls,
         size,
         worst // 2,
         worst,

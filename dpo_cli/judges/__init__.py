@@ -1,10 +1,10 @@
 """Who ranks the completions: one module a judge, whose name is the value of `--judge`, with hyphens for underscores.
 
 A judge module has the three functions of `Judge`. Optional: `estimate(tasks, config)` says what the tasks would cost,
-for judges that are paid; `settle(tasks, judgments, config)` returns the judgments that change once all are there;
-`ABSOLUTE = True` says that each completion is scored by itself; `FORMS` names other questions about one completion,
-of which `judge` then takes one as `form`. A judge gets tasks, one a prompt, and builds each `Judgment` with
-`conclude`, which also scores the completions that were not shown.
+for judges that are paid; `settle(tasks, judgments, config)` goes through all tasks twice and yields the judgments that
+change once all are there; `ABSOLUTE = True` says that each completion is scored by itself; `FORMS` names other
+questions about one completion, of which `judge` then takes one as `form`. A judge gets tasks, one a prompt, and builds
+each `Judgment` with `conclude`, which also scores the completions that were not shown.
 """
 
 import pkgutil

@@ -12,13 +12,14 @@ both. What is not covered: models at different endpoints.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import combinations
 from statistics import fmean
 
 import msgspec
 
 from dpo_cli.data.records import Judgment, Order
-from dpo_cli.judges._agreement import agree
+from dpo_cli.judges._agreement import PairCounter
 from dpo_cli.judges._forms import Verdict
 from dpo_cli.judges._orders import OrderVerdict, aggregate, order_verdict
 from dpo_cli.judges._ranking import conclude, label_of
@@ -51,42 +52,58 @@ def decide(task: Task, verdicts: Sequence[OrderVerdict], weights: Mapping[str, f
     return conclude(task, mean(0), mean(1), [one.order for one in verdicts], weights)
 
 
-def agreement_weights(judgments: Sequence[Judgment]) -> dict[str, float]:
+def agreement_weights(judgments: Iterable[Judgment]) -> dict[str, float]:
     """Model -> weight, by the formula above; empty if none of the judgments is a panel's.
 
     Args:
-        judgments: of one panel; those without scores do not count.
+        judgments: of one panel, each prompt once; those without scores do not count. They are gone through once.
     """
-    seen: dict[str, dict[str, Judgment]] = defaultdict(dict)
+    named: set[str] = set()
+    counters: defaultdict[tuple[str, str], PairCounter] = defaultdict(PairCounter)
     for judgment in judgments:
-        given: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-        for order in judgment.orders or []:
-            for place, index in enumerate(order.order):
-                given[order.model or ""][index].append(order.scores[label_of(place)])
-        for model, scores in given.items():
-            means = [fmean(scores.get(index, [0.0])) for index in range(len(judgment.scores or []))]
-            seen[model][judgment.id] = msgspec.structs.replace(judgment, scores=means)
-    seen.pop("", None)
-    models = sorted(seen)
+        scored = _scores_by_model(judgment)
+        named.update(scored)
+        if judgment.scores and judgment.orders:
+            for one, two in combinations(sorted(scored), 2):
+                counters[one, two].add(scored[one], scored[two], judgment.orders[0].order)
+    models = sorted(named - {""})
     if not models:
         return {}
-    raw = {one: fmean([agree(seen[one], seen[two]).tau or 0.0 for two in models if two != one]) for one in models}
+    taus = {pair: counter.tau or 0.0 for pair, counter in counters.items()}
+    raw = {
+        one: fmean([taus.get((min(one, two), max(one, two)), 0.0) for two in models if two != one]) for one in models
+    }
     kept = {model: max(0.0, mean) for model, mean in raw.items()}
     whole = sum(kept.values())
     return {model: round(mean / whole if whole else 1 / len(kept), 4) for model, mean in kept.items()}
 
 
-def settle(tasks: Sequence[Task], judgments: Mapping[str, Judgment]) -> list[Judgment]:
+def _scores_by_model(judgment: Judgment) -> dict[str, list[float]]:
+    """What each model of a panel gave each completion, as the mean of its orders; 0 to what was not shown."""
+    given: defaultdict[str, defaultdict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for order in judgment.orders or []:
+        for place, index in enumerate(order.order):
+            given[order.model or ""][index].append(order.scores[label_of(place)])
+    count = len(judgment.scores or [])
+    return {model: [fmean(scores.get(index, [0.0])) for index in range(count)] for model, scores in given.items()}
+
+
+def settle(tasks: Iterable[Task], judgments: Mapping[str, Judgment]) -> Iterator[Judgment]:
     """A panel's judgments under the weights that all of them give; only those that change.
 
     Args:
-        tasks: the prompts; a judgment of other completions neither counts nor changes.
+        tasks: the prompts, each once; gone through twice. A judgment of other completions neither counts nor changes.
         judgments: by id.
     """
-    known = ((task, judgments.get(task.id)) for task in tasks)
-    current = [(task, row) for task, row in known if row and row.scores and row.completions_id == task.completions_id]
-    weights = agreement_weights([row for _, row in current])
-    return [_again(task, row, weights) for task, row in current if row.weights != weights]
+
+    def current() -> Iterator[tuple[Task, Judgment]]:
+        for task in tasks:
+            row = judgments.get(task.id)
+            if row and row.scores and row.completions_id == task.completions_id:
+                yield task, row
+
+    weights = agreement_weights(row for _, row in current())
+    yield from (_again(task, row, weights) for task, row in current() if row.weights != weights)
 
 
 def _again(task: Task, row: Judgment, weights: Mapping[str, float]) -> Judgment:

@@ -157,9 +157,9 @@ def _capped(shown: Iterable[int], settings: JudgeSection) -> str | None:
     return f"--orders {settings.orders} of {fewest} candidates: there are {fewest} cyclic orders; {more}"
 
 
-def settle(tasks: Iterable[Task], judgments: Mapping[str, Judgment], config: Config) -> list[Judgment]:
+def settle(tasks: Iterable[Task], judgments: Mapping[str, Judgment], config: Config) -> Iterable[Judgment]:
     """A panel's judgments that change once its models are weighed; one model's never do."""
-    return _panel.settle(list(tasks), judgments) if len(config.judge.models) > 1 else []
+    return _panel.settle(tasks, judgments) if len(config.judge.models) > 1 else ()
 
 
 def judge(

@@ -10,7 +10,8 @@ a judge says which is better.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -91,10 +92,12 @@ def run(config: Config, progress: Progress, limit: int | None = None, dry_run: b
     path = Path(config.data) / "completions.jsonl"
     result = Generated(path=str(path), dry_run=dry_run)
     with Resumable(path, _Made, _same_settings(config, engine, path), dry_run=dry_run) as rows:
-        requests = _find_owed(rows, config, limit, result)
-        if dry_run:
-            result.estimate = _estimate(requests, config) if engine == "endpoint" else None
-        elif requests:
+        owed = _find_owed(rows, config, limit, result)
+        if dry_run and engine == "endpoint":
+            result.estimate = _estimate(owed, config)
+        elif dry_run:
+            deque(owed, maxlen=0)  # they are counted
+        elif requests := list(owed):
             opened = _open_rows(config, engine, requests, rows)
             with rows.reporting(progress, "generate", result.prompts, len(requests)) as delivery:
                 sample = engines.load(engine)
@@ -148,11 +151,11 @@ def made_with(config: Config, engine: str) -> dict[str, Any]:
     return {"engine": engine, **made, **{key.partition(".")[2]: get(config, key) for key in keys}}
 
 
-def _estimate(requests: list[Request], config: Config) -> Estimate:
-    """What the owed completions would cost, in one request a prompt, or one a system prompt."""
+def _estimate(requests: Iterable[Request], config: Config) -> Estimate:
+    """What the owed completions would cost, in one request a prompt, or one a system prompt; keeps no request."""
     settings = config.generate
     if settings.contrast:
-        requests = [part for one in requests for part in split(one, settings.good_system, settings.bad_system)]
+        requests = (part for one in requests for part in split(one, settings.good_system, settings.bad_system))
     return _engine.estimate(requests, config)
 
 
@@ -165,11 +168,10 @@ class _Made(Struct, gc=False):
     sampling: Raw
 
 
-def _find_owed(rows: Resumable[_Made], config: Config, limit: int | None, result: Generated) -> list[Request]:
-    """What is missing, in the order of the prompts; counts it in `result`."""
+def _find_owed(rows: Resumable[_Made], config: Config, limit: int | None, result: Generated) -> Iterator[Request]:
+    """Yield what is missing, in the order of the prompts; counts it in `result`."""
     n = config.generate.n
-    owed: list[Request] = []
-    seen: set[int] = set()  # hashes of the ids; of prompts that are owed nothing no more is kept
+    seen: set[int] = set()  # hashes of the ids; of prompts no more is kept
     file = read_prompts(config)
     with paused_collection():
         for prompt in file:
@@ -183,15 +185,14 @@ def _find_owed(rows: Resumable[_Made], config: Config, limit: int | None, result
             made = rows.known.get(key)
             need = n - (len(made.completions) if made else 0)
             if need > 0:
-                owed.append(Request(id=key, prompt=prompt.messages, have=[], need=need, tools=prompt.tools))
+                result.owed_prompts += 1
                 result.owed_completions += need
+                yield Request(id=key, prompt=prompt.messages, have=[], need=need, tools=prompt.tools)
     if not seen and not file.bad.rows:
         raise UserError("the file is empty", where=str(file.path), hint="one prompt a line")
     result.left_out = file.notes(None if result.dry_run else Path(result.path).parent)
     result.prompts = len(seen)
-    result.owed_prompts = len(owed)
-    result.done_before = len(seen) - len(owed)
-    return owed
+    result.done_before = len(seen) - result.owed_prompts
 
 
 @cache

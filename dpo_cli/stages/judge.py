@@ -21,7 +21,7 @@ from msgspec import Raw, Struct, field
 from dpo_cli import judges
 from dpo_cli.config.settings import Config
 from dpo_cli.data.bulk import paused_collection
-from dpo_cli.data.jsonl import LatestRows, RowReader, read_latest, read_rows_at, stream_latest
+from dpo_cli.data.jsonl import LatestRows, RowReader, read_rows_at, stream_latest
 from dpo_cli.data.records import Completions, Judgment, Usage, completions_id
 from dpo_cli.data.resumable import Resumable
 from dpo_cli.data.same_settings import refuse_other_settings
@@ -105,10 +105,9 @@ def run(config: Config, progress: Progress, limit: int | None = None, dry_run: b
                 result.receipt = judge.judge(tasks, config, deliver, delivery)
         fresh = judgments.delivered.copy()
         if (settle := getattr(judge, "settle", None)) is not None and len(config.judge.models) > 1:
-            known = read_latest(path, Judgment)
-            everything = stream_latest(Path(config.data) / COMPLETIONS, Completions)
-            for judgment in list(settle((_task(row, config) for row in everything), known, config)):
-                judgments.deliver(judgment)
+            with LatestRows(path, Judgment) as known:
+                for judgment in settle(_AllTasks(config), known, config):
+                    judgments.deliver(judgment)
     if judgments.delivered or judgments.superseded:
         _count(result, path, fresh)
     else:
@@ -222,6 +221,17 @@ class _Tasks(Sequence[Task]):
         found = {number: why for number, text in enumerate(task.completions) if (why := suspicious(text))}
         if found:
             self.flags[task.id] = found
+
+
+class _AllTasks:
+    """The task of every prompt, made when it is looked at; can be gone through again."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+
+    def __iter__(self) -> Iterator[Task]:
+        rows = stream_latest(Path(self._config.data) / COMPLETIONS, Completions)
+        return (_task(row, self._config) for row in rows)
 
 
 class _Plan(Struct):

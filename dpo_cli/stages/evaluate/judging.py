@@ -125,7 +125,8 @@ class EvaluationJudge:
                 self.waiting = receipt.waiting if receipt else 0  # of all open batches: both kinds share their journal
         found = {task.id: verdicts.known[task.id] for task in tasks if task.id in verdicts.known}
         if kind == "compare" and (settle := getattr(self.judge, "settle", None)) is not None:
-            found |= {row.id: row for row in settle(tasks, found, self.config)}  # a panel's weights; not kept
+            each = {task.id: task for task in tasks}.values()
+            found |= {row.id: row for row in settle(each, found, self.config)}  # a panel's weights; not kept
         self.heard |= found
         return found
 
