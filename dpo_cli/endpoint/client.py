@@ -331,7 +331,7 @@ class Endpoint:
                     raise self._fatal
                 self.spend.interrupted += self._sent.begin(key)
                 lost = True
-                reply = await self._send(content, path)
+                reply = self._read(await self.connection.send("POST", path, data=json_data(content)), path)
             except Retryable as fault:
                 lost = fault.paid
                 if fault.congestion:
@@ -391,9 +391,13 @@ class Endpoint:
             raise UserError(f"no connection: {fault}", where=self.url, hint=hint, code=Exit.FAILED)
         self._pace.hold(random.uniform(0.25, 0.5))
 
-    async def _send(self, content: bytes, path: str) -> Reply:
-        """One HTTP request."""
-        body = await self.connection.send("POST", path, data=json_data(content))
+    def _read(self, body: bytes, path: str) -> Reply:
+        """What a successful response says.
+
+        Raises:
+            Retryable: it is no JSON: cut off, perhaps.
+            UserError: it is a web page.
+        """
         try:
             return self.understand(body, path)
         except ValueError as error:

@@ -28,9 +28,9 @@ class Deadlines:
         Raises:
             TimeoutError: it took too long, and was cancelled.
         """
-        task = asyncio.current_task()
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task(loop)
         assert task is not None
-        loop = task.get_loop()
         cancelled_before = task.cancelling()
         self._ends[task] = end = loop.time() + self._seconds
         if self._timer is None:

@@ -125,20 +125,24 @@ class Connection:
         self._timeout = timeout
         self._deadlines = Deadlines(timeout)
         self._session: aiohttp.ClientSession | None = None
+        self._through_proxy: dict[str, Any] = {}
 
     async def __aenter__(self) -> Self:
         import aiohttp
 
+        headers = {
+            "User-Agent": f"nothing-dpo/{__version__}",
+            **({"Authorization": f"Bearer {self._key}"} if self._key else {}),
+            **({"api-key": self._key} if self._key and _is_azure(self.url) else {}),
+        }
+        if proxy := _proxy_of(self.url):
+            # A session's own headers would be sent to the proxy, and the key with them.
+            self._through_proxy = {"proxy": proxy, "headers": headers}
         self._session = aiohttp.ClientSession(
             # Under uvicorn's 5 s, so that no request goes into a connection which the server is closing.
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4.0),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
-            trust_env=not is_local(self.url),
-            headers={
-                "User-Agent": f"nothing-dpo/{__version__}",
-                **({"Authorization": f"Bearer {self._key}"} if self._key else {}),
-                **({"api-key": self._key} if self._key and _is_azure(self.url) else {}),
-            },
+            headers=None if proxy else headers,
         )
         self._silence = asyncio.get_running_loop().call_later(SILENCE_SECONDS, self._say_what_is_awaited)
         return self
@@ -217,7 +221,9 @@ class Connection:
         """
         assert self._session is not None
         for _ in range(MOST_REDIRECTS):
-            response = await self._session.request(method, address, allow_redirects=False, **content)
+            response = await self._session.request(
+                method, address, allow_redirects=False, **self._through_proxy, **content
+            )
             body = await _read(response, limit)
             if response.status not in (301, 302, 303, 307, 308):
                 return response, body
@@ -322,6 +328,21 @@ def _base_url(url: str) -> tuple[str, str]:
 def _origin(url: str) -> tuple[str, str | None, int | None]:
     parts = urlsplit(url)
     return parts.scheme, parts.hostname, parts.port
+
+
+def _proxy_of(url: str) -> str | None:
+    """The HTTP proxy that the environment names for it.
+
+    aiohttp's `trust_env` looks for one at each request, in a thread, and in another for a login in ~/.netrc: a request
+    costs three times as much, and such a login is in the way of the key.
+    """
+    from urllib.request import getproxies, proxy_bypass
+
+    parts = urlsplit(url)
+    if is_local(url) or proxy_bypass(parts.hostname or ""):
+        return None
+    proxy = getproxies().get(parts.scheme)
+    return proxy if proxy and proxy.startswith("http://") else None
 
 
 def _is_azure(url: str) -> bool:
