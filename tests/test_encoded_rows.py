@@ -1,6 +1,9 @@
 """Encoded rows in their file: the same tokens as the tokenizer gives, made once, and never believed when damaged."""
 
+import os
+import re
 import signal
+import time
 
 import pytest
 from adapters import base_model
@@ -8,11 +11,12 @@ from datasets import Dataset
 from training import Lines, exit_code_of, kill_this_process, pair
 
 from dpo_cli.config.settings import ModelSection
+from dpo_cli.data import files
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Silent
 from dpo_cli.training import encoded_rows
 from dpo_cli.training.encode import IGNORED, Encoder
-from dpo_cli.training.encoded_rows import content_key, encode_rows
+from dpo_cli.training.encoded_rows import content_key, encode_rows, prune
 from dpo_cli.training.inputs import TrainingRow
 from dpo_cli.training.trainer import load_encoder
 
@@ -168,6 +172,95 @@ def test_an_error_leaves_no_file(base, tmp_path):
     with pytest.raises(UserError, match="refuses this conversation"):
         encode_rows(encoder(base, chat_template=str(template)), PAIRS, tmp_path / "files", base, Silent())
     assert [file.name for file in (tmp_path / "files").iterdir()] == [".lock"]
+
+
+# What nobody uses any more
+
+MONTH = 31 * 86_400
+
+
+def age(folder):
+    """As if nobody had touched the files of a folder for a month."""
+    for file in folder.iterdir():
+        os.utime(file, (time.time() - MONTH, time.time() - MONTH))
+
+
+def in_use(folder):
+    return sorted(file.name[:8] for file in folder.glob("[!.]*.arrow"))
+
+
+def test_what_was_not_used_for_a_month_is_removed_and_said(base, tmp_path):
+    old = encode_rows(encoder(base), PAIRS[:20], tmp_path, base, Silent()).rows
+    del old
+    (tmp_path / "half.arrow").write_bytes(b"of a killed run")
+    (tmp_path / "alone.json").write_text("{}")
+    (tmp_path / ".gone.arrow.0a1b2c3d.new").write_bytes(b"of a killed run as well")
+    stale = {file.name for file in tmp_path.iterdir() if file.name != ".lock"}
+    age(tmp_path)
+    kept = encode_rows(encoder(base), PAIRS[20:40], tmp_path, base, Silent()).rows
+    del kept
+    said = Lines()
+    prune(tmp_path, said)
+    assert len(stale) == 5 and not stale & {file.name for file in tmp_path.iterdir()}
+    assert len(in_use(tmp_path)) == 1
+    [line] = said.lines
+    assert re.fullmatch(r".*: removed the encoded rows of 3 data sets, 0 MB, which no run has used for 30 days", line)
+    prune(tmp_path, said)
+    assert len(said.lines) == 1
+
+
+def test_what_is_in_use_stays_however_old_and_to_use_it_makes_it_young(base, tmp_path):
+    rows = encode_rows(encoder(base), PAIRS[:20], tmp_path, base, Silent()).rows
+    age(tmp_path)
+    prune(tmp_path, Silent())
+    assert len(in_use(tmp_path)) == 1
+    del rows
+    encode_rows(encoder(base), PAIRS[:20], tmp_path, base, Silent())
+    prune(tmp_path, Silent())
+    assert len(in_use(tmp_path)) == 1
+    age(tmp_path)
+    with encoded_rows._one_at_a_time(tmp_path):  # somebody encodes
+        prune(tmp_path, Silent())
+    assert len(in_use(tmp_path)) == 1
+    prune(tmp_path, Silent())
+    assert in_use(tmp_path) == []
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_runs_that_start_at_once_lose_nothing(base, tmp_path, monkeypatch, counted, shared):
+    """One of them comes in between the other's opening of a file and its lock on it."""
+    expected = held(encode_rows(encoder(base), PAIRS[:20], tmp_path, base, Silent()).rows)
+    age(tmp_path)
+    counted.clear()
+    lock, between = files.lock, []
+
+    def slow(handle, path, wait, shared=False):
+        if path.suffix == ".arrow" and shared == slow.of and not between:
+            between.append(path)
+            if shared:  # it is being opened for use
+                prune(tmp_path, Silent())
+            else:  # it is being removed
+                assert encode_rows(encoder(base), PAIRS[:20], tmp_path, base, Silent()).rows
+        return lock(handle, path, wait, shared)
+
+    slow.of = shared
+    monkeypatch.setattr(files, "lock", slow)
+    said = Lines()
+    if shared:
+        found = encode_rows(encoder(base), PAIRS[:20], tmp_path, base, said)
+        assert between and held(found.rows) == expected and len(counted) == 20
+    else:
+        prune(tmp_path, said)
+        assert between and len(in_use(tmp_path)) == 1 and not counted
+    assert said.lines == []
+
+
+def test_texts_are_their_owners_and_the_lock_is_anybodys(base, tmp_path):
+    assert encode_rows(encoder(base), PAIRS[:20], tmp_path, base, Silent()).rows
+    modes = {file.suffix or file.name: file.stat().st_mode & 0o777 for file in tmp_path.iterdir()}
+    assert modes == {".arrow": 0o600, ".json": 0o644, ".lock": 0o644}
+    (tmp_path / ".lock").chmod(0o444)  # another user's, as far as one can tell
+    assert encode_rows(encoder(base), PAIRS[20:40], tmp_path, base, Silent()).rows
 
 
 def test_a_tokenizer_that_reads_on_over_its_added_tokens_is_asked_for_whole_texts(base):

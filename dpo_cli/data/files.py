@@ -110,14 +110,20 @@ def sync(handle: int, path: Path) -> None:
         _say_once("no fsync there, so a power cut may lose what was written last", path)
 
 
-def lock(handle: int, path: Path, wait: bool) -> bool:
+def lock(handle: int, path: Path, wait: bool, shared: bool = False) -> bool:
     """Lock an open file for one process; whether it is locked, or could not be for want of locks.
+
+    Args:
+        handle: of the open file.
+        path: its name.
+        wait: for whoever holds it.
+        shared: with others that lock it so.
 
     Raises:
         OSError: of another kind than that somebody else holds it.
     """
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
     except OSError as error:

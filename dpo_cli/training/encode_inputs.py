@@ -30,7 +30,7 @@ def encode_inputs(
     Raises:
         UserError: no row is left, or what the encoder raises.
     """
-    from dpo_cli.training.encoded_rows import encode_rows
+    from dpo_cli.training.encoded_rows import encode_rows, prune
     from dpo_cli.training.trainer import load_encoder
 
     encoder = load_encoder(base, model, _longest(section, base, run.progress))
@@ -41,6 +41,7 @@ def encode_inputs(
         )
     folder = run.folder.path.parent / ENCODED
     rows, held_out = (encode_rows(encoder, side, folder, base, run.progress) for side in (inputs.rows, inputs.held_out))
+    prune(folder, run.progress)
     _tell(rows, held_out, run)
     if not rows.rows:
         reason, count = max(rows.refused.items(), key=lambda item: item[1])

@@ -3,17 +3,19 @@
 `<folder>/<key>.arrow` holds token ids under the names that TRL's trainers read, and what a loss reads of a pair;
 `<key>.json`, written after it, its size and its hash, without which it counts for nothing. The key is a hash of all
 that decides the ids: the rows, the tokenizer's files, the encoder's settings, the code, the versions of the libraries.
-Both can be deleted at any time. Needs pyarrow and no torch.
+Both can be deleted at any time. Whoever uses a file holds a shared lock on it, and marks its note as used; `prune`
+removes those that nobody has used for a month. Needs pyarrow and no torch.
 """
 
 import hashlib
 import io
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, BinaryIO, overload
 
 import msgspec
 import pyarrow as pa
@@ -31,6 +33,7 @@ from dpo_cli.training.inputs import TrainingRow
 from dpo_cli.training.plan import TokenLengths
 
 CHUNK = 256  # rows encoded at once
+KEPT_SECONDS = 30 * 86_400.0  # since a file was last used
 IDS = pa.list_(pa.int32())
 SHARED = {"gap": pa.float64(), "weight": pa.float64(), "chosen_score": pa.float64(), "rejected_score": pa.float64()}
 PAIR = {"prompt_ids": IDS, "chosen_ids": IDS, "rejected_ids": IDS}
@@ -92,10 +95,11 @@ class StoredRow:
 
 
 class StoredRows(Sequence[StoredRow]):
-    """Rows of a table."""
+    """Rows of a table; `held` is its file, open and locked as long as somebody has the rows."""
 
-    def __init__(self, table: pa.Table) -> None:
+    def __init__(self, table: pa.Table, held: BinaryIO | None = None) -> None:
         self.table = table
+        self._held = held
         self._places = [(batch, index) for batch in table.to_batches() for index in range(batch.num_rows)]
 
     def __len__(self) -> int:
@@ -180,6 +184,41 @@ def content_key(encoder: Encoder, rows: Sequence[TrainingRow], base: Path) -> st
     for row in rows:
         digest.update(pack(row._replace(where="")))
     return digest.hexdigest()
+
+
+def prune(folder: Path, progress: Progress) -> None:
+    """Remove the files of a folder that nobody uses, nor has used for a month; says how many.
+
+    Nothing is removed while another process encodes rows there.
+    """
+    try:
+        with _one_at_a_time(folder, wait=False) as alone:
+            if not alone:
+                return
+            files.clean_up(folder / "*.arrow")  # what killed runs have left of theirs
+            stems = sorted(
+                {file.with_suffix("") for pattern in ("[!.]*.arrow", "[!.]*.json") for file in folder.glob(pattern)}
+            )
+            sizes = [size for stem in stems if (size := _remove_unused(stem)) is not None]
+    except (OSError, UserError):  # it is another user's: to do without costs nothing but space
+        return
+    if sizes:
+        what = f"the encoded rows of {len(sizes):,} data sets, {sum(sizes) / 1e6:,.0f} MB"
+        progress.log(f"{folder}: removed {what}, which no run has used for {KEPT_SECONDS / 86_400:.0f} days")
+
+
+def _remove_unused(stem: Path) -> int | None:
+    """Remove a file and its note, if they are not in use and were not of late; returns their bytes."""
+    path, note = stem.with_suffix(".arrow"), stem.with_suffix(".json")
+    with ExitStack() as opened:
+        if path.exists() and not files.lock(opened.enter_context(path.open("rb")).fileno(), path, wait=False):
+            return None
+        there = [file.stat() for file in (note, path) if file.exists()]  # no sooner: it may have been used meanwhile
+        if not there or time.time() - max(one.st_mtime for one in there) < KEPT_SECONDS:
+            return None
+        note.unlink(missing_ok=True)  # first, since it alone makes the other count
+        path.unlink(missing_ok=True)
+        return sum(one.st_size for one in there)
 
 
 def table_of(rows: Sequence[EncodedRow]) -> pa.Table:
@@ -284,17 +323,22 @@ def _encode(encoder: Encoder, rows: Sequence[TrainingRow], note: Note) -> list[S
 
 def _read(path: Path, key: str, progress: Progress | None = None) -> EncodedFile | None:
     """What a file holds, in place; None: it is not there, or not what its note says."""
+    beside = path.with_suffix(".json")
     try:
-        content = path.with_suffix(".json").read_bytes()
+        content = beside.read_bytes()
     except OSError:
         return None
     try:
+        held = path.open("rb")
+        files.lock(held.fileno(), path, wait=True, shared=True)
         note = msgspec.json.decode(content, type=Note)
         if (note.key, note.size, note.sha256) == (key, path.stat().st_size, files.sha256(path)):
-            return EncodedFile(StoredRows(_mapped(path)), note.shortened, note.refused)
+            with suppress(OSError):  # another user's
+                os.utime(beside)
+            return EncodedFile(StoredRows(_mapped(path), held), note.shortened, note.refused)
     except (OSError, msgspec.MsgspecError, pa.ArrowException):
         pass
-    if progress is not None:
+    if progress is not None and beside.exists():  # else it was removed meanwhile
         progress.log(f"{path} is damaged: the rows are encoded again")
     return None
 
@@ -310,14 +354,14 @@ def _mapped(path: Path) -> pa.Table:
 
 
 @contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Let other processes that want the same rows wait, and find them made."""
+def _one_at_a_time(folder: Path, wait: bool = True) -> Iterator[bool]:
+    """Let other processes that want the same rows wait, and find them made; whether it is our turn."""
     with files.explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+        handle = os.open(folder / ".lock", os.O_RDONLY | os.O_CREAT, 0o644)  # a run's own lock is as open
     try:
         with files.explained(folder):
-            files.lock(handle, folder / ".lock", wait=True)
-        yield
+            alone = files.lock(handle, folder / ".lock", wait)
+        yield alone
     finally:
         os.close(handle)
