@@ -231,6 +231,58 @@ def test_content_that_has_no_place_is_refused_by_name(row, what):
         read_prompt(row)
 
 
+def test_an_array_of_texts_is_prompts_and_what_else_stands_in_it_is_told_with_its_line(tmp_path):
+    path = put(tmp_path / "p.json", '[\n "Write a scene. é",\n {"prompt": "Two."},\n "[bracketed]"\n]')
+    assert [prompt.messages[0]["content"] for prompt in PromptFile(path)] == ["Write a scene. é", "Two.", "[bracketed]"]
+    path = put(tmp_path / "bad.json", '["a",\n "",\n 3,\n "\\ud800", ["b"]]')
+    file = PromptFile(path, skip_bad=True)
+    assert [prompt.messages for prompt in file] == [[{"role": "user", "content": "a"}]]
+    assert [(row.line, row.reason.partition(":")[0]) for row in file.bad.rows] == [
+        (2, "the prompt has no text"), (3, "not a JSON object but a number"), (4, "half of a character"),
+        (4, "not a JSON object but a list"),
+    ]  # fmt: skip
+    pairs = put(tmp_path / "pairs.json", '["a"]')  # nowhere else is a text a row
+    with pytest.raises(UserError, match="not a JSON object but a text"):
+        list(parse_rows(pairs, lambda row: row))
+
+
+def request(number, **body):
+    """A line for the Batch API, as OpenAI's guide to it has them."""
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"Hello {number}"}]
+    whole = {"model": "gpt-4o-mini", "messages": messages, "max_tokens": 1000, **body}
+    return {"custom_id": f"request-{number}", "method": "POST", "url": "/v1/chat/completions", "body": whole}
+
+
+def test_requests_for_a_batch_are_prompts_and_what_else_they_ask_for_is_said_once(tmp_path):
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+    rows = [
+        request(1), request(2, temperature=0.5, tools=[tool], stop=[]),
+        {"custom_id": "3", "url": "/v1/completions", "body": {"model": "m", "prompt": "Once"}},
+    ]  # fmt: skip
+    file = PromptFile(put(tmp_path / "b.jsonl", "".join(json.dumps(row) + "\n" for row in rows)))
+    found = list(file)
+    assert [prompt.messages[-1]["content"] for prompt in found] == ["Hello 1", "Hello 2", "Once"]
+    assert found[0].messages[0] == {"role": "system", "content": "Be brief."}
+    assert [prompt.tools for prompt in found] == [None, [tool], None]
+    [note] = file.notes(None)
+    assert note == "columns left out: body.model (3 rows), body.max_tokens (2 rows), body.temperature (1 row)"
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ({"custom_id": "1", "url": "/v1/embeddings", "body": {"input": "a", "model": "m"}}, '"body" has no "messages"'),
+        (request(1, context="b"), 'the column "context" has no place here'),
+        (request(1) | {"persona": "b"}, 'the column "persona" has no place here'),
+        (request(1, messages=[{"role": "user", "content": [{"type": "image_url"}]}]), "only text can be read"),
+        ({"body": {"messages": [{"role": "user", "content": "a"}]}}, 'no "prompt" and no "messages"; the row has body'),
+    ],
+)
+def test_a_request_that_is_no_prompt_is_refused_by_name(row, what):
+    with pytest.raises(ValueError, match=what):
+        read_prompt(row)
+
+
 def test_columns_give_others_their_place():
     row = {"frage": "a", "context": "b", "persona": "s", "note": "n"}
     read = read_prompt(row, read_mapping("prompt=frage,input=context,system=persona,ignore=note"))

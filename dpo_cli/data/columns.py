@@ -147,6 +147,11 @@ class Cells:
         """The file's names of what is there."""
         return sorted(self._own.values())
 
+    @property
+    def left(self) -> list[str]:
+        """The file's names of what is there and not yet read."""
+        return [self._own[name] for name in self._left if not _is_empty(self._values[name])]
+
     def has(self, names: tuple[str, ...]) -> str | None:
         """The first of these names that is there and not yet read."""
         return next((name for name in names if name in self._left), None)

@@ -33,7 +33,11 @@ _decode = msgspec.json.Decoder(Row).decode
 
 
 def parse_rows(
-    path: Path, parse: Callable[[Row], T], bad: BadRows | None = None, headerless: tuple[str, ...] = ()
+    path: Path,
+    parse: Callable[[Row], T],
+    bad: BadRows | None = None,
+    headerless: tuple[str, ...] = (),
+    texts: str | None = None,
 ) -> Iterator[tuple[int, T]]:
     """Yield (line number, parsed row) of a file or folder that others may have written.
 
@@ -42,6 +46,7 @@ def parse_rows(
         parse: makes of a row what is wanted; raises ValueError where it can't.
         bad: takes the rows that can't be read; unset: the first of them is an error that counts the others.
         headerless: columns of a table without a header.
+        texts: the column that an element of an array is which is a text and no object; unset: it can't be read.
 
     Raises:
         UserError: `file:line` of the first row that can't be read, or what is wrong with the file.
@@ -50,6 +55,8 @@ def parse_rows(
     for file in files_of(path):
         for number, row in read_file(file, headerless):
             try:
+                if texts is not None and isinstance(row, Fault) and isinstance(row.row, str):
+                    row = _checked({texts: row.row})
                 if isinstance(row, Fault):
                     raise row
                 parsed = parse(row)

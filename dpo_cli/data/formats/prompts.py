@@ -1,8 +1,9 @@
 """Rows of prompts and of demonstrations, in the forms that the field uses.
 
-A prompt is `prompt`, `messages`, ShareGPT's `conversations`, `instruction` with its `input`, `question` or `query`, or
-what the sides of a preference begin with; `system`, `history` and `tools` belong to it. An answer is `completion`,
-`response`, `output` or `answer`, or the assistant's message that ends `messages`. Reads and writes nothing.
+A prompt is `prompt`, `messages`, ShareGPT's `conversations`, `instruction` with its `input`, `question` or `query`,
+what the sides of a preference begin with, or what the `body` of a request for OpenAI's Batch API asks; `system`,
+`history` and `tools` belong to it. In an array a text alone is a prompt. An answer is `completion`, `response`,
+`output` or `answer`, or the assistant's message that ends `messages`. Reads and writes nothing.
 """
 
 from collections import Counter
@@ -13,6 +14,7 @@ from typing import Any, TypeGuard
 from dpo_cli.data.bad_rows import BadRows, Fault
 from dpo_cli.data.columns import (
     ANSWER,
+    ASKED,
     BAD,
     CANDIDATES,
     GOOD,
@@ -27,6 +29,7 @@ from dpo_cli.data.formats.preferences import read_pair
 from dpo_cli.data.messages import Message, Prompt, read_messages
 from dpo_cli.data.reader import parse_rows
 
+REQUEST = ("custom_id", "method", "url")  # what a request for a batch has beside its body
 ANSWERS = frozenset({*GOOD, *BAD, *ANSWER, *LABEL, *CANDIDATES, *MARKS})
 
 
@@ -49,7 +52,9 @@ class PromptFile:
         self._mapping = read_mapping(columns)
 
     def __iter__(self) -> Iterator[Prompt]:
-        rows = parse_rows(self.path, lambda row: read_prompt(row, self._mapping, self.dropped), self.bad)
+        rows = parse_rows(
+            self.path, lambda row: read_prompt(row, self._mapping, self.dropped), self.bad, texts="prompt"
+        )
         return (prompt for _, prompt in rows)
 
     def notes(self, folder: Path | None) -> list[str]:
@@ -88,15 +93,39 @@ def read_prompt(
         if isinstance(asked, str) and asked.lstrip()[:1] not in ("", "[", "{"):
             return Prompt([{"role": "user", "content": asked}], None)
     cells = Cells(row, mapping, dropped)
-    if cells.has(("prompt", *MESSAGES, "instruction", "question", "query", "input")) is None and cells.has(GOOD):
-        pair = read_pair(cells)[1]
-        return Prompt(pair.prompt, pair.tools)
+    if cells.has((*ASKED, *MESSAGES)) is None:
+        if cells.has(GOOD):
+            pair = read_pair(cells)[1]
+            return Prompt(pair.prompt, pair.tools)
+        if isinstance(cells.peek("body"), dict) and cells.has(REQUEST):
+            return _read_request(cells)
     prompt = read_conversation(cells)
     for side in ("chosen", "rejected"):
         cells.reasoning(side)
         cells.forget_score(side)
     cells.reasoning()
     cells.finish(keep=ANSWERS)
+    return prompt
+
+
+def _read_request(cells: Cells) -> Prompt:
+    """What a line for OpenAI's Batch API asks; the model and the sampling settings of its body are left out.
+
+    https://platform.openai.com/docs/guides/batch
+
+    Raises:
+        ValueError: it asks for no completion of messages or of a text.
+    """
+    inner = Cells(cells.take("body"))
+    for name in REQUEST:
+        cells.take(name)
+    if inner.has(("messages", "prompt")) is None:
+        raise Fault('"body" has no "messages"', hint="requests to /v1/chat/completions are read")
+    prompt = read_conversation(inner)
+    left = inner.left
+    inner.finish()
+    cells.finish(keep=ANSWERS)
+    cells.dropped.update(f"body.{name}" for name in dict.fromkeys([*left, *inner.dropped]))
     return prompt
 
 
