@@ -231,6 +231,31 @@ def test_content_that_has_no_place_is_refused_by_name(row, what):
         read_prompt(row)
 
 
+TWICE = '{"prompt": "a", "note": "x", "prompt": "b"}'
+
+
+@pytest.mark.parametrize("form", ["{0}\n{1}\n{0}\n", "[{0},\n{1},\n{0}]", '{{"data": [{0},\n{1},\n{0}]}}'])
+def test_a_key_that_stands_twice_with_different_values_is_refused_by_name(tmp_path, form):
+    good = '{"prompt": "c", "source": {"a": 1, "a": 1}, "source": {"a": 1}}'  # nothing is lost
+    path = put(tmp_path / "rows", form.format(good, TWICE))
+    with pytest.raises(UserError, match='the key "prompt" stands twice') as caught:
+        list(PromptFile(path))
+    assert caught.value.where == f"{path}:2"
+    assert [prompt.messages[0]["content"] for prompt in PromptFile(path, skip_bad=True)] == ["c", "c"]
+    nested = '{"messages": [{"role": "user", "content": "a", "content": "b"}]}'
+    with pytest.raises(UserError, match='the key "content" stands twice'):
+        list(PromptFile(put(tmp_path / "nested", form.format(good, nested))))
+
+
+def test_where_one_of_the_first_rows_has_a_key_twice_all_are_looked_at(tmp_path):
+    rows = [f'{{"prompt": "{number}"}}' for number in range(300)]
+    path = put(tmp_path / "rows.jsonl", "\n".join([*rows[:63], TWICE, *rows[64:], TWICE]))
+    file = PromptFile(path, skip_bad=True)
+    assert len(list(file)) == 299 and [row.line for row in file.bad.rows] == [64, 301]
+    late = PromptFile(put(tmp_path / "late.jsonl", "\n".join([*rows, TWICE])))
+    assert len(list(late)) == 301, "as far down as that is not looked, since it would cost a fifth of reading"
+
+
 def test_an_array_of_texts_is_prompts_and_what_else_stands_in_it_is_told_with_its_line(tmp_path):
     path = put(tmp_path / "p.json", '[\n "Write a scene. é",\n {"prompt": "Two."},\n "[bracketed]"\n]')
     assert [prompt.messages[0]["content"] for prompt in PromptFile(path)] == ["Write a scene. é", "Two.", "[bracketed]"]

@@ -17,6 +17,7 @@ import msgspec
 
 from dpo_cli.data import arrow, bytes_in, tables
 from dpo_cli.data.bad_rows import BadRows, Fault
+from dpo_cli.data.repeated_keys import RepeatedKeys
 from dpo_cli.errors import UserError
 
 T = TypeVar("T")
@@ -174,15 +175,17 @@ def _is_around_rows(value: Row) -> bool:
 
 def _json_lines(lines: Iterator[bytes]) -> Iterator[Found]:
     number = 1
+    keys = RepeatedKeys()
     while block := list(itertools.islice(lines, 64)):
         try:
             rows = list(map(_decode, block))
         except (msgspec.MsgspecError, UnicodeError, RecursionError):
             for offset, line in enumerate(block):
                 if line.strip():
-                    yield number + offset, decode_row(line)
+                    row = decode_row(line)
+                    yield number + offset, keys.checked(line, row) if keys.looking else row
         else:
-            yield from enumerate(rows, number)
+            yield from enumerate(map(keys.checked, block, rows) if keys.looking else rows, number)
         number += len(block)
 
 
@@ -198,10 +201,10 @@ def _document(path: Path, content: bytes) -> Iterator[Found]:
         yield from _elements(path, text, place + 1)
         return
     values = list(_values(path, text, place))
-    if len(values) > 1 or not _is_around_rows(values[0][1]):
-        yield from ((number, _checked(value)) for number, value in values)
+    if len(values) > 1 or not _is_around_rows(values[0][2]):
+        yield from ((number, row) for number, row, _ in values)
         return
-    whole = values[0][1]
+    whole = values[0][2]
     name = next((name for name in WRAPPERS if isinstance(whole.get(name), list)), None)
     if name is None:
         raise UserError(
@@ -231,24 +234,28 @@ def _value(path: Path, text: str, place: int) -> tuple[Any, int]:
 _MEND = "correct the file there, or write it again as JSON lines: jq -c '.[]' FILE > FILE.jsonl"
 
 
-def _values(path: Path, text: str, place: int) -> Iterator[tuple[int, Any]]:
-    """Yield (line, value) of values one after the other."""
+def _values(path: Path, text: str, place: int) -> Iterator[tuple[int, Row | Fault, Any]]:
+    """Yield (line, row, value) of values one after the other."""
     number, counted = 1, 0
+    keys = RepeatedKeys()
     while place < len(text):
         number, counted = number + text.count("\n", counted, place), place
         value, place = _value(path, text, place)
-        yield number, value
+        row = _checked(value)
+        yield number, keys.checked(text[counted:place], row) if keys.looking else row, value
         place = _past_blanks(text, place)
 
 
 def _elements(path: Path, text: str, place: int) -> Iterator[Found]:
     """Yield (line, row) of an array whose first element begins at `place` or after it."""
     number, counted = 1, 0
+    keys = RepeatedKeys()
     place = _past_blanks(text, place)
     while text[place : place + 1] != "]":
         number, counted = number + text.count("\n", counted, place), place
         value, place = _value(path, text, place)
-        yield number, _checked(value)
+        row = _checked(value)
+        yield number, keys.checked(text[counted:place], row) if keys.looking else row
         place = _past_blanks(text, place)
         if text[place : place + 1] == ",":
             place = _past_blanks(text, place + 1)
