@@ -142,27 +142,27 @@ def test_a_signal_in_an_evaluation_saves_the_step_and_the_evaluation_is_made_up_
 ):
     import torch
 
-    from dpo_cli.training import dpo, loop
+    from dpo_cli.training import kl, loop
 
     sets = ("train.eval_steps=4", "train.save_steps=4")
     train.run(config_of(start, tmp_path / "whole", *sets), Silent())
-    predict, sample = loop.RunCallback.on_prediction_step, dpo.DpoTrainer._sample
+    predict, sample = loop.RunCallback.on_prediction_step, kl.SampledKl._sample
 
     def terminated(self, args, state, control, **rest):
         os.kill(os.getpid(), signal.SIGTERM)
         return predict(self, args, state, control, **rest)
 
-    def terminated_before(self, model):
+    def terminated_before(self, model, read):
         os.kill(os.getpid(), signal.SIGTERM)
-        return sample(self, model)
+        return sample(self, model, read)
 
     config = config_of(start, tmp_path, *sets)
     with monkeypatch.context() as patch, pytest.raises(UserError, match="step 4 is saved"):
         if place == "held-out rows":
             patch.setattr(loop.RunCallback, "on_prediction_step", terminated)
         else:
-            patch.setattr(dpo.DpoTrainer, "_sample", terminated_before)
-            patch.setattr(dpo.DpoTrainer, "_kl", lambda *_: pytest.fail("it goes on measuring"))
+            patch.setattr(kl.SampledKl, "_sample", terminated_before)
+            patch.setattr(kl.SampledKl, "_nats", lambda *_: pytest.fail("it goes on measuring"))
         train.run(config, Silent())
     states = [
         torch.load(folder / "runs/dpo/checkpoints/checkpoint-4/rng_state.pth", weights_only=False)["cpu"]
