@@ -80,6 +80,16 @@ def test_what_is_put_is_what_is_got(dest, tmp_path):
     assert on_disk(tmp_path / "back") == FILES
 
 
+def test_hashes_that_are_known_are_not_taken_again(tmp_path, monkeypatch):
+    content = {name: sync.hashed(data) for name, data in FILES.items()}
+    taken, hashed = [], sync.hashed
+    monkeypatch.setattr(sync, "hashed", lambda source: taken.append(source) or hashed(source))
+    put(FILES, str(tmp_path / "there"), known={"a.jsonl": content["a.jsonl"]})
+    assert taken == [FILES["deep/b.bin"]]
+    marker = (tmp_path / "there" / "COMPLETE").read_bytes()
+    assert sync.read_manifest(marker, "") == content
+
+
 def test_what_is_there_is_not_sent_again(dest):
     put(FILES, dest)
     second = put(FILES, dest)

@@ -184,7 +184,7 @@ class _Tasks(Sequence[Task]):
     def __init__(self, rows: RowReader[Completions], config: Config) -> None:
         self.flags: dict[str, dict[int, list[str]]] = {}
         self.flagging = False
-        self.shown = array("L")
+        self.shown = array("I")
         self._rows = rows
         self._config = config
         self._starts = array("Q")
@@ -264,7 +264,7 @@ def _plan(file: BinaryIO, limit: int | None, judgments: Resumable[_Known], confi
     plan = _Plan(0, _Tasks(RowReader(file, path, Completions), config), [])
     places: dict[int, int] = {}  # by hash of the id
     owed: dict[int, int | Judgment] = {}  # by place: where the row of a task begins, or its judgment
-    shown = array("L")  # by place: how many of its completions a judge sees
+    shown = array("I")  # by place: how many of its completions a judge sees
     failures: dict[int, int] = {}  # by place
     usable = _usable(config)
     with paused_collection():

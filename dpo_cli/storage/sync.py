@@ -15,7 +15,14 @@ from dpo_cli.progress import Progress
 from dpo_cli.storage import CHUNK, COMPLETE, MEGABYTE, Done, Fetched, PutResult, Source, Storage, Stored, connect
 
 
-def put(files: Mapping[str, Source], dest: str, progress: Progress, *, dry_run: bool = False) -> PutResult:
+def put(
+    files: Mapping[str, Source],
+    dest: str,
+    progress: Progress,
+    *,
+    dry_run: bool = False,
+    known: Mapping[str, Stored] | None = None,
+) -> PutResult:
     """Send files, except those that are there already.
 
     Args:
@@ -23,6 +30,7 @@ def put(files: Mapping[str, Source], dest: str, progress: Progress, *, dry_run: 
         dest: `scheme://place`, or a folder.
         progress: told of megabytes.
         dry_run: compare, and send nothing.
+        known: what `hashed` gave of some of them, which are not read again for it.
 
     Raises:
         UserError: the place is missing, closed to us or full.
@@ -30,7 +38,8 @@ def put(files: Mapping[str, Source], dest: str, progress: Progress, *, dry_run: 
     storage = connect(dest)
     there = storage.listing()
     if not storage.atomic:
-        files = {**files, COMPLETE: manifest({name: hashed(source) for name, source in files.items()})}
+        known = known or {}
+        files = {**files, COMPLETE: manifest({name: known.get(name) or hashed(files[name]) for name in files})}
     sizes = {name: size_of(source) for name, source in files.items()}
     missing = {name: source for name, source in files.items() if not _is_same(source, there.get(name))}
     skipped = {name: size for name, size in sizes.items() if name not in missing}

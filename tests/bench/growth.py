@@ -40,6 +40,7 @@ COMMANDS = {
     "pair, stratified": "pair --data {here} --strategy stratified",
     "pair --length-control": "pair --data {here} --length-control",
     "pair --import": "pair --data {here}/imported --import {here}/pairs/train.jsonl",
+    "pair --import, rated": "pair --data {here}/imported --import {here}/rated.jsonl",
     "inspect completions --stats": "inspect completions --data {here} --stats",
     "inspect completions": "inspect completions --data {here}",
     "inspect judgments --stats": "inspect judgments --data {here} --stats",
@@ -101,6 +102,14 @@ def pair(row: Completions) -> Preference:
     )  # fmt: skip
 
 
+def rated(row: Completions, number: int) -> dict:
+    """A row as UltraFeedback has it: one prompt's answers with a score each."""
+    answers = [
+        {"response": text, "overall_score": 1 + (number * 7 + at * 3) % 10} for at, text in enumerate(row.completions)
+    ]
+    return {"instruction": row.prompt[0]["content"], "completions": answers}
+
+
 def write(here: Path, count: int) -> None:
     """Every file that the commands read."""
     if (here / "whole").exists():
@@ -111,6 +120,7 @@ def write(here: Path, count: int) -> None:
     write_rows(here / "completions.jsonl", completions(count, sampling))
     write_rows(here / "judgments.jsonl", (judgment(row, at) for at, row in enumerate(completions(count, sampling))))
     write_rows(here / "pairs" / "train.jsonl", map(pair, completions(count, sampling)))
+    write_rows(here / "rated.jsonl", (rated(row, at) for at, row in enumerate(completions(count, sampling))))
     for folder in ("scored", "unjudged"):  # judged by the command, and never
         (here / folder).mkdir(exist_ok=True)
         (here / folder / "completions.jsonl").unlink(missing_ok=True)

@@ -5,13 +5,14 @@ of them fit in memory. Reads and writes nothing but a temporary file.
 """
 
 from array import array
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from msgspec import Struct
 
 from dpo_cli.config.settings import PairSection
 from dpo_cli.data.formats.ratings import ScoredAnswers
+from dpo_cli.data.places import Places
 from dpo_cli.data.records import Preference, message_key, prompt_id
 from dpo_cli.data.spool import Spool
 from dpo_cli.stages.pair.rollouts import Rollout, make_pair
@@ -29,14 +30,11 @@ class RatedRows:
 
     def __init__(self) -> None:
         self._rows = Spool(_Row)
-        self._first: dict[int, int] = {}  # prompt's id -> place of its first row
-        self._more: defaultdict[int, list[int]] = defaultdict(list)
+        self._places = Places()  # by the prompt's id
 
     def append(self, name: str, found: ScoredAnswers) -> None:
         """Put a row of a format aside."""
-        key, place = int(prompt_id(found.prompt, found.tools), 16), len(self._rows)
-        if self._first.setdefault(key, place) != place:
-            self._more[key].append(place)
+        self._places.add(int(prompt_id(found.prompt, found.tools), 16), len(self._rows))
         self._rows.append(_Row(name, found))
 
     def pairs(self, settings: PairSection, min_gap: float, unpaired: Counter[str]) -> Iterator[Preference]:
@@ -45,24 +43,21 @@ class RatedRows:
             yield from self._across(settings, min_gap)
             return
         propose = STRATEGIES[settings.strategy]
-        for key in self._first:
-            rows = [self._rows[place] for place in self._places(key)]
+        for key in self._places:
+            rows = [self._rows[place] for place in self._places[key]]
             whole, name = rows[0].found, rows[-1].format
             for row in rows[1:]:
                 whole.answers += row.found.answers
                 whole.scores += row.found.scores
             yield from _within(whole, propose, name == "kto", unpaired)
 
-    def _places(self, key: int) -> list[int]:
-        return [self._first[key], *self._more.get(key, ())]
-
     def _across(self, settings: PairSection, min_gap: float) -> Iterator[Preference]:
         """High scores against low ones, also of different prompts; the thresholds are shares of the scores' range."""
         # Of each side: its row's place, which answer it is, its score, its prompt's id and a hash of what it says.
         places, indices, scores = array("Q"), array("L"), array("d")
         asked, said = array("Q"), array("q")
-        for key in self._first:
-            for place in self._places(key):
+        for key in self._places:
+            for place in self._places[key]:
                 found = self._rows[place].found
                 for index, answer in enumerate(found.answers):
                     places.append(place)
@@ -87,7 +82,7 @@ class RatedRows:
         )
 
         def side(number: int) -> Rollout:
-            found, first = self._rows[places[number]].found, self._rows[self._first[asked[number]]].found
+            found, first = (self._rows[place].found for place in (places[number], self._places[asked[number]][0]))
             index = indices[number]
             return Rollout(first.prompt, found.answers[index], found.scores[index], None, first.tools)
 

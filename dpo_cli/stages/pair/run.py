@@ -7,7 +7,7 @@ never a side. Which file a pair goes to depends on its prompt alone, so that no 
 moves none across; only the rejected text of a stratified pair may be an answer to a prompt of the other side.
 """
 
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from dpo_cli.data.bad_rows import BadRows
 from dpo_cli.data.bulk import paused_collection
 from dpo_cli.data.files import write_files
 from dpo_cli.data.jsonl import encode_rows
+from dpo_cli.data.places import Places
 from dpo_cli.data.records import Preference, message_key, preference_id, prompt_id, split_side
 from dpo_cli.data.spool import Spool
 from dpo_cli.errors import UserError
@@ -220,19 +221,19 @@ def _take_in(
     """Filter and split pairs that were made elsewhere, in their order; of copies the first stays."""
     skipped = Counter() if skipped is None else skipped
     seen: set[int] = set()
-    by_prompt: defaultdict[str, list[int]] = defaultdict(list)  # places of pairs
+    by_prompt = Places()
     for place, pair in enumerate(pairs):
         content = int(preference_id(pair.prompt, pair.chosen, pair.rejected, pair.tools), 16)
         if content in seen:
             skipped["a copy of another pair"] += 1
             continue
         seen.add(content)
-        by_prompt[prompt_id(pair.prompt, pair.tools)].append(place)
+        by_prompt.add(int(prompt_id(pair.prompt, pair.tools), 16), place)
     sides = {side: Spool(Preference) for side in (False, True)}
-    for key, places in by_prompt.items():
-        kept, reasons = _filter([_candidate(pairs[place]) for place in places], config.pair, min_gap)
+    for key in by_prompt:
+        kept, reasons = _filter([_candidate(pairs[place]) for place in by_prompt[key]], config.pair, min_gap)
         skipped.update(reasons)
-        sides[split_side(key, config.pair.seed, config.pair.val_share)].extend(kept)
+        sides[split_side(f"{key:016x}", config.pair.seed, config.pair.val_share)].extend(kept)
     if not any(map(len, sides.values())):
         raise UserError(
             f"no row is a pair: {counted(skipped)}",

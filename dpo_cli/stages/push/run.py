@@ -29,7 +29,7 @@ from dpo_cli.progress import Progress
 from dpo_cli.safe_text import check_run_name
 from dpo_cli.stages.push import card, secrets
 from dpo_cli.stages.push.card import Facts
-from dpo_cli.storage import PutResult, Source, sync
+from dpo_cli.storage import PutResult, Source, Stored, sync
 from dpo_cli.training.fold import folded
 from dpo_cli.training.run_folder import ADAPTER_FILES, MODEL_FILES, TOKENIZER_FILES, merged_folder, weights_file
 from dpo_cli.training.run_history import Merged, Trained, read_report
@@ -89,8 +89,9 @@ def run(
     if merge and what != "adapter":
         raise UserError("--merge is for an adapter", hint=f"nothing-dpo push adapter {dest} --merge")
     _check_card(dest)
+    known: dict[str, Stored] = {}
     if what == "data":
-        files, pushed = _data(config, dest), Pushed(what=what, result=_nothing(dest))
+        (files, known), pushed = _data(config, dest), Pushed(what=what, result=_nothing(dest))
         dest = re.sub("^hf://(?!datasets/)", "hf://datasets/", dest)
     else:
         files, pushed = _trained(config, what, dest, name, merge, force, dry_run)
@@ -100,7 +101,7 @@ def run(
             where=found[0].where,
             hint="take it out of the file; what was ever sent elsewhere, revoke",
         )
-    pushed.result = sync.put(files, dest, progress, dry_run=dry_run)
+    pushed.result = sync.put(files, dest, progress, dry_run=dry_run, known=known)
     return pushed
 
 
@@ -108,15 +109,18 @@ def _nothing(dest: str) -> PutResult:
     return PutResult(dest=dest, sent={}, skipped={}, bytes=0)
 
 
-def _data(config: Config, dest: str) -> dict[str, Source]:
+def _data(config: Config, dest: str) -> tuple[dict[str, Source], dict[str, Stored]]:
+    """The files of a data set with their card, and the hashes that the card names."""
     folder = Path(config.data)
     files: dict[str, Source] = {name: folder / name for name in DATA if (folder / name).is_file()}
     if not files:
         raise UserError("no data to push", where=str(folder), hint="nothing-dpo judge")
     sides = {name: folder / f"{name}.jsonl" for name in ("train", "val") if f"{name}.jsonl" in files}
     numbers = pair_stats({name: _pairs(file) for name, file in sides.items()})
-    text = card.of_data(_last(dest), numbers, _judge(folder), {name: sha256(folder / name) for name in files})
-    return {CARD: text.encode(), **files}
+    known = {name: sync.hashed(source) for name, source in files.items()}
+    hashes = {name: str(one.checksum).removeprefix("sha256:") for name, one in known.items()}
+    text = card.of_data(_last(dest), numbers, _judge(folder), hashes)
+    return {CARD: text.encode(), **files}, known
 
 
 def _trained(
