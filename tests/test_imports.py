@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from dpo_cli.cli import app
 from dpo_cli.data import spool
+from dpo_cli.data.records import prompt_id, split_side
 
 PAIR = {"prompt": "Which tide?", "chosen": "The spring tide.", "rejected": "No idea."}
 OTHER = {"prompt": "And which wind?", "chosen": "The west wind.", "rejected": "No idea."}
@@ -119,6 +120,16 @@ def test_answers_to_a_prompt_are_taken_together_from_wherever_they_stand(monkeyp
     assert pairs("adjacent") == ([(two, "y", "z"), (two, "z", "x"), (one, "a", "b")], alone)
     # From 0 to 9: at least 6.3 against at most 3.6. The second "y" says what the only high answer says.
     assert sorted(pairs("stratified")[0]) == [(two, "y", bad) for bad in ("a", "alone", "b", "x")]
+
+
+def test_imported_pairs_are_split_by_their_prompts_ids():
+    """As pairs of judgments are, so that a prompt is on the same side whichever way its pairs came."""
+    rows = [{**PAIR, "prompt": f"Which tide, {number}?"} for number in range(200)]
+    call("pair", "--import", write("a.jsonl", *rows), "--val-share", 0.5)
+    for side in ("train", "val"):
+        ids = [prompt_id(row["prompt"]) for row in lines(f"data/dpo/{side}.jsonl")]
+        assert any(key.startswith("0") for key in ids)
+        assert all(split_side(key, 42, 0.5) == (side == "val") for key in ids)
 
 
 def test_generate_says_what_it_left_out():
