@@ -12,7 +12,7 @@ from dpo_cli.jobs import launch
 from dpo_cli.jobs.backends import local
 from dpo_cli.progress import Silent
 from dpo_cli.stages.train import run
-from dpo_cli.training import run_identity
+from dpo_cli.training import distributed, run_identity
 
 SAME = (
     "loss",
@@ -83,12 +83,21 @@ def test_a_run_of_one_process_that_was_killed_goes_on_in_two_with_the_same_steps
     same(start, "one", "moved", OF_STEPS)
 
 
-def test_where_the_rows_of_a_step_are_for_each_process_another_number_of_them_is_refused(start, monkeypatch):
-    config = two(start, f"model.dpo_adapter={start / 'each'}", "train.batch_per_gpu=true")
-    run(config, Silent(), name="each", pause_at=1)
-    monkeypatch.setattr(run_identity, "distributed", SimpleNamespace(count=lambda: 2))
-    with pytest.raises(UserError, match="started with other settings: processes was 1, now 2"):
-        run(config, Silent(), name="each")
+@pytest.mark.parametrize(
+    ("name", "setting", "said"),
+    [
+        ("each", "train.batch_per_gpu=true", "processes was 1, now 2"),
+        ("all", "train.full=true", "sharded was None, now"),
+    ],
+)
+def test_where_the_steps_are_of_so_many_processes_another_number_is_refused(start, monkeypatch, name, setting, said):
+    config = two(start, f"model.dpo_adapter={start / name}", setting)
+    run(config, Silent(), name=name, pause_at=1)
+    shards = distributed.shards
+    monkeypatch.setattr(distributed, "several", lambda: True)
+    monkeypatch.setattr(run_identity, "distributed", SimpleNamespace(count=lambda: 2, shards=shards))
+    with pytest.raises(UserError, match=f"started with other settings: {said}"):
+        run(config, Silent(), name=name)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +162,7 @@ def test_bad_input_is_the_same_line_and_code_as_in_one_process(start):
 
 
 def test_all_weights_in_several_processes_are_sharded_and_an_adapter_is_not(start, monkeypatch, tmp_path):
-    """What is asked of accelerate; on a CPU it shards nothing, so that sharding itself is not tried here."""
+    """What is asked of accelerate; `test_sharded.py` has what comes of it."""
     from transformers import TrainingArguments
 
     from dpo_cli.training.arguments import fully_sharded

@@ -120,8 +120,8 @@ def _batches(section: TrainingSection, state: GuardState) -> tuple[int, int, int
 
 
 def fully_sharded(section: TrainingSection) -> dict[str, Any]:
-    """FSDP for all weights in several processes; an adapter is small, and its base is copied to each card."""
-    if not (distributed.several() and getattr(section, "full", False)):
+    """FSDP for all weights in several processes."""
+    if not distributed.shards(section):
         return {}
     return {
         "fsdp": True,

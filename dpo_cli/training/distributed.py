@@ -32,6 +32,11 @@ def several() -> bool:
     return count() > 1
 
 
+def shards(section: object) -> bool:
+    """Whether the processes share out the weights: all are trained. An adapter is small, its base is on each card."""
+    return several() and bool(getattr(section, "full", False))
+
+
 def rank() -> int:
     """The number of this process."""
     return int(os.environ.get("RANK", "0"))

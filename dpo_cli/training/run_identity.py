@@ -27,7 +27,11 @@ def identity_of(
     for key in WITHOUT_EFFECT:
         settings.pop(key, None)
     # Else a step's rows are shared among the processes, and any number of them goes on with the same steps.
-    processes = {"processes": distributed.count()} if getattr(config, section).batch_per_gpu else {}
+    processes: dict[str, Any] = {}
+    if getattr(config, section).batch_per_gpu:
+        processes["processes"] = distributed.count()
+    if distributed.shards(getattr(config, section)):
+        processes["sharded"] = True  # accelerate's checkpoints of sharded weights and of whole ones are not the same
     return {
         "stage": stage,
         **processes,

@@ -1,7 +1,7 @@
 """What both training stages ask of TRL's trainers: exact resume, checkpoints that are whole, quiet.
 
 Writes checkpoints of the run folder; `loop.py` drives. On a CPU a resumed run equals an uninterrupted one bit for bit.
-FSDP, which several processes use for all weights, has not been tried: accelerate has it on GPUs alone.
+FSDP2, which several processes use for all weights, has been tried on a CPU, where accelerate has to be made to take it.
 """
 
 import json
