@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 from msgspec import Struct, field
 
 from dpo_cli.config.settings import Config
+from dpo_cli.data.bulk import paused_collection
 from dpo_cli.data.columns import Cells, read_mapping
 from dpo_cli.data.files import finish_replacement, sha256
 from dpo_cli.data.formats.preferences import read_ours, read_pair
@@ -80,7 +81,8 @@ def read_inputs(config: Config, stage: Stage, data: Path | None, limit: int | No
         ours = None if mapping else read_ours(row)
         return _pair(ours or read_pair(Cells(row, mapping, dropped))[1])
 
-    inputs = _read_folder(source, parse, hint) if source.is_dir() else _read_file(source, parse, hint, config)
+    with paused_collection():
+        inputs = _read_folder(source, parse, hint) if source.is_dir() else _read_file(source, parse, hint, config)
     inputs.dropped = dropped
     if not inputs.rows:
         raise UserError("no rows to train on", where=str(source), hint=hint)
