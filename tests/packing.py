@@ -112,7 +112,7 @@ def make(
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
-                parameter += 0.02 * torch.randn(parameter.shape, generator=noise)
+                parameter += 0.02 * torch.randn(parameter.shape, generator=noise).to(parameter.device)
     return trainer
 
 

@@ -4,14 +4,15 @@
 
 With `--results results.jsonl` several calls add up: table and plot show all that the file holds.
 
-Each variant has a process of its own. All start from the same weights and take the same steps in turns, so that a busy
-machine slows all alike. TRL's best is `compact`: it scores completions only, which it does on a GPU by itself and here
-by a patch of one of its internals (`trl.trainer.utils._use_triton`). `grouped` takes the same rows in batches of like
-lengths, so that its losses are of other batches. `kept` variants have their reference's log-probabilities at hand,
-TRL's by its own `precompute_ref_log_probs`; `3 epochs` includes computing those once. Memory is the peak of the longest
-step over what was held before. A time is the median of the steps, ratios are of whole passes; of one thread it is the
-time on the processor. `--profile` adds where one step's time goes, of each variant. With a GPU: bfloat16 under
-accelerate's autocast, a 3B-shaped model, gradient checkpointing, MFU.
+Each variant has a process of its own. All start from the same weights and take the same steps: on a CPU in turns, so
+that a busy machine slows all alike; on a GPU, which would have to hold them all, one variant after another. TRL's best
+is `compact`: it scores completions only, which it does on a GPU by itself and here by a patch of one of its internals
+(`trl.trainer.utils._use_triton`). `grouped` takes the same rows in batches of like lengths, so that its losses are of
+other batches. `kept` variants have their reference's log-probabilities at hand, TRL's by its own
+`precompute_ref_log_probs`; `3 epochs` includes computing those once. Memory is the peak of the longest step over what
+was held before. A time is the median of the steps, ratios are of whole passes; of one thread it is the time on the
+processor. `--profile` adds where one step's time goes, of each variant. With a GPU: bfloat16 under accelerate's
+autocast, a 3B-shaped model, gradient checkpointing, MFU.
 """
 
 import argparse
@@ -90,40 +91,43 @@ def measure(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """One line a variant of these names, with its `profile` if that is asked for."""
     examples = pairs if stage == "dpo" else demonstrations(pairs)
-    made = [
-        Remote(variant, stage, size, examples, batch, folder / str(number), rank)
-        for number, variant in enumerate(VARIANTS[stage])
-        if variant.name in names
-    ]
+    variants = [(number, variant) for number, variant in enumerate(VARIANTS[stage]) if variant.name in names]
     steps = len(pairs) // batch
-    for step in range(-1, steps):  # the first one warms up
-        for variant in made:
-            variant.step(max(step, 0) * batch, batch)
-    for variant in made:
-        variant.ask("trim")  # before the first peak is measured
     tokens = sum(sum(map(len, row.values())) - len(row.get("labels", [])) for row in examples)
     tokens += sum(len(row.get("prompt_ids", [])) for row in examples)
     longest = max(range(steps), key=lambda step: sum(len(row["prompt_ids"]) for row in pairs[step * batch :][:batch]))
-    lines = []
-    for variant in made:
-        taken = variant.seconds[1:]
-        seconds = statistics.median(taken)
-        grouped = variant.variant.grouped
-        differences = [abs(one - other) for one, other in zip(made[0].losses, variant.losses, strict=True)]
-        lines.append(
-            {
-                "stage": stage, "model": size, "rows": name, "variant": variant.variant.name, "seconds": seconds,
-                "tokens/s": tokens / sum(taken), "ratio": sum(made[0].seconds[1:]) / sum(taken),
-                "3 epochs": 3 * sum(made[0].seconds[1:]) / (3 * sum(taken) + variant.fill),
-                "MB": variant.ask("memory", 0 if grouped else longest * batch, batch),
-                "loss differs by": float("nan") if grouped else max(differences),
-                "MFU": _mfu(size, pairs, sum(taken), 4 if variant.variant.kept or stage == "sft" else 6),
-            }
-        )  # fmt: skip
-        if profile:
-            lines[-1]["profile"] = variant.ask("profile", 0 if grouped else longest * batch, batch)
-    for variant in made:
-        variant.close()
+    lines: list[dict[str, Any]] = []
+    first: Remote | None = None
+    for together in [[one] for one in variants] if CUDA else [variants]:
+        made = [
+            Remote(variant, stage, size, examples, batch, folder / str(number), rank) for number, variant in together
+        ]
+        first = first or made[0]
+        for step in range(-1, steps):  # the first one warms up
+            for child in made:
+                child.step(max(step, 0) * batch, batch)
+        for child in made:
+            child.ask("trim")  # before the first peak is measured
+        for child in made:
+            taken = child.seconds[1:]
+            grouped = child.variant.grouped
+            largest = 0 if grouped else longest * batch
+            differences = [abs(one - other) for one, other in zip(first.losses, child.losses, strict=True)]
+            lines.append(
+                {
+                    "stage": stage, "model": size, "rows": name, "variant": child.variant.name,
+                    "seconds": statistics.median(taken), "tokens/s": tokens / sum(taken),
+                    "ratio": sum(first.seconds[1:]) / sum(taken),
+                    "3 epochs": 3 * sum(first.seconds[1:]) / (3 * sum(taken) + child.fill),
+                    "MB": child.ask("memory", largest, batch),
+                    "loss differs by": float("nan") if grouped else max(differences),
+                    "MFU": _mfu(size, pairs, sum(taken), 4 if child.variant.kept or stage == "sft" else 6),
+                }
+            )  # fmt: skip
+            if profile:
+                lines[-1]["profile"] = child.ask("profile", largest, batch)
+        for child in made:
+            child.close()
     return lines
 
 

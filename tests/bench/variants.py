@@ -137,6 +137,8 @@ class Child:
         self.fill = clock() - began if variant.kept else 0.0
         if variant.liger:
             apply_liger(trainer)
+        if checkpointing:
+            apply_checkpointing(trainer)
         trainer.current_gradient_accumulation_steps = 1
         trainer.create_optimizer()
         # As `train` does, so that every variant computes under accelerate's autocast.
@@ -189,6 +191,14 @@ def apply_liger(trainer: Any) -> None:
     forwards = [getattr(module.forward, "__func__", module.forward) for module in trainer.model.modules()]
     applied = sum(forward.__module__.startswith("liger_kernel") for forward in forwards)
     assert applied, "no module's forward is Liger's"
+
+
+def apply_checkpointing(trainer: Any) -> None:
+    """What `Trainer.train` does for `gradient_checkpointing` before its first step, which steps alone do not."""
+    trainer.model.activation_checkpointing_enable(
+        activation_checkpointing_kwargs=trainer.args.activation_checkpointing_kwargs
+    )
+    assert trainer.model.is_gradient_checkpointing
 
 
 def clock() -> float:
