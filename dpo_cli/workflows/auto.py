@@ -1,12 +1,14 @@
 """`train --auto`: finds the learning rate at a part of the steps, and trains the winner to its end.
 
-Successive halving (arXiv:1502.07943): six rates, half a decade apart, go an eighth of a run's steps; the three best
-go on to the half, and the best of those to the end. A rate's worth is the lower bound of the held-out margin, divided
-by beta, within the KL limit. Each rate is a run of its own on the whole schedule that rests in between, so that the
-winner is the same run, bit for bit, as `train` with that rate, and the number of epochs is found by its best
-checkpoint. All of it costs at most two and a half runs, of steps as of evaluations; the reference is asked once for
-all. Writes the runs, and in `runs/` NAME-auto.json, what has been decided, so that a killed search goes on as it would
-have gone. Not covered: beta, whose effect at a given KL is small; other machines than this one.
+Successive halving (arXiv:1502.07943): six rates, half a decade apart, go a quarter of a run's steps; the two best go on
+to the half, and the better of those to the end. A rate's worth is the held-out margin, divided by beta, within the KL
+limit; not its lower bound, by which a rate that does nothing beats all others as long as little is shown, since early
+margin and error both grow with the rate. An eighth of the steps would be hardly past the warm-up. Each rate is a run of
+its own on the whole schedule that rests in between, so that the winner is the same run, bit for bit, as `train` with
+that rate, and the number of epochs is found by its best checkpoint. All of it costs at most two and a half runs, of
+steps as of evaluations; the reference is asked once for all. Writes the runs, and in `runs/` NAME-auto.json, what has
+been decided, so that a killed search goes on as it would have gone. Not covered: beta, whose effect at a given KL is
+small; other machines than this one.
 """
 
 import math
@@ -20,7 +22,6 @@ from dpo_cli.data.files import read_json, write_json
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Progress
 from dpo_cli.stages import train
-from dpo_cli.statistics import of_mean
 from dpo_cli.training import plan
 from dpo_cli.training.guards import KL, MARGIN
 from dpo_cli.training.run_folder import publish
@@ -28,7 +29,7 @@ from dpo_cli.training.run_history import Trained
 from dpo_cli.workflows.sweep import SweepPoint, SweepResult, copied, point_of
 
 RATES = (1 / 30, 1 / 10, 1 / 3, 1.0, 3.0, 10.0)  # times the highest that `inspect plan` takes without a warning
-EIGHTHS = ((1, 6), (4, 3), (8, 1))  # how far a round goes, in eighths of the steps, and how many rates go there
+EIGHTHS = ((2, 6), (4, 2), (8, 1))  # how far a round goes, in eighths of the steps, and how many rates go there
 LEAST_STEPS = 8
 
 
@@ -175,14 +176,12 @@ def _decide(results: dict[str, Trained], alive: dict[str, float], step: int, cou
 
 
 def worth_of(result: Trained, config: Config) -> float | None:
-    """Lower bound of the held-out margin over beta, in nats; None: over the KL limit, or not a number."""
+    """The held-out margin over beta, in nats; None: over the KL limit, or not a number."""
     metrics = result.metrics
-    margin, error, beta = metrics.get(MARGIN), metrics.get(f"{MARGIN}_stderr"), metrics.get("eval_beta", 1.0)
-    if margin is None or error is None or not math.isfinite(margin):
+    margin = metrics.get(MARGIN)
+    if margin is None or not math.isfinite(margin) or not metrics.get(KL, 0.0) <= config.gate.kl_limit:
         return None
-    if not metrics.get(KL, 0.0) <= config.gate.kl_limit:
-        return None
-    return of_mean(margin, error, result.held_out, config.gate.confidence).low / float(beta)
+    return float(margin / metrics.get("eval_beta", 1.0))
 
 
 def _point(rate: float, result: Trained) -> SweepPoint:
