@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from training import AtStep, config_of, exit_code_of, kill_this_process, metrics
@@ -62,6 +63,24 @@ def test_what_is_not_shown_yet_goes_on_before_what_does_nothing():
     results = {key: measured(*found) for key, found in rates.items()} | {"1e-2": measured(0.3, 0.3, kl=0.7)}
     decided = auto._decide(results, dict.fromkeys(results, 0.0), 2, 2, Config())
     assert decided.kept == ["1e-3", "3e-4"] and decided.worth["1e-2"] is None
+
+
+def test_a_paused_run_is_what_its_best_evaluation_within_the_limit_says():
+    """Else a rate would go for going too far, whose best checkpoint is the best of all."""
+    evaluations = [(1, 0.1, 0.02), (2, 0.5, 0.09), (3, 0.9, 0.3), (4, 0.2, 0.05)]
+    history = [
+        {"step": step, "eval_loss": 0.6, "eval_rewards/margins": margin, "eval_kl_nats_per_token": kl,
+         "eval_pairs_correct": 10}
+        for step, margin, kl in evaluations
+    ]  # fmt: skip
+    folder = SimpleNamespace(trainer_state=lambda: {"log_history": history}, last_event=lambda _: {"held_out": 14})
+    margins = {}
+    for step, *_ in evaluations:
+        result = Trained(stage="dpo", run="", adapter="", rows=1, held_out=14, steps=8)
+        paused = train._paused(result, folder, Config(), step)
+        assert paused.step == step
+        margins[step] = paused.metrics["eval_rewards/margins"]
+    assert margins == {1: 0.1, 2: 0.5, 3: 0.5, 4: 0.5}
 
 
 @pytest.fixture(scope="module")

@@ -253,8 +253,11 @@ def is_reached(folder: RunFolder, step: int | None) -> bool:
 
 
 def _paused(result: Trained, folder: RunFolder, config: Config, step: int) -> Trained:
-    """What a run had measured by a step, however far it has gone since; no adapter is published."""
+    """What a run had measured by a step, up to its best evaluation, however far it has gone since."""
     rows = [row for row in metric_rows(folder.trainer_state()["log_history"]) if row["step"] <= step]
+    evaluated = [row["step"] for row in rows if "eval_loss" in row] or [step]
+    best = best_step(evaluated, rows, *BEST[result.stage], config.gate.kl_limit)
+    rows = [row for row in rows if row["step"] <= best]
     result.step, result.step_zero = step, _step_zero(folder)
     result.metrics = {key: value for row in rows for key, value in row.items()}
     held_out = (folder.last_event("encoded") or {}).get("held_out", 0)

@@ -1,14 +1,14 @@
 """`train --auto`: finds the learning rate at a part of the steps, and trains the winner to its end.
 
 Successive halving (arXiv:1502.07943): six rates, half a decade apart, go a quarter of a run's steps; the two best go on
-to the half, and the better of those to the end. A rate's worth is the held-out margin, divided by beta, within the KL
-limit; not its lower bound, by which a rate that does nothing beats all others as long as little is shown, since early
-margin and error both grow with the rate. An eighth of the steps would be hardly past the warm-up. Each rate is a run of
-its own on the whole schedule that rests in between, so that the winner is the same run, bit for bit, as `train` with
-that rate, and the number of epochs is found by its best checkpoint. All of it costs at most two and a half runs, of
-steps as of evaluations; the reference is asked once for all. Writes the runs, and in `runs/` NAME-auto.json, what has
-been decided, so that a killed search goes on as it would have gone. Not covered: beta, whose effect at a given KL is
-small; other machines than this one.
+to the half, and the better of those to the end. A rate's worth is the held-out margin, divided by beta, of its best
+evaluation within the KL limit; not its lower bound, by which a rate that does nothing beats all others as long as
+little is shown, since early margin and error both grow with the rate. An eighth of the steps would be hardly past the
+warm-up. Each rate is a run of its own on the whole schedule that rests in between, so that the winner is the same run,
+bit for bit, as `train` with that rate, and the number of epochs is found by its best checkpoint. All of it costs at
+most two and a half runs, of steps as of evaluations; the reference is asked once for all. Writes the runs, and in
+`runs/` NAME-auto.json, what has been decided, so that a killed search goes on as it would have gone. Not covered: beta,
+whose effect at a given KL is small; other machines than this one.
 """
 
 import math
