@@ -73,7 +73,10 @@ def test_a_paused_run_is_what_its_best_evaluation_within_the_limit_says():
          "eval_pairs_correct": 10}
         for step, margin, kl in evaluations
     ]  # fmt: skip
-    folder = SimpleNamespace(trainer_state=lambda: {"log_history": history}, last_event=lambda _: {"held_out": 14})
+    folder = SimpleNamespace(
+        trainer_state=lambda: {"log_history": history},
+        last_event=lambda name: {"held_out": 14} if name == "encoded" else None,
+    )
     margins = {}
     for step, *_ in evaluations:
         result = Trained(stage="dpo", run="", adapter="", rows=1, held_out=14, steps=8)
