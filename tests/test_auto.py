@@ -14,6 +14,7 @@ from dpo_cli.errors import UserError
 from dpo_cli.html import sweep as page
 from dpo_cli.progress import Silent
 from dpo_cli.stages import train
+from dpo_cli.training import outcome
 from dpo_cli.training.run_history import Trained
 from dpo_cli.workflows import auto, sweep
 
@@ -80,7 +81,7 @@ def test_a_paused_run_is_what_its_best_evaluation_within_the_limit_says():
     margins = {}
     for step, *_ in evaluations:
         result = Trained(stage="dpo", run="", adapter="", rows=1, held_out=14, steps=8)
-        paused = train._paused(result, folder, Config(), step)
+        paused = outcome.paused(result, folder, Config(), step)
         assert paused.step == step
         margins[step] = paused.metrics["eval_rewards/margins"]
     assert margins == {1: 0.1, 2: 0.5, 3: 0.5, 4: 0.5}
