@@ -26,6 +26,7 @@ from dpo_cli.data.records import split_side
 from dpo_cli.errors import Exit, UserError
 from dpo_cli.progress import Silent
 from dpo_cli.stages import train
+from dpo_cli.training import outcome
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +159,9 @@ def test_killed_while_it_publishes_it_publishes_again(work, monkeypatch):
     config.train.max_steps = 1
     shutil.copytree(folder / "sft", folder / "out")  # an older result, to be replaced
     with monkeypatch.context() as patch:
-        patch.setattr(train, "sha256", lambda path: kill_this_process() if "checkpoints" in str(path) else sha256(path))
+        patch.setattr(
+            outcome, "sha256", lambda path: kill_this_process() if "checkpoints" in str(path) else sha256(path)
+        )
         assert exit_code_of(lambda: train.run(config, Silent())) == -signal.SIGKILL
     (folder / ".out.new").mkdir()
     result = train.run(config, AtStep(1, lambda: pytest.fail("it trains again")))
