@@ -45,7 +45,7 @@ def _sharded(rank, folder, port):
     distributed.destroy_process_group()
 
 
-def _run_sharded(rank, config, port):
+def _run_sharded(rank, config, pause_at, port):
     """A run in one of two processes, with accelerate's sharding."""
     from accelerate import state
 
@@ -63,10 +63,10 @@ def _run_sharded(rank, config, port):
     state.AcceleratorState.__init__ = make
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
-    run(config, Silent(), name="two")
+    run(config, Silent(), name="two", pause_at=pause_at)
 
 
-def _in_two_processes(function, argument):
+def _in_two_processes(function, *arguments):
     import socket
 
     import torch
@@ -74,7 +74,7 @@ def _in_two_processes(function, argument):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(function, (argument, port), nprocs=2, start_method="fork")
+    torch.multiprocessing.start_processes(function, (*arguments, port), nprocs=2, start_method="fork")
 
 
 def test_packed_steps_of_all_weights_are_the_same_sharded(tmp_path):
@@ -83,7 +83,7 @@ def test_packed_steps_of_all_weights_are_the_same_sharded(tmp_path):
 
 
 def test_a_run_of_all_weights_that_accelerate_shards_is_that_of_one_process(tmp_path):
-    """Its losses, held-out metrics with KL, and the model that is published."""
+    """Paused and resumed: its losses, held-out metrics with KL, and the model that is published."""
     import torch
     from safetensors.torch import load_file
 
@@ -97,9 +97,10 @@ def test_a_run_of_all_weights_that_accelerate_shards_is_that_of_one_process(tmp_
         settings(tmp_path, tmp_path / "base", f"model.dpo_adapter={tmp_path / n}", *few) for n in ("one", "two")
     )
     run(one, Silent(), name="one")
-    _in_two_processes(_run_sharded, two)
-    checkpoint = tmp_path / "runs/two/checkpoints/checkpoint-2"
+    _in_two_processes(_run_sharded, two, 3)
+    checkpoint = tmp_path / "runs/two/checkpoints/checkpoint-3"
     assert (checkpoint / "pytorch_model_fsdp.bin").exists(), "nothing was sharded"
+    _in_two_processes(_run_sharded, two, None)
     rows, others = (metrics(tmp_path / "runs" / name) for name in ("one", "two"))
     for row, other in zip(rows, others, strict=True):
         wanted = {name: pytest.approx(row[name], rel=1e-4, abs=2e-5) for name in SAME if name in row}

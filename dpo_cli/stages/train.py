@@ -108,7 +108,7 @@ def run(
     check_device(found, card, section.allow_cpu, config.model.base)
     config = with_precision(config, stage, found, adapter.path if adapter else None, progress)
     if not distributed.is_main_process():
-        return _assist(result, config, base, adapter, inputs, folder)
+        return _assist(result, config, base, adapter, inputs, folder, pause_at)
     if fresh and not (submission and folder.submission() == submission):
         with jsonl.Journal(folder.events):
             folder.clear()
@@ -172,12 +172,18 @@ def stopped_early(stop: Stop, folder: RunFolder) -> BaseException:
 
 
 def _assist(
-    result: Trained, config: Config, base: Path, adapter: Adapter | None, inputs: Inputs, folder: RunFolder
+    result: Trained,
+    config: Config,
+    base: Path,
+    adapter: Adapter | None,
+    inputs: Inputs,
+    folder: RunFolder,
+    pause_at: int | None,
 ) -> Trained:
     """Train in a process that is not the first: what is written and told is the first one's."""
     if distributed.broadcast(False):
         with distributed.journal(folder.events) as events:
-            _train(config, result.stage, base, adapter, inputs, RunContext(folder, events, Silent()))
+            _train(config, result.stage, base, adapter, inputs, RunContext(folder, events, Silent(), pause_at))
     return result
 
 
