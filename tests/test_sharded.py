@@ -1,10 +1,11 @@
 """All weights under FSDP2 in two processes on a CPU: a packed step, and a whole run with accelerate's sharding."""
 
+import math
 import os
 
 import pytest
 from adapters import base_model, save_adapter
-from training import metrics, pair, settings, write_rows
+from training import config_of, metrics, pair, read_rows, settings, write_rows
 
 from dpo_cli.progress import Silent
 from dpo_cli.stages.train import run
@@ -58,6 +59,8 @@ def _run_sharded(rank, config, pause_at, port):
         if fsdp_plugin is not None:
             self.distributed_type = state.DistributedType.FSDP
             self.fsdp_plugin = fsdp_plugin
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
             state.PartialState._shared_state["distributed_type"] = self.distributed_type
 
     state.AcceleratorState.__init__ = make
@@ -108,3 +111,10 @@ def test_a_run_of_all_weights_that_accelerate_shards_is_that_of_one_process(tmp_
     weights, sharded = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert weights.keys() == sharded.keys()
     assert max((weights[name] - sharded[name]).abs().max().item() for name in weights) < 1e-5
+
+
+def test_sharded_in_bfloat16_policy_and_reference_agree_at_step_zero(start, tmp_path):
+    config = config_of(start, tmp_path, "train.full=true", "train.bf16=true")
+    _in_two_processes(_run_sharded, config, 1)
+    (found,) = [row for row in read_rows(tmp_path / "runs/two/events.jsonl") if row["event"] == "step_zero"]
+    assert found["ok"] and found["loss"] == pytest.approx(math.log(2), abs=1e-4) and found["margin"] < 1e-3

@@ -3,6 +3,8 @@
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import TrainingArguments
 
 from dpo_cli.config.settings import WARMUP, TrainingSection
 from dpo_cli.errors import UserError
@@ -127,3 +129,14 @@ def fully_sharded(section: TrainingSection) -> dict[str, Any]:
         "fsdp": True,
         "fsdp_config": {"state_dict_type": "FULL_STATE_DICT", "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"},
     }
+
+
+def keep_outputs(asked: TrainingArguments) -> TrainingArguments:
+    """Let FSDP hand on what a model puts out as it is, and add up gradients in float32.
+
+    In bfloat16 accelerate has both rounded: log-probabilities as well, by up to 1/32 of a nat each, so that policy and
+    reference did not agree at step zero.
+    """
+    if asked.fsdp_plugin_args and asked.bf16:
+        asked.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    return asked

@@ -39,7 +39,7 @@ from dpo_cli.errors import UserError
 from dpo_cli.interrupts import interruptible
 from dpo_cli.model_loading import attach, file_weights, fold, load_network
 from dpo_cli.training import distributed, losses
-from dpo_cli.training.arguments import arguments
+from dpo_cli.training.arguments import arguments, keep_outputs
 from dpo_cli.training.encode import EncodedRow
 from dpo_cli.training.encoded_rows import columns
 from dpo_cli.training.forward import packed
@@ -312,7 +312,7 @@ def train(
                 model=policy,
                 ref_model=reference,
                 pair_loss=pair_loss,
-                args=DPOConfig(**asked, **losses.trl_settings(section)),
+                args=keep_outputs(DPOConfig(**asked, **losses.trl_settings(section))),
                 train_dataset=_dataset(rows, pair_loss),
                 eval_dataset=_dataset(held_out, pair_loss) if held_out else None,
                 processing_class=tokenizer,
