@@ -334,7 +334,7 @@ def _proxy_of(url: str) -> str | None:
     """The HTTP proxy that the environment names for it.
 
     aiohttp's `trust_env` looks for one at each request, in a thread, and in another for a login in ~/.netrc: a request
-    costs three times as much, and such a login is in the way of the key.
+    costs more than twice as much, and such a login is in the way of the key.
     """
     from urllib.request import getproxies, proxy_bypass
 
