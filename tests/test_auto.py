@@ -51,19 +51,29 @@ def measured(margin: float, error: float = 0.0, kl: float = 0.01) -> Trained:
     return result
 
 
-def test_a_rate_is_worth_its_margin_over_beta_within_the_kl_limit():
+def test_a_rate_is_worth_the_lower_bound_of_its_margin_over_beta_within_the_kl_limit():
     config = Config()
-    assert auto.worth_of(measured(0.3, kl=0.1), config) == pytest.approx(0.6)
-    assert auto.worth_of(measured(0.3, kl=0.11), config) is None
+    assert auto.worth_of(measured(0.3, 0.05, kl=0.1), config) == pytest.approx((0.3 - 2.16 * 0.05) / 0.5, abs=1e-3)
+    assert auto.worth_of(measured(0.3, 0.05, kl=0.11), config) is None
     assert auto.worth_of(measured(math.nan), config) is None
+    assert auto.worth_of(measured(0.1, 0.05), config) == pytest.approx(2 - 2.16, abs=1e-3)  # standard errors
 
 
-def test_what_is_not_shown_yet_goes_on_before_what_does_nothing():
-    """Early a margin and its error grow alike with the rate: these are of SmolLM2 after 2 of 19 steps."""
-    rates = {"3e-6": (0.0027, 0.0057), "5e-5": (0.0074, 0.006), "3e-4": (0.019, 0.0135), "1e-3": (0.0564, 0.045)}
-    results = {key: measured(*found) for key, found in rates.items()} | {"1e-2": measured(0.3, 0.3, kl=0.7)}
-    decided = auto._decide(results, dict.fromkeys(results, 0.0), 2, 2, Config())
-    assert decided.kept == ["1e-3", "3e-4"] and decided.worth["1e-2"] is None
+@pytest.mark.parametrize(
+    ("evaluations", "kept"),
+    [
+        # SmolLM2 after 2 and 4 of 19 steps: nothing is shown yet; by the bounds alone 3e-6 or 5e-5 would be first.
+        ({"3e-6": (0.0027, 0.0057), "5e-5": (0.0074, 0.006), "1e-4": (0.0069, 0.0051), "3e-4": (0.019, 0.0135),
+          "1e-3": (0.0564, 0.045), "1e-2": (0.3, 0.1, 0.7)}, ["3e-4", "1e-4"]),
+        ({"3e-6": (0.0013, 0.0036), "5e-5": (0.0204, 0.0101), "1e-4": (0.038, 0.02), "3e-4": (0.0932, 0.064),
+          "1e-3": (0.0564, 0.045)}, ["5e-5", "1e-4"]),
+        # What is shown goes first, and of that the most.
+        ({"5e-5": (0.07, 0.02), "1e-4": (0.14, 0.04), "3e-4": (0.2, 0.11)}, ["1e-4", "5e-5"]),
+    ],
+)  # fmt: skip
+def test_what_is_nearest_to_being_shown_goes_on(evaluations, kept):
+    results = {key: measured(*found) for key, found in evaluations.items()}
+    assert auto._decide(results, dict.fromkeys(results, 0.0), 2, 2, Config()).kept == kept
 
 
 def test_a_paused_run_is_what_its_best_evaluation_within_the_limit_says():

@@ -1,14 +1,14 @@
 """`train --auto`: finds the learning rate at a part of the steps, and trains the winner to its end.
 
 Successive halving (arXiv:1502.07943): six rates, half a decade apart, go a quarter of a run's steps; the two best go on
-to the half, and the better of those to the end. A rate's worth is the held-out margin, divided by beta, of its best
-evaluation within the KL limit; not its lower bound, by which a rate that does nothing beats all others as long as
-little is shown, since early margin and error both grow with the rate. An eighth of the steps would be hardly past the
-warm-up. Each rate is a run of its own on the whole schedule that rests in between, so that the winner is the same run,
-bit for bit, as `train` with that rate, and the number of epochs is found by its best checkpoint. All of it costs at
-most two and a half runs, of steps as of evaluations; the reference is asked once for all. Writes the runs, and in
-`runs/` NAME-auto.json, what has been decided, so that a killed search goes on as it would have gone. Not covered: beta,
-whose effect at a given KL is small; other machines than this one.
+to the half, and the better of those to the end. A rate is worth the lower bound of the held-out margin, divided by
+beta, of its best evaluation within the KL limit; as long as that is not above 0, what counts is how many standard
+errors are missing, since by its bound alone a rate that does nothing would beat all that are not shown yet. An eighth
+of the steps would be hardly past the warm-up. Each rate is a run of its own on the whole schedule that rests in
+between, so that the winner is the same run, bit for bit, as `train` with that rate, and the number of epochs is found
+by its best checkpoint. All of it costs at most two and a half runs, of steps as of evaluations; the reference is asked
+once for all. Writes the runs, and in `runs/` NAME-auto.json, what has been decided, so that a killed search goes on as
+it would have gone. Not covered: beta, whose effect at a given KL is small; other machines than this one.
 """
 
 import math
@@ -22,6 +22,7 @@ from dpo_cli.data.files import read_json, write_json
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Progress
 from dpo_cli.stages import train
+from dpo_cli.statistics import student
 from dpo_cli.training import plan
 from dpo_cli.training.guards import KL, MARGIN
 from dpo_cli.training.run_folder import publish
@@ -176,12 +177,20 @@ def _decide(results: dict[str, Trained], alive: dict[str, float], step: int, cou
 
 
 def worth_of(result: Trained, config: Config) -> float | None:
-    """The held-out margin over beta, in nats; None: over the KL limit, or not a number."""
+    """What a rate has shown: the lower bound of the held-out margin over beta, in nats, where that is above 0.
+
+    Else, below 0, the standard errors that the margin lacks for it. None: over the KL limit, or not a number.
+    """
     metrics = result.metrics
-    margin = metrics.get(MARGIN)
-    if margin is None or not math.isfinite(margin) or not metrics.get(KL, 0.0) <= config.gate.kl_limit:
+    margin, error = metrics.get(MARGIN), metrics.get(f"{MARGIN}_stderr")
+    if margin is None or error is None or not math.isfinite(margin):
         return None
-    return float(margin / metrics.get("eval_beta", 1.0))
+    if not metrics.get(KL, 0.0) <= config.gate.kl_limit:
+        return None
+    reach = student(result.held_out, config.gate.confidence)
+    if margin > reach * error:
+        return float((margin - reach * error) / metrics.get("eval_beta", 1.0))
+    return float(margin / error - reach) if error else 0.0
 
 
 def _point(rate: float, result: Trained) -> SweepPoint:
