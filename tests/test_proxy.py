@@ -94,3 +94,11 @@ def test_without_a_proxy_nothing_is_looked_up_for_each_request(server, tmp_path,
     assert ask(server.url, tmp_path, api_key_variable="A_KEY") == "yes"
     (request,) = server.requests
     assert request.headers["authorization"] == "Bearer abc"
+
+
+def test_a_proxy_of_another_kind_is_passed_over_with_a_line(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("http_proxy", "socks5://name:word@127.0.0.1:1080")
+    monkeypatch.setattr(http, "is_local", lambda _: False)
+    said: list[str] = []
+    assert ask(server.url, tmp_path, log=said.append) == "yes"
+    assert [line for line in said if "without the proxy" in line] and "word" not in str(said)

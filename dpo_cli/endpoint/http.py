@@ -135,7 +135,11 @@ class Connection:
             **({"Authorization": f"Bearer {self._key}"} if self._key else {}),
             **({"api-key": self._key} if self._key and _is_azure(self.url) else {}),
         }
-        if proxy := _proxy_of(self.url):
+        proxy = _proxy_of(self.url)
+        if proxy is not None and not proxy.startswith("http://"):
+            self._log(f"{self.url}: without the proxy of the environment, which is no http:// one")
+            proxy = None
+        if proxy is not None:
             # A session's own headers would be sent to the proxy, and the key with them.
             self._through_proxy = {"proxy": proxy, "headers": headers}
         self._session = aiohttp.ClientSession(
@@ -331,7 +335,7 @@ def _origin(url: str) -> tuple[str, str | None, int | None]:
 
 
 def _proxy_of(url: str) -> str | None:
-    """The HTTP proxy that the environment names for it.
+    """The proxy that the environment names for it.
 
     aiohttp's `trust_env` looks for one at each request, in a thread, and in another for a login in ~/.netrc: a request
     costs more than twice as much, and such a login is in the way of the key.
@@ -341,8 +345,7 @@ def _proxy_of(url: str) -> str | None:
     parts = urlsplit(url)
     if is_local(url) or proxy_bypass(parts.hostname or ""):
         return None
-    proxy = getproxies().get(parts.scheme)
-    return proxy if proxy and proxy.startswith("http://") else None
+    return getproxies().get(parts.scheme) or None
 
 
 def _is_azure(url: str) -> bool:
