@@ -77,6 +77,7 @@ def test_steps_tokens_and_warnings_by_hand():
     assert "warmup is 120% of 250 steps: set train.warmup_ratio = 0.1, now 300 steps" in longer
     [ratio] = [text for text in made([TokenLengths(600, [9, 9])] * 4000, warmup_ratio=0.2).warnings if "warmup" in text]
     assert "set train.warmup_ratio = 0.1, now 0.2" in ratio
+    assert not [text for text in made([TokenLengths(600, [9, 9])] * 64).warnings if "warmup" in text]  # 1 of 4 steps
     calm = made([TokenLengths(600, [100, 100])] * 4000)
     assert calm.fits and calm.warnings == []
     loud = made([TokenLengths(3000, [100, 100])] * 4000, learning_rate=1e-3, gradient_checkpointing=False)

@@ -385,7 +385,7 @@ def _warnings(
     plan: Plan, section: TrainSection, warmup: int, lengths: Sequence[TokenLengths], quantised_gb: float
 ) -> Any:
     """Each names the number to change."""
-    if plan.warmup_share > WARMUP_SHARE:
+    if plan.warmup_share > WARMUP_SHARE and warmup > math.ceil(plan.steps * WARMUP):  # of few steps one is many
         now = f"now {section.warmup_ratio:g}" if section.warmup_ratio is not None else f"now {warmup} steps"
         yield f"warmup is {plan.warmup_share:.0%} of {plan.steps} steps: set train.warmup_ratio = {WARMUP:g}, {now}"
     high = high_rate(section)
