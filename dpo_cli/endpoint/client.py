@@ -1,8 +1,8 @@
 """Client of an OpenAI-compatible endpoint: concurrency that adapts, retries, a budget, and no call paid twice.
 
 Reads and writes a ledger of paid replies: a reply is appended before it is returned, and a request whose answer stands
-there is answered from it. Speaks HTTP through aiohttp rather than the OpenAI SDK, which costs seven times the CPU time
-a request, nearly four times with its aiohttp transport (`tests/bench/clients.py`), and retries timed-out, perhaps paid
+there is answered from it. Speaks HTTP through aiohttp rather than the OpenAI SDK, which costs eight times the CPU time
+a request, nearly five times with its aiohttp transport (`tests/bench/clients.py`), and retries timed-out, perhaps paid
 requests unasked. Images are not covered.
 """
 
