@@ -161,6 +161,24 @@ def test_bad_input_is_the_same_line_and_code_as_in_one_process(start):
     assert "no such file or folder" in ended.status.reason and ended.hint
 
 
+LATE = """
+import os
+if os.environ.get("RANK") == "0":
+    import time
+    from dpo_cli.stages import train
+    train.run = lambda *_, **__: time.sleep(60)
+"""
+
+
+def test_bad_input_is_told_though_torchrun_ends_the_first_process_before_it_sees_it(start, tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(LATE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    config = two(start, f"data={start / 'none'}")
+    ended = launch.run("local", launch.spec("local", config, "train", name="late", gpus=2), config, Silent())
+    assert (ended.status.state, ended.status.exit_code) == ("failed", Exit.USAGE)
+    assert "no such file or folder" in ended.status.reason and ended.hint
+
+
 def test_all_weights_in_several_processes_are_sharded_and_an_adapter_is_not(start, monkeypatch, tmp_path):
     """What is asked of accelerate; `test_sharded.py` has what comes of it."""
     from transformers import TrainingArguments

@@ -1,7 +1,7 @@
 """The entry of every backend: what a `Spec` asks for, done on the machine that this runs on.
 
 `python -m dpo_cli.jobs.worker` reads the spec from the environment variable `NOTHING_DPO_SPEC`, reports by the lines of
-`relay.py` on stdout and ends with the exit code that the command has anywhere. More than one process is torchrun's
+`progress_lines.py` on stdout and ends with the exit code that the command has anywhere. More than one process is torchrun's
 work: several GPUs, or several machines, where `NODE_RANK` (or Kubernetes' `JOB_COMPLETION_INDEX`) and `MASTER_ADDR`
 say which one this is.
 """
@@ -30,6 +30,7 @@ SPEC = "NOTHING_DPO_SPEC"
 # What a container ends with where an attempt saved a checkpoint and then failed as nobody foresaw: another may go on
 # from there. One that saved nothing ends with 1, and is not tried again.
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
+STOPPED = (Exit.INTERRUPTED, Exit.PREEMPTED)
 PORT = 29500  # of torchrun's rendezvous, between machines
 
 
@@ -139,6 +140,8 @@ def _serve_here(spec: Spec, after_save: Callable[[], None] | None) -> Outcome:
         raise
     if told:
         told.outcome(ended)
+    elif ended.error and ended.exit_code not in STOPPED:  # torchrun may end the first process before it says so itself
+        Relay().outcome(ended)
     return ended
 
 
@@ -203,12 +206,13 @@ def _in_processes(spec: Spec, after_save: Callable[[], None] | None) -> Outcome:
             note.replace(note.with_name(RESTARTED))
             if spec.nodes == 1:
                 continue
-        for text, _ in ended:
-            _pass_on(text)
-        if ended and not ended[-1][1].unforeseen:
-            return ended[-1][1]
         if ended:
-            raise RuntimeError(ended[-1][1].error)
+            # That a process was stopped may be what another's failure led to.
+            text, told = next((line for line in ended if line[1].exit_code not in STOPPED), ended[-1])
+            _pass_on(text)
+            if told.unforeseen:
+                raise RuntimeError(told.error)
+            return told
         if returned == 0:  # the first process, which tells, is on another machine
             return Outcome(exit_code=Exit.OK)
         error = f"torchrun ended with exit code {returned}"
