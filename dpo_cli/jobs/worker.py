@@ -1,9 +1,9 @@
 """The entry of every backend: what a `Spec` asks for, done on the machine that this runs on.
 
-`python -m dpo_cli.jobs.worker` reads the spec from the environment variable `NOTHING_DPO_SPEC`, reports by the lines of
-`progress_lines.py` on stdout and ends with the exit code that the command has anywhere. More than one process is torchrun's
-work: several GPUs, or several machines, where `NODE_RANK` (or Kubernetes' `JOB_COMPLETION_INDEX`) and `MASTER_ADDR`
-say which one this is.
+`python -m dpo_cli.jobs.worker` reads the spec from the environment variable `NOTHING_DPO_SPEC`, reports on stdout by
+the lines of `progress_lines.py` and ends with the exit code that the command has anywhere. More than one process is
+torchrun's work: several GPUs, or several machines, where `NODE_RANK` (or Kubernetes' `JOB_COMPLETION_INDEX`) and
+`MASTER_ADDR` say which one this is.
 """
 
 import os
