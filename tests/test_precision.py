@@ -16,7 +16,7 @@ from dpo_cli.progress import Silent
 from dpo_cli.stages import train
 from dpo_cli.training import kl, precision
 from dpo_cli.training.dpo import reference_of
-from dpo_cli.training.forward import fused_lora, log_probs, packed
+from dpo_cli.training.forward import blockwise_attention, fused_lora, log_probs, packed
 
 torch.set_num_threads(1)
 
@@ -70,8 +70,10 @@ def in_bf16(trainer):
     return trainer
 
 
-def test_losses_and_gradients_are_nearer_to_float32s_than_trls_bfloat16_is(tmp_path):
+@pytest.mark.parametrize("least", [0, blockwise_attention.LEAST], ids=["blockwise", "torch's kernel"])
+def test_losses_and_gradients_are_nearer_to_float32s_than_trls_bfloat16_is(least, tmp_path, monkeypatch):
     """On a base that is stored in bfloat16, as they are, with logits as high as a real model's."""
+    monkeypatch.setattr(blockwise_attention, "LEAST", least)
     config = configuration("Llama", hidden_size=128, num_hidden_layers=4, intermediate_size=256)
 
     def trainer(kind, **arguments):

@@ -27,9 +27,10 @@ HEAVY = frozenset({
     "training/arguments", "training/dpo", "training/kl", "training/loop", "training/losses", "training/merge_adapter",
     "training/reference_check", "training/retreat", "training/scale_adapter", "training/sft",
     "training/stack_adapters", "training/trainer",
-    "training/forward/attention", "training/forward/collator", "training/forward/deferred_metrics",
-    "training/forward/fused_lora", "training/forward/log_probs", "training/forward/packed",
-    "training/forward/reference_cache", "engines/transformers", "engines/_batch", "engines/_unpadded",
+    "training/forward/attention", "training/forward/blockwise_attention", "training/forward/collator",
+    "training/forward/deferred_metrics", "training/forward/fused_lora", "training/forward/log_probs",
+    "training/forward/packed", "training/forward/reference_cache", "engines/transformers", "engines/_batch",
+    "engines/_unpadded",
     "judges/reward_model", "stages/evaluate/adapters", "stages/evaluate/forgetting", "stages/evaluate/harness",
     "stages/serve_config/log_probs", "demo/tiny", "data/formats/export", "analysis/lint/tokens",
 })  # fmt: skip

@@ -21,6 +21,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from dpo_cli.training.forward import blockwise_attention
+
 NAME = "shared_prefix"
 
 
@@ -110,9 +112,10 @@ def forward(
         )
         return output
     kernel = _kernel(query.device, query.dtype, query.shape[1], key.shape[1], query.shape[3])
-    if query.device.type == "cpu":  # torch's kernel there is no faster in bfloat16, and slower on the way back
+    if query.device.type == "cpu":
         with torch.autocast("cpu", enabled=False):
-            return kernel(query.float(), key.float(), value.float(), packing["segments"], scaling), None
+            value = value if value.dtype == torch.bfloat16 else value.float()
+            return kernel(query.float(), key.float(), value, packing["segments"], scaling), None
     return kernel(query, key, value, packing["segments"], scaling), None
 
 
@@ -122,23 +125,28 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 def split_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float | None) -> Tensor:
     """Two calls a pair; (1, heads, T, size) -> (1, T, heads, size)."""
-    grouped = query.shape[1] != key.shape[1]
     sizes = [size for before, _, own in segments["lengths"] for size in (before, own)]
     queries, keys, values = (iter(torch.split(states, sizes, dim=2)) for states in (query, key, value))
     outputs = []
     for _, shared, own in segments["lengths"]:
         q, k, v = next(queries), next(keys), next(values)
-        outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped))
+        outputs.append(_causal(q, k, v, scale))
         q, own_k, own_v = next(queries), next(keys), next(values)
         if own:
             k, v = torch.cat([k[:, :, :shared], own_k], 2), torch.cat([v[:, :, :shared], own_v], 2)
-            outputs.append(_lower_right(q, k, v, scale))
+            outputs.append(_causal(q, k, v, scale))
     return torch.cat([output.transpose(1, 2) for output in outputs], 1)
 
 
-def _lower_right(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-    """Causal attention of the last tokens of `key` over all of it."""
+def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """Attention of the last tokens of `key`, each up to itself."""
+    if value.dtype != query.dtype:  # bfloat16 on a CPU, where torch's kernel is no faster in it than in float32
+        if query.shape[2] * key.shape[2] >= blockwise_attention.LEAST:
+            return blockwise_attention.attend(query, key, value, scale)
+        value = value.float()
     groups = query.shape[1] // key.shape[1]
+    if query.shape[2] == key.shape[2]:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=groups > 1)
     if not query.is_cuda:
         mask = _lower_right_mask(query.shape[2], key.shape[2])
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=groups > 1)
