@@ -11,6 +11,7 @@ from dpo_cli.data.jsonl import write_rows
 from dpo_cli.data.records import Completions, Judgment, Message, Order, prompt_id
 from dpo_cli.errors import UserError
 from dpo_cli.stages.pair import run
+from dpo_cli.stages.pair.stratified import stratified_scores
 
 STRATEGIES = Strategy.__args__
 
@@ -113,6 +114,14 @@ def test_the_flag_of_best_and_worst_is_not_that_of_other_pairs(tmp_path):
     assert texts(tmp_path) == [("a", "b"), ("b", "c")]
     with pytest.raises(UserError, match="1 x an order inverts"):
         make(tmp_path, [(completions, judged(completions, 9, 5, 1, consistent=False))], strategy="all")
+
+
+def test_stratified_sides_that_say_the_same_or_score_the_same_are_no_pair():
+    settings = PairSection(strategy="stratified", high=0.5, low=0.5)
+    scores, prompts, said = [9.0, 1.0, 9.0, 5.0, 5.0], [1, 1, 2, 2, 3], [10, 11, 11, 12, 13]
+    pairs = {(0, 1), (0, 3), (2, 3), (0, 4), (2, 4), (3, 1), (4, 1)}  # not (2, 1): both say 11; not 3 with 4: both 5
+    assert set(stratified_scores(scores, prompts, said, settings, 0.0)) == pairs
+    assert set(stratified_scores(scores, prompts, said, settings, 5.0)) == {(0, 1)}
 
 
 def test_stratified_pairs_across_prompts_by_shares_of_the_range(tmp_path):

@@ -10,7 +10,7 @@ from dpo_cli.config.settings import PairSection
 from dpo_cli.data.records import Preference, message_key, prompt_id
 from dpo_cli.stages.pair.judged import JudgedPrompt, JudgedPrompts, NoPair, inverted, side_of
 from dpo_cli.stages.pair.rollouts import Rollout, make_pair
-from dpo_cli.stages.pair.stratified import is_wide, stratified_places, thresholds
+from dpo_cli.stages.pair.stratified import stratified_scores
 
 
 class AcrossPrompts:
@@ -41,22 +41,7 @@ class AcrossPrompts:
                 self._scores.append(prompt.scores[index])
                 asked.append(asks)
                 said.append(hash(message_key(prompt.row.answer(index))))
-        high, low = thresholds(self._scores, settings.high, settings.low)
-        scores = self._scores
-
-        def is_pair(good: int, bad: int) -> bool:
-            return is_wide(scores[good] - scores[bad], min_gap) and said[good] != said[bad]
-
-        drawn = stratified_places(
-            scores,
-            asked,
-            is_pair,
-            min_gap=min_gap,
-            high=high,
-            low=low,
-            max_pairs=settings.max_pairs,
-            seed=settings.seed,
-        )
+        drawn = stratified_scores(self._scores, asked, said, settings, min_gap)
         wanted = {asked[good] for good, _ in drawn}
         # Of several rows of the same prompt the last has the pairs.
         owners = {asks: self._places[side] for side, asks in enumerate(asked) if asks in wanted}

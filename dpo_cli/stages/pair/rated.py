@@ -17,7 +17,7 @@ from dpo_cli.data.records import Preference, message_key, prompt_id
 from dpo_cli.data.spool import Spool
 from dpo_cli.stages.pair.rollouts import Rollout, make_pair
 from dpo_cli.stages.pair.strategies import STRATEGIES
-from dpo_cli.stages.pair.stratified import is_wide, stratified_places, thresholds
+from dpo_cli.stages.pair.stratified import stratified_scores
 
 
 class _Row(Struct):
@@ -65,21 +65,7 @@ class RatedRows:
                     scores.append(found.scores[index])
                     asked.append(key)
                     said.append(hash(tuple(map(message_key, answer))))
-        high, low = thresholds(scores, settings.high, settings.low)
-
-        def is_pair(good: int, bad: int) -> bool:
-            return is_wide(scores[good] - scores[bad], min_gap) and said[good] != said[bad]
-
-        drawn = stratified_places(
-            scores,
-            asked,
-            is_pair,
-            min_gap=min_gap,
-            high=high,
-            low=low,
-            max_pairs=settings.max_pairs,
-            seed=settings.seed,
-        )
+        drawn = stratified_scores(scores, asked, said, settings, min_gap)
 
         def side(number: int) -> Rollout:
             found, first = (self._rows[place].found for place in (places[number], self._places[asked[number]][0]))

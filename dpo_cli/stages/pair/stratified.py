@@ -10,6 +10,8 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
+from dpo_cli.config.settings import PairSection
+
 EPSILON = 1e-9  # 0.9 - 0.7 is 0.20000000000000007, and 0.7 - 0.5 is 0.19999999999999996
 
 
@@ -18,10 +20,34 @@ def is_wide(gap: float, min_gap: float) -> bool:
     return gap > EPSILON and gap >= min_gap - EPSILON
 
 
-def thresholds(scores: Sequence[float], high: float, low: float) -> tuple[float, float]:
-    """Shares of the range of all scores as scores, which lie on any scale."""
+def stratified_scores(
+    scores: Sequence[float], prompts: Sequence[int], said: Sequence[int], settings: PairSection, min_gap: float
+) -> list[tuple[int, int]]:
+    """`stratified_places` of scores on any scale: its thresholds are shares of their range.
+
+    Args:
+        scores: of each side.
+        prompts: which prompt each side answers.
+        said: a hash of what each says; those that say the same are no pair.
+        settings: `high`, `low`, `max_pairs` and `seed`.
+        min_gap: least difference of the scores.
+    """
     lowest, highest = min(scores, default=0.0), max(scores, default=0.0)
-    return round(lowest + high * (highest - lowest), 9), round(lowest + low * (highest - lowest), 9)
+    high, low = (round(lowest + share * (highest - lowest), 9) for share in (settings.high, settings.low))
+
+    def is_pair(good: int, bad: int) -> bool:
+        return is_wide(scores[good] - scores[bad], min_gap) and said[good] != said[bad]
+
+    return stratified_places(
+        scores,
+        prompts,
+        is_pair,
+        min_gap=min_gap,
+        high=high,
+        low=low,
+        max_pairs=settings.max_pairs,
+        seed=settings.seed,
+    )
 
 
 def stratified_places(
