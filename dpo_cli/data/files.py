@@ -1,4 +1,4 @@
-"""Whole files: written in one step or not at all, also several as one, hashed, and read as JSON.
+"""Whole files and folders: written in one step or not at all, also several as one, hashed, and read as JSON.
 
 A file is written beside its place under a hidden name and moved there once it is on the disk. Its writer holds a lock
 on the hidden file, so that the next writer tells those that a killed one has left from those of a running one. File
@@ -9,6 +9,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -19,7 +20,7 @@ import msgspec
 
 from dpo_cli.errors import Exit, UserError
 
-PRIVATE = 0o600  # the mode of files that hold prompts or replies
+PRIVATE, PUBLIC = 0o600, 0o644  # the mode of files that hold prompts or replies, and of others
 encode_line = msgspec.json.Encoder().encode
 
 BLOCK_BYTES = 1 << 20  # of a write
@@ -70,6 +71,30 @@ def write_files(contents: Mapping[Path, bytes | Iterable[bytes]], private: bool 
         with _staged({marker: encode_line(names)}, private) as marking:
             _rename(marking)  # from here on it is done, whoever ends it
             _finish(marker, moves)
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder that takes another one's place at the end of the block, or leaves it as it is where that fails.
+
+    All can read its files then: safetensors 0.8 makes them for their owner alone, and a server may be another user.
+
+    Raises:
+        UserError: the disk is full, or the place can't be written to.
+    """
+    staged, replaced = (folder.with_name(f".{folder.name}.{kind}") for kind in ("new", "old"))
+    for left in (staged, replaced):
+        shutil.rmtree(left, ignore_errors=True)
+    with explained(staged):
+        staged.mkdir(parents=True)
+        yield staged
+        for file in staged.rglob("*"):
+            if file.is_file() and file.stat().st_mode & PUBLIC != PUBLIC:
+                file.chmod(PUBLIC)
+        if folder.exists():
+            folder.rename(replaced)
+        staged.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def finish_replacement(folder: Path) -> None:
@@ -179,7 +204,7 @@ def _staged(
 
 def _create(path: Path, private: bool) -> tuple[Path, int]:
     """A new hidden file for a path, open and locked."""
-    mode = path.stat().st_mode & 0o777 if path.exists() else PRIVATE if private else 0o644
+    mode = path.stat().st_mode & 0o777 if path.exists() else PRIVATE if private else PUBLIC
     while True:
         temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.new")
         handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, PRIVATE)

@@ -5,7 +5,6 @@ base's own, unless that loses more than a fifth of what the adapter changes: wha
 step of bfloat16. Log-probabilities of a few texts are compared before and after. Not covered: quantised bases.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +79,9 @@ def merge(base: Path, adapter: Path, output: Path, texts: list[str], section: Mo
             where=str(adapter),
             code=Exit.FAILED,
         )
-    staged = output.with_name(f".{output.name}.new")
-    shutil.rmtree(staged, ignore_errors=True)
-    with files.explained(staged):
+    with files.replacing_folder(output) as staged:
         folded.to(dtype).save_pretrained(staged)
         tokenizer.save_pretrained(staged)
-        shutil.rmtree(output, ignore_errors=True)
-        staged.rename(output)
     name = str(dtype).removeprefix("torch.")
     note = None
     if dtype != stored:

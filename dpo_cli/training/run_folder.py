@@ -166,21 +166,12 @@ def publish(checkpoint: Path, folder: Path, base: str, tokenizer: Path | None = 
         UserError: `folder` holds something else.
     """
     check_replaceable(folder)
-    staged = folder.with_name(f".{folder.name}.new")
-    replaced = folder.with_name(f".{folder.name}.old")
-    for left in (staged, replaced):
-        shutil.rmtree(left, ignore_errors=True)
-    with files.explained(staged):
+    with files.replacing_folder(folder) as staged:
         _stage(checkpoint, staged, base, tokenizer)
-        if folder.exists():
-            folder.rename(replaced)
-        staged.rename(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _stage(checkpoint: Path, staged: Path, base: str, tokenizer: Path | None) -> None:
     """Copy what is published of a checkpoint."""
-    staged.mkdir(parents=True)
     if (checkpoint / ADAPTER_FILES[0]).exists():
         for name in ADAPTER_FILES:
             shutil.copyfile(checkpoint / name, staged / name)

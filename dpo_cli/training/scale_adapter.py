@@ -8,7 +8,6 @@ stays whole. Without an SFT adapter the line begins at the base.
 Reads PEFT's files and writes them. Not covered: adapters with patterns of ranks or scales, rsLoRA and DoRA.
 """
 
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -179,15 +178,11 @@ def _write(
         missing = rank - low.a.shape[0]  # a layer that one of the two adapters leaves alone
         tensors[f"{name}.lora_A.weight"] = torch.nn.functional.pad(low.a, (0, 0, 0, missing)).to(dtype).contiguous()
         tensors[f"{name}.lora_B.weight"] = torch.nn.functional.pad(low.b, (0, missing)).to(dtype).contiguous()
-    staged = output.with_name(f".{output.name}.new")
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    save_file(tensors, staged / ADAPTER_FILES[1], metadata={"format": "pt"})
     targets = sorted({name.rpartition(".")[2] for name in lows})
     combined = settings | {
         "r": rank, "lora_alpha": rank, "target_modules": targets, "base_model_name_or_path": base,
         "init_lora_weights": True, "inference_mode": True,
     }  # fmt: skip
-    files.write_json(staged / ADAPTER_FILES[0], combined)
-    shutil.rmtree(output, ignore_errors=True)
-    staged.rename(output)
+    with files.replacing_folder(output) as staged:
+        save_file(tensors, staged / ADAPTER_FILES[1], metadata={"format": "pt"})
+        files.write_json(staged / ADAPTER_FILES[0], combined)

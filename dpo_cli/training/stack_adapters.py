@@ -5,7 +5,6 @@ the sum of the ranks and with a scale of 1. Reads PEFT's files and writes them. 
 ranks or scales, rsLoRA and DoRA.
 """
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,11 +49,7 @@ def stack(adapters: Sequence[Path], output: Path, base: str) -> None:
             parts.append(own[name].float() * scale if name in own else torch.zeros(shape))  # it leaves the layer alone
         made[name] = torch.cat(parts, dim=0 if is_a else 1).to(like.dtype).contiguous()
     targets = sorted({name.rpartition(".lora_")[0].rpartition(".")[2] for name in names})
-    staged = output.with_name(f".{output.name}.new")
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    save_file(made, staged / ADAPTER_FILES[1], metadata={"format": "pt"})
     combined = settings[0] | {"r": rank, "lora_alpha": rank, "target_modules": targets, "base_model_name_or_path": base}
-    files.write_json(staged / ADAPTER_FILES[0], combined)
-    shutil.rmtree(output, ignore_errors=True)
-    staged.rename(output)
+    with files.replacing_folder(output) as staged:
+        save_file(made, staged / ADAPTER_FILES[1], metadata={"format": "pt"})
+        files.write_json(staged / ADAPTER_FILES[0], combined)
