@@ -6,8 +6,8 @@ Writes DIR/gpu.json after each part, and DIR/gpu.md at the end: the tests of the
 bfloat16 of each attention path, and of TRL, against float32; the steps of a 3B-shaped random Llama with LoRA r=32 at
 the lengths of real pairs, beside TRL as it comes and at its best, as tokens a second, MFU and share of the card's own
 matrix-product ceiling; peak memory against `inspect plan` for six settings; a run that really lacks memory; weights in
-4 bits. A part that fails is written down as such, and the next one runs. `--smoke` does all of it on a CPU with a tiny
-model, as far as a CPU can. It has not been run on a card.
+4 bits; what torch.compile and Liger's kernels add. A part that fails is written down as such, and the next one runs.
+`--smoke` does all of it on a CPU with a tiny model, as far as a CPU can. It has not been run on a card.
 """
 
 import argparse
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from packing import Packed, Plain, configuration, make, outcome, rows
 from trl.trainer.utils import get_peak_flops
-from variants import CUDA, MODELS, Remote, Variant, quiet, why_no_liger
+from variants import CUDA, MODELS, Remote, Variant, quiet, why_no_liger, why_not_compiled
 
 from dpo_cli.config.settings import TrainSection
 from dpo_cli.training import plan
@@ -54,6 +54,11 @@ SPEED = [
     Variant("TRL, grouped, kept reference", grouped=True, kept=True),
     Variant("ours", ours=True),
     Variant("ours, kept reference", ours=True, kept=True),
+]
+FUSED = [
+    Variant("ours, kept reference", ours=True, kept=True),
+    Variant("ours, kept reference, compiled", ours=True, kept=True, compiled=True),
+    Variant("ours, kept reference, with Liger", ours=True, kept=True, liger=True),
 ]
 PATHS = {"split": attention.split_attention, "variable length": attention.varlen_attention}
 
@@ -129,33 +134,43 @@ def _wait() -> None:
 
 def speed(smoke: bool, folder: Path) -> dict[str, Any]:
     """Steps of 4 pairs, each variant in a process of its own, one after another: the card holds one model."""
+    asked = [(variant, True) for variant in SPEED] + [(SPEED[-1], False)]
+    return _timed(asked, smoke, folder)
+
+
+def fused(smoke: bool, folder: Path) -> dict[str, Any]:
+    """Ours with norms, SwiGLU and rotary embedding as kernels of torch.compile's and of Liger's."""
+    return _timed([(variant, False) for variant in FUSED], smoke, folder)
+
+
+def _timed(asked: list[tuple[Variant, bool]], smoke: bool, folder: Path) -> dict[str, Any]:
+    """Steps of each variant, with checkpointing or without it; ratios are of the first."""
     size, count, steps = ("tiny", 2, 2) if smoke else ("3B", 4, 6)
     made = pairs(count * steps, 8 if smoke else 1)
     limit = ceiling(smoke, folder)["TFLOPS"] * 1e12
     found: dict[str, Any] = {}
-    for checkpointing in (True, False):
-        for variant in SPEED if checkpointing else SPEED[-1:]:
-            name = variant.name + ("" if checkpointing else ", no checkpointing")
-            if variant.liger and (reason := why_no_liger()) is not None:
-                found[name] = {"not applied here": reason}
-                continue
-            operations = (4 if variant.kept else 6) * _multiplications(size, made)
-            try:
-                child = Remote(variant, "dpo", size, made, count, folder / name, 32, checkpointing=checkpointing)
-                for step in range(-1, steps):
-                    child.step(max(step, 0) * count, count)
-            except OSError as error:  # memory lacks
-                found[name] = {"failed": str(error) or "see stderr"}
-                continue
-            seconds = sum(child.seconds[1:])
-            tokens = sum(sum(map(len, row.values())) + len(row["prompt_ids"]) for row in made)
-            found[name] = {
-                "tokens/s": tokens / seconds, "seconds a step": seconds / steps, "seconds of the reference": child.fill,
-                "share of the ceiling": operations / seconds / limit, "TFLOPS": operations / seconds / 1e12,
-                "GB": child.ask("peak_gb"), "loss": child.losses[-1],
-            }  # fmt: skip
-            child.close()
-    first = found.get(SPEED[0].name, {}).get("tokens/s")
+    for variant, checkpointing in asked:
+        name = variant.name + ("" if checkpointing else ", no checkpointing")
+        if (variant.liger and (reason := why_no_liger())) or (variant.compiled and (reason := why_not_compiled())):
+            found[name] = {"not applied here": reason}
+            continue
+        operations = (4 if variant.kept else 6) * _multiplications(size, made)
+        try:
+            child = Remote(variant, "dpo", size, made, count, folder / name, 32, checkpointing=checkpointing)
+            for step in range(-1, steps):
+                child.step(max(step, 0) * count, count)
+        except OSError as error:  # memory lacks
+            found[name] = {"failed": str(error) or "see stderr"}
+            continue
+        seconds = sum(child.seconds[1:])
+        tokens = sum(sum(map(len, row.values())) + len(row["prompt_ids"]) for row in made)
+        found[name] = {
+            "tokens/s": tokens / seconds, "seconds a step": seconds / steps, "first step": child.seconds[0],
+            "seconds of the reference": child.fill, "share of the ceiling": operations / seconds / limit,
+            "TFLOPS": operations / seconds / 1e12, "GB": child.ask("peak_gb"), "loss": child.losses[-1],
+        }  # fmt: skip
+        child.close()
+    first = next(iter(found.values())).get("tokens/s")
     for one in found.values():
         one["ratio"] = one["tokens/s"] / first if first and "tokens/s" in one else None
     return found
@@ -242,7 +257,7 @@ def four_bit(smoke: bool, folder: Path) -> dict[str, Any]:
 
 
 PARTS: list[Callable[[bool, Path], dict[str, Any]]] = [
-    kernels, equality, ceiling, speed, memory, out_of_memory, four_bit,
+    kernels, equality, ceiling, speed, memory, out_of_memory, four_bit, fused,
 ]  # fmt: skip
 
 

@@ -5,9 +5,11 @@ is there beside another's, and steps of all variants take turns.
 """
 
 import ctypes
+import functools
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
@@ -30,6 +32,7 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.integrations.liger import apply_liger_kernel
+from transformers.models.llama import modeling_llama
 from trl import DPOConfig, SFTConfig, SFTTrainer
 
 from dpo_cli.progress import Silent
@@ -53,6 +56,8 @@ MODELS: dict[str, dict[str, int]] = {
            "num_key_value_heads": 8, "vocab_size": 128256},
 }  # fmt: skip
 CUDA = torch.cuda.is_available()
+# Of Liger: what `score` does not do itself.
+LAYERS_ALONE = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 COMPACT = trl.trainer.utils._use_triton
 
 
@@ -60,8 +65,9 @@ class Variant(Struct, frozen=True):
     """What is measured.
 
     `ours` or TRL's trainer; `compact`: TRL scores completions only, as on a GPU; `kept`: the reference's
-    log-probabilities are at hand; `grouped`: batches of like lengths; `liger`: TRL's `use_liger_kernel`; `bf16`:
-    bfloat16 as each of the two has it on a CPU, ours with a base in it, TRL with autocast alone.
+    log-probabilities are at hand; `grouped`: batches of like lengths; `liger`: TRL's `use_liger_kernel`, of ours its
+    kernels of norms, SwiGLU and rotary embedding; `compiled`: the same by torch.compile; `bf16`: bfloat16 as each of
+    the two has it on a CPU, ours with a base in it, TRL with autocast alone.
     """
 
     name: str
@@ -70,6 +76,7 @@ class Variant(Struct, frozen=True):
     kept: bool = False
     grouped: bool = False
     liger: bool = False
+    compiled: bool = False
     bf16: bool = False
 
 
@@ -113,7 +120,7 @@ class Child:
         settings: dict[str, Any] = {
             "output_dir": str(folder), "bf16": bf16, "report_to": "none", "max_length": None,
             "gradient_checkpointing": checkpointing, "per_device_train_batch_size": batch, "learning_rate": 1e-4,
-            "disable_tqdm": True, "use_liger_kernel": variant.liger, "use_cpu": not CUDA,
+            "disable_tqdm": True, "use_liger_kernel": variant.liger and not variant.ours, "use_cpu": not CUDA,
         }  # fmt: skip
         if variant.grouped:
             examples = sorted(examples, key=lambda example: -sum(map(len, example.values())))
@@ -136,7 +143,9 @@ class Child:
                 reference_cache.keep_reference(trainer, folder / "reference", Silent(), wanted=True)
         self.fill = clock() - began if variant.kept else 0.0
         if variant.liger:
-            apply_liger(trainer)
+            apply_liger(trainer, LAYERS_ALONE if variant.ours else trainer.args.liger_kernel_config)
+        if variant.compiled:
+            compile_elementwise(model.get_base_model())
         if checkpointing:
             apply_checkpointing(trainer)
         trainer.current_gradient_accumulation_steps = 1
@@ -185,12 +194,32 @@ def why_no_liger() -> str | None:
     return None if CUDA else "its kernels need a card"
 
 
-def apply_liger(trainer: Any) -> None:
+def apply_liger(trainer: Any, which: dict[str, bool] | None) -> None:
     """What `Trainer.train` does for `use_liger_kernel` before its first step, which steps alone do not."""
-    apply_liger_kernel(trainer.model, trainer.args.liger_kernel_config)
+    apply_liger_kernel(trainer.model, which)
     forwards = [getattr(module.forward, "__func__", module.forward) for module in trainer.model.modules()]
     applied = sum(forward.__module__.startswith("liger_kernel") for forward in forwards)
     assert applied, "no module's forward is Liger's"
+
+
+def why_not_compiled() -> str | None:
+    """Why torch.compile makes nothing here; None: it does."""
+    return None if CUDA or shutil.which("g++") else "no C++ compiler"
+
+
+def compile_elementwise(model: Any) -> None:
+    """Norms, SwiGLU and rotary embedding of a Llama, each as one kernel for rows of any length."""
+    swiglu = torch.compile(lambda gate, up: torch.nn.functional.silu(gate) * up, dynamic=True)
+
+    def forward(module: Any, states: torch.Tensor) -> torch.Tensor:
+        return module.down_proj(swiglu(module.gate_proj(states), module.up_proj(states)))
+
+    for module in model.modules():
+        if isinstance(module, modeling_llama.LlamaRMSNorm):
+            module.compile(dynamic=True)
+        elif isinstance(module, modeling_llama.LlamaMLP):
+            module.forward = functools.partial(forward, module)
+    modeling_llama.apply_rotary_pos_emb = torch.compile(modeling_llama.apply_rotary_pos_emb, dynamic=True)
 
 
 def apply_checkpointing(trainer: Any) -> None:
