@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from dpo_cli.training.forward import attention, blockwise_attention
 
-SHAPES = [(300, 0, 9, 3), (130, 200, 4, 4), (1, 60, 4, 1), (64, 1, 2, 2), (257, 43, 6, 2)]  # tokens, shared, heads
+# Tokens, shared tokens, heads, key heads; size of values, where it is not that of keys.
+SHAPES = [(300, 0, 9, 3), (130, 200, 4, 4), (1, 60, 4, 1), (64, 1, 2, 2), (257, 43, 6, 2), (200, 30, 4, 2, 24)]
 SCALE = 0.25  # by which nothing is rounded
 
 
@@ -32,10 +33,11 @@ def errors(found, exact):
     return [((one.double() - other).norm() / other.norm()).item() for one, other in zip(found, exact, strict=True)]
 
 
-def states_of(tokens, shared, heads, key_heads):
+def states_of(tokens, shared, heads, key_heads, value_size=32):
     torch.manual_seed(0)
-    sizes = (heads, tokens), (key_heads, shared + tokens), (key_heads, shared + tokens)
-    *states, gradient = (torch.randn(1, *size, 32) for size in (*sizes, (heads, tokens)))
+    keys = key_heads, shared + tokens
+    sizes = (heads, tokens, 32), (*keys, 32), (*keys, value_size), (heads, tokens, value_size)
+    *states, gradient = (torch.randn(1, *size) for size in sizes)
     return states, gradient
 
 

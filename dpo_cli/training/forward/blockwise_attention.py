@@ -24,11 +24,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Te
     Args:
         query: (1, heads, tokens, size) float32.
         key: (1, key heads, shared + tokens, size) float32.
-        value: as key, in bfloat16; in float32 all is computed in that.
+        value: as key, of any size, in bfloat16; in float32 all is computed in that.
         scale: factor of the scores; None: size ** -0.5.
 
     Returns:
-        (1, heads, tokens, size) of value's type.
+        (1, heads, tokens, size of value) of value's type.
     """
     _, heads, tokens, size = query.shape
     grouped = query.reshape(key.shape[1], heads // key.shape[1], tokens, size)
@@ -37,11 +37,14 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Te
 
 
 class _Blockwise(torch.autograd.Function):
-    """(key heads, groups, tokens, size) of scaled queries, (key heads, shared + tokens, size) of keys and of values."""
+    """(key heads, groups, tokens, size) of scaled queries, (key heads, shared + tokens, size) of keys and of values.
+
+    Keys and values may differ in size.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        output = torch.empty_like(query, dtype=value.dtype)
+        output = value.new_empty(*query.shape[:3], value.shape[2])
         log_sums = torch.empty_like(query[..., 0])
         for start, end, last in _blocks(query, key):
             scores = _masked_scores(query[:, :, start:end], key[:, :last])
@@ -58,7 +61,7 @@ class _Blockwise(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """As the paper's section 2.3.2: dV = P' dO, dS = P (dO V' - rowsum(dO O)), dQ = dS K, dK = dS' Q."""
         query, key, value, output, log_sums = ctx.saved_tensors
-        size = query.shape[3]
+        size, value_size = key.shape[2], value.shape[2]
         of_query = torch.empty_like(query, dtype=torch.float32)
         of_key, of_value = (torch.zeros_like(states, dtype=torch.float32) for states in (key, value))
         query = _subtracting(query, log_sums)
@@ -69,7 +72,7 @@ class _Blockwise(torch.autograd.Function):
             probabilities = _masked_scores(query[:, :, start:end], key[:, :last]).softmax(-1)
             of_output = gradient[:, :, start:end].flatten(1, 2)
             of_scores = (of_output @ value[:, :last].mT).mul_(probabilities)
-            of_value[:, :last] += probabilities.mT @ of_output[..., :size]
+            of_value[:, :last] += probabilities.mT @ of_output[..., :value_size]
             of_query[:, :, start:end] = (of_scores @ key[:, :last, :size]).view_as(of_query[:, :, start:end])
             of_key[:, :last] += of_scores.mT @ query[:, :, start:end, :size].flatten(1, 2)
         return of_query, of_key, of_value.to(value.dtype)
