@@ -23,6 +23,9 @@ class Exit(IntEnum):
     PREEMPTED = 143  # resumable
 
 
+STOPPED = (Exit.INTERRUPTED, Exit.PREEMPTED)  # from outside, by a signal
+
+
 class UserError(Exception):
     """A fault that the user can mend.
 

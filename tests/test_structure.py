@@ -30,9 +30,9 @@ HEAVY = frozenset({
     "training/forward/attention", "training/forward/blockwise_attention", "training/forward/collator",
     "training/forward/deferred_metrics", "training/forward/fused_lora", "training/forward/log_probs",
     "training/forward/packed", "training/forward/reference_cache", "engines/transformers", "engines/_batch",
-    "engines/_unpadded",
-    "judges/reward_model", "stages/evaluate/adapters", "stages/evaluate/forgetting", "stages/evaluate/harness",
-    "stages/serve_config/log_probs", "demo/tiny", "data/formats/export", "analysis/lint/tokens",
+    "engines/_unpadded", "judges/reward_model", "stages/evaluate/adapters", "stages/evaluate/forgetting",
+    "stages/evaluate/harness", "stages/serve_config/log_probs", "demo/tiny", "data/formats/export",
+    "analysis/lint/tokens",
 })  # fmt: skip
 ALLOWED = {
     "typer": {"cli"},

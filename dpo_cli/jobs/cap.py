@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Self
 
 from dpo_cli.data import files
-from dpo_cli.errors import Exit, UserError
+from dpo_cli.errors import STOPPED, Exit, UserError
 from dpo_cli.jobs.progress_lines import Outcome
 from dpo_cli.jobs.spec import Spec
 
@@ -92,7 +92,7 @@ class Cap:
 
     def outcome(self, ended: Outcome | None = None) -> Outcome:
         """How the work ended, or would have: at the cap, unless it had ended by itself."""
-        if not self._reached or (ended is not None and ended.exit_code not in (Exit.PREEMPTED, Exit.INTERRUPTED)):
+        if not self._reached or (ended is not None and ended.exit_code not in STOPPED):
             assert ended is not None
             return ended
         hours = (self.allowed or 0.0) / 3600

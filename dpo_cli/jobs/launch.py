@@ -297,12 +297,9 @@ def _replace(new: Path, here: Path, base: str | None) -> None:
     settings = new / "adapter_config.json"
     if settings.exists() and base:
         files.write_json(settings, msgspec.json.decode(settings.read_bytes()) | {"base_model_name_or_path": base})
-        old = here.with_name(f".{here.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if here.exists():
-            here.rename(old)
-        shutil.move(new, here)
-        shutil.rmtree(old, ignore_errors=True)
+        with files.replacing_folder(here) as staged:
+            for file in new.iterdir():
+                shutil.move(file, staged)
         return
     for file in sorted(new.rglob("*")):
         if file.is_file():

@@ -18,7 +18,7 @@ import msgspec
 
 from dpo_cli.config.settings import Config
 from dpo_cli.data import jsonl
-from dpo_cli.errors import Exit, UserError
+from dpo_cli.errors import STOPPED, Exit, UserError
 from dpo_cli.interrupts import exit_on_sigterm, forwarding_sigterm
 from dpo_cli.jobs import progress_lines
 from dpo_cli.jobs.cap import Cap
@@ -30,7 +30,6 @@ SPEC = "NOTHING_DPO_SPEC"
 # What a container ends with where an attempt saved a checkpoint and then failed as nobody foresaw: another may go on
 # from there. One that saved nothing ends with 1, and is not tried again.
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
-STOPPED = (Exit.INTERRUPTED, Exit.PREEMPTED)
 PORT = 29500  # of torchrun's rendezvous, between machines
 
 

@@ -101,19 +101,19 @@ def check_gates(
     last = held_out[-1]
     gates, of_all = {}, 1 - (1 - confidence) / best_of
     if "eval_loss_stderr" in last:  # of other losses than DPO's, ln 2 is no limit
-        gates["held_out_loss"] = compared(_interval(last, "eval_loss", held_out_rows, of_all), LN2, above=False)
-    gates["held_out_margin"] = compared(_interval(last, MARGIN, held_out_rows, of_all), 0.0)
+        gates["held_out_loss"] = compared(held_out_interval(last, "eval_loss", held_out_rows, of_all), LN2, above=False)
+    gates["held_out_margin"] = compared(held_out_interval(last, MARGIN, held_out_rows, of_all), 0.0)
     correct = proportion(last["eval_pairs_correct"], held_out_rows, of_all)
     if correct is not None:
         gates["held_out_accuracy"] = compared(correct, 0.5)
     if KL in last:
-        kl = _interval(last, KL, config.train.kl_prompts, confidence)
+        kl = held_out_interval(last, KL, config.train.kl_prompts, confidence)
         interval = (max(0.0, kl.low), kl.high) if math.isfinite(kl.high) else None
         gates["kl_nats_per_token"] = Gate(kl.value, config.gate.kl_limit, kl.value <= config.gate.kl_limit, interval)
     return gates
 
 
-def _interval(row: dict[str, Any], name: str, n: int, confidence: float) -> Interval:
+def held_out_interval(row: dict[str, Any], name: str, n: int, confidence: float) -> Interval:
     """A metric of the held-out pairs with its standard error; of a single pair anything may be true."""
     error = row.get(f"{name}_stderr")
     return of_mean(row[name], math.inf if error is None else error, n, confidence)

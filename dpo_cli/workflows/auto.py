@@ -22,8 +22,8 @@ from dpo_cli.data.files import read_json, write_json
 from dpo_cli.errors import UserError
 from dpo_cli.progress import Progress
 from dpo_cli.stages import train
-from dpo_cli.statistics import student
 from dpo_cli.training import plan
+from dpo_cli.training.gates import held_out_interval
 from dpo_cli.training.guards import KL, MARGIN
 from dpo_cli.training.run_folder import publish
 from dpo_cli.training.run_history import Trained
@@ -182,15 +182,14 @@ def worth_of(result: Trained, config: Config) -> float | None:
     Else, below 0, the standard errors that the margin lacks for it. None: over the KL limit, or not a number.
     """
     metrics = result.metrics
-    margin, error = metrics.get(MARGIN), metrics.get(f"{MARGIN}_stderr")
-    if margin is None or error is None or not math.isfinite(margin):
+    if MARGIN not in metrics or not metrics.get(KL, 0.0) <= config.gate.kl_limit:
         return None
-    if not metrics.get(KL, 0.0) <= config.gate.kl_limit:
+    margin = held_out_interval(metrics, MARGIN, result.held_out, config.gate.confidence)
+    if not math.isfinite(margin.low):
         return None
-    reach = student(result.held_out, config.gate.confidence)
-    if margin > reach * error:
-        return float((margin - reach * error) / metrics.get("eval_beta", 1.0))
-    return float(margin / error - reach) if error else 0.0
+    if margin.low > 0:
+        return float(margin.low / metrics.get("eval_beta", 1.0))
+    return float(margin.low / margin.error) if margin.error else 0.0
 
 
 def _point(rate: float, result: Trained) -> SweepPoint:

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from packing import Packed, Plain, configuration, make, outcome, rows
 from trl.trainer.utils import get_peak_flops
-from variants import CUDA, MODELS, Remote, Variant, quiet, why_no_liger, why_not_compiled
+from variants import CUDA, MODELS, Remote, Variant, quiet, why_not
 
 from dpo_cli.config.settings import TrainSection
 from dpo_cli.training import plan
@@ -151,7 +151,7 @@ def _timed(asked: list[tuple[Variant, bool]], smoke: bool, folder: Path) -> dict
     found: dict[str, Any] = {}
     for variant, checkpointing in asked:
         name = variant.name + ("" if checkpointing else ", no checkpointing")
-        if (variant.liger and (reason := why_no_liger())) or (variant.compiled and (reason := why_not_compiled())):
+        if reason := why_not(variant):
             found[name] = {"not applied here": reason}
             continue
         operations = (4 if variant.kept else 6) * _multiplications(size, made)

@@ -187,11 +187,13 @@ class Child:
         return _status("VmHWM") / 1e3
 
 
-def why_no_liger() -> str | None:
-    """Why Liger's kernels can't be applied here; None: they can."""
-    if find_spec("liger_kernel") is None:
+def why_not(variant: Variant) -> str | None:
+    """Why a variant can't be measured here; None: it can."""
+    if variant.liger and find_spec("liger_kernel") is None:
         return "liger_kernel is not installed"
-    return None if CUDA else "its kernels need a card"
+    if variant.liger and not CUDA:
+        return "Liger's kernels need a card"
+    return "no C++ compiler" if variant.compiled and not CUDA and not shutil.which("g++") else None
 
 
 def apply_liger(trainer: Any, which: dict[str, bool] | None) -> None:
@@ -200,11 +202,6 @@ def apply_liger(trainer: Any, which: dict[str, bool] | None) -> None:
     forwards = [getattr(module.forward, "__func__", module.forward) for module in trainer.model.modules()]
     applied = sum(forward.__module__.startswith("liger_kernel") for forward in forwards)
     assert applied, "no module's forward is Liger's"
-
-
-def why_not_compiled() -> str | None:
-    """Why torch.compile makes nothing here; None: it does."""
-    return None if CUDA or shutil.which("g++") else "no C++ compiler"
 
 
 def compile_elementwise(model: Any) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from dpo_cli.config.settings import Config
-from dpo_cli.errors import Exit, UserError
+from dpo_cli.errors import STOPPED, Exit, UserError
 from dpo_cli.jobs import progress_lines, worker
 from dpo_cli.jobs.registry import Job, Status, ended, folder
 from dpo_cli.jobs.spec import Spec, identity
@@ -77,7 +77,7 @@ def status(job: Job, config: Config) -> Status:
         return Status("running")
     if (last := _outcome(job, config)) is None:
         return Status("failed", Exit.FAILED, "the process ended without a word: killed, or out of memory")
-    if last.exit_code in (Exit.INTERRUPTED, Exit.PREEMPTED):
+    if last.exit_code in STOPPED:
         return Status("cancelled", last.exit_code, last.error)
     return ended(last.exit_code, last.error)
 

@@ -22,7 +22,7 @@ import msgspec
 
 from dpo_cli.config.settings import Config
 from dpo_cli.data.files import sha256
-from dpo_cli.errors import Exit, UserError, require
+from dpo_cli.errors import STOPPED, Exit, UserError, require
 from dpo_cli.jobs import progress_lines, transfer
 from dpo_cli.jobs import registry as jobs
 from dpo_cli.jobs.backends._modal_cards import card, cost, usd_per_second
@@ -314,7 +314,7 @@ class _Lines:
         for text in whole:
             line = progress_lines.parse(text)
             if line is not None and line.outcome is not None:
-                self.interrupted = line.outcome.exit_code in (Exit.INTERRUPTED, Exit.PREEMPTED)
+                self.interrupted = line.outcome.exit_code in STOPPED
             yield text
 
     def rest(self) -> Iterator[str]:

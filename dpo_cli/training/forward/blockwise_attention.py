@@ -46,15 +46,17 @@ class _Blockwise(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         output = value.new_empty(*query.shape[:3], value.shape[2])
         log_sums = torch.empty_like(query[..., 0])
+        needs_gradient = any(ctx.needs_input_grad)
         for start, end, last in _blocks(query, key):
             scores = _masked_scores(query[:, :, start:end], key[:, :last])
             probabilities = scores.softmax(-1)
-            if any(ctx.needs_input_grad):
+            if needs_gradient:
                 sums = scores.amax(-1) - probabilities.amax(-1).log()
                 log_sums[:, :, start:end] = sums.view_as(log_sums[:, :, start:end])
             of_block = probabilities.to(value.dtype) @ value[:, :last]
             output[:, :, start:end] = of_block.view_as(output[:, :, start:end])
-        ctx.save_for_backward(query.to(value.dtype), key.to(value.dtype), value, output, log_sums)
+        if needs_gradient:
+            ctx.save_for_backward(query.to(value.dtype), key.to(value.dtype), value, output, log_sums)
         return output
 
     @staticmethod
