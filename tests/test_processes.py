@@ -8,8 +8,9 @@ from adapters import base_model, save_adapter
 from training import AtStep, Lines, exit_code_of, kill_this_process, metrics, pair, read_rows, settings, write_rows
 
 from dpo_cli.errors import Exit, UserError
-from dpo_cli.jobs import launch
+from dpo_cli.jobs import launch, worker
 from dpo_cli.jobs.backends import local
+from dpo_cli.jobs.progress_lines import Outcome
 from dpo_cli.progress import Silent
 from dpo_cli.stages.train import run
 from dpo_cli.training import distributed, run_identity
@@ -177,6 +178,21 @@ def test_bad_input_is_told_though_torchrun_ends_the_first_process_before_it_sees
     ended = launch.run("local", launch.spec("local", config, "train", name="late", gpus=2), config, Silent())
     assert (ended.status.state, ended.status.exit_code) == ("failed", Exit.USAGE)
     assert "no such file or folder" in ended.status.reason and ended.hint
+
+
+@pytest.mark.parametrize(("codes", "code"), [
+    ([Exit.PREEMPTED, Exit.USAGE], Exit.USAGE),  # torchrun stopped the first one, since another had ended
+    ([Exit.USAGE, Exit.PREEMPTED], Exit.USAGE),
+    ([Exit.PREEMPTED], Exit.PREEMPTED),
+    ([Exit.GATE], Exit.GATE),
+])  # fmt: skip
+def test_of_several_ends_the_one_that_led_to_the_others_counts_and_is_told_alone(
+    codes, code, monkeypatch, capsys, start
+):
+    ended = [(f"process {number}\n", Outcome(exit_code=one)) for number, one in enumerate(codes)]
+    monkeypatch.setattr(worker, "_torchrun_once", lambda *_: (ended, 1))
+    assert worker._in_processes(launch.spec("local", two(start), "train", name="ends", gpus=2), None).exit_code == code
+    assert capsys.readouterr().out == f"process {codes.index(code)}\n"
 
 
 def test_all_weights_in_several_processes_are_sharded_and_an_adapter_is_not(start, monkeypatch, tmp_path):
